@@ -1,0 +1,33 @@
+"""How an image sample becomes tensors and a loss."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class Digits:
+    """28 x 28 grey images (`.png`) with a label (`.cls`); cross-entropy."""
+
+    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """`images` from 0 to 1, flat, and `labels`."""
+        images = np.stack([np.asarray(Image.open(io.BytesIO(s["png"])).convert("L")) for s in samples])
+        labels = [int(s["cls"]) for s in samples]
+        return {
+            "images": torch.from_numpy(images).float().flatten(1) / 255,
+            "labels": torch.tensor(labels),
+        }
+
+    def losses(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """Cross-entropy of each image."""
+        return functional.cross_entropy(model(batch["images"]), batch["labels"], reduction="none")
+
+    def metrics(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Whether each image is classified rightly."""
+        return {"accuracy": (model(batch["images"]).argmax(1) == batch["labels"]).float()}

@@ -1,0 +1,145 @@
+"""Room `flows`: the command line. Results go to stdout, progress and errors to stderr; bad input exits with 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from flows import tables
+from secateur.errors import SecateurError
+from storage.errors import StorageError
+from tasks.errors import PlanError
+from tasks.plan import Policy
+from tasks.reading import plan_schema, read_plan
+
+QUIET = {
+    "PREFECT_LOGGING_LEVEL": "CRITICAL",  # a flow that fails would print its traceback; the sentence says it
+    "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+}
+
+app = typer.Typer(
+    name="secateur",
+    help="Prunes training data between the stages of a training run, by what each sample did to the model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+PlanFile = Annotated[Path, typer.Argument(help="the plan, a YAML file")]
+RunUrl = Annotated[str, typer.Argument(metavar="RUN", help="a run's folder or URL")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON document")]
+
+
+@app.command()
+def run(plan: PlanFile, as_json: Json = False) -> None:
+    """Trains a plan's stages and prunes the data between them; a rerun carries on where it was."""
+    from flows.curate import curate
+
+    spec = read_plan(str(plan))
+    summary = curate(spec)
+    _show(summary, as_json, lambda: tables.stages(f"{spec.root}/{spec.run}", summary))
+
+
+@app.command()
+def plan(plan: PlanFile, as_json: Json = False) -> None:
+    """Says what a plan would do and cost: stages, samples, layers, bytes; trains nothing."""
+    from tasks.estimate import estimate
+
+    found = estimate(read_plan(str(plan)))
+    _show(found, as_json, lambda: tables.estimate(found))
+
+
+@app.command()
+def query(
+    run: RunUrl,
+    target: Annotated[str | None, typer.Option(help="a target of the plan")] = None,
+    sample: Annotated[str | None, typer.Option(help="the key of a target's or a training sample")] = None,
+    top: Annotated[int, typer.Option(help="how many samples")] = 10,
+    harmful: Annotated[bool, typer.Option("--harmful", help="those that raised the loss most")] = False,
+    stage: Annotated[int | None, typer.Option(help="one stage only")] = None,
+    window: Annotated[int | None, typer.Option(help="one window of each stage only")] = None,
+    as_json: Json = False,
+) -> None:
+    """The training samples that most lowered (or raised) a loss at the run's end."""
+    from tasks.search import search
+
+    hits = search.fn(run, target, sample, top, harmful, stage, window)
+    _show(hits, as_json, lambda: tables.hits(hits))
+
+
+@app.command()
+def prune(
+    run: RunUrl,
+    stage: Annotated[int, typer.Option(help="the stage to prune")],
+    policy: Annotated[str | None, typer.Option(help="top, threshold, drop_harmful, balanced, random or loss")] = None,
+    keep: Annotated[float | None, typer.Option(help="fraction to keep")] = None,
+    at_least: Annotated[float | None, typer.Option(help="lowest score to keep (threshold)")] = None,
+    by: Annotated[str | None, typer.Option(help="member or member:field to balance by (balanced)")] = None,
+    as_json: Json = False,
+) -> None:
+    """Prunes one stage of an existing run, by the plan's policy or by another beside it."""
+    from flows.prune import prune as prune_flow
+
+    settings = {"policy": policy, "keep": keep, "at_least": at_least, "by": by}
+    given = {name: value for name, value in settings.items() if value is not None}
+    found = prune_flow(run, stage, _policy(given) if given else None)
+    _show(found, as_json, lambda: tables.pruned(found))
+
+
+@app.command()
+def schema() -> None:
+    """Prints the JSON schema of a plan, for editors."""
+    sys.stdout.write(plan_schema())
+
+
+def main() -> None:
+    """The console command `secateur`."""
+    sys.path.insert(0, os.getcwd())  # factories named in a plan live where the user works
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    with _explained():
+        app(standalone_mode=True)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """One sentence and exit code 2 for what a user can get wrong; how to go on after an interruption."""
+    try:
+        yield
+    except (PlanError, StorageError, SecateurError) as error:
+        print(f"secateur: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("secateur: interrupted; the same command carries on from the last whole segment", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _policy(settings: dict[str, Any]) -> Policy:
+    try:
+        policy: Policy = TypeAdapter(Policy).validate_python(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise PlanError(f"--policy cannot be used like this: {where} {first['msg'].lower()}") from error
+    return policy
+
+
+def _show(value: BaseModel | list[Any], as_json: bool, table: Any) -> None:
+    """One JSON document, or the table."""
+    if as_json:
+        print(json.dumps(TypeAdapter(Any).dump_python(value, mode="json"), indent=1))
+    else:
+        table()
+
+
+if __name__ == "__main__":
+    main()

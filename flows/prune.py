@@ -1,0 +1,44 @@
+"""Room `flows`: pruning one stage of a run that exists, on request or on an event."""
+
+from __future__ import annotations
+
+from prefect import flow
+
+from tasks.embed import compose_stage, embed_segment
+from tasks.index import index_stage
+from tasks.plan import Policy
+from tasks.prune import Pruned, prune_stage
+from tasks.run import Run
+from tasks.score import score
+from tasks.targets import differentiate_targets
+from tasks.train import end_checkpoint
+
+
+@flow(name="prune", flow_run_name="prune {run} stage {stage}")
+def prune(run: str, stage: int, policy: Policy | None = None) -> Pruned:
+    """Prunes a trained stage; what is missing of its embeddings, index and scores is made first.
+
+    Args:
+        run: path or URL of the run's folder.
+        policy: another policy than the plan's; its result stands beside the plan's own.
+
+    Returns:
+        Samples kept and dropped, and the shards.
+    """
+    url = Run.open(run).url
+    appraise(url, stage)
+    return prune_stage(url, stage, policy.model_dump(mode="json") if policy else None)
+
+
+def appraise(run_url: str, stage: int) -> None:
+    """Embeds, indexes and scores a trained stage."""
+    run = Run.open(run_url)
+    folder = run.folder.stage(stage)
+    if not folder.embeddings.committed:
+        end_checkpoint(run, stage)
+        for future in embed_segment.map(run_url, stage, list(range(len(folder.segments())))):
+            future.result()
+    compose_stage(run_url, stage)
+    index_stage(run_url, stage)
+    differentiate_targets(run_url, stage)
+    score(run_url, stage)

@@ -1,0 +1,27 @@
+"""Room `flows`: the most influential samples, on demand."""
+
+from __future__ import annotations
+
+from prefect import flow
+
+from tasks.search import Hit, search
+
+
+@flow(name="query", flow_run_name="query {run}")
+def query(
+    run: str,
+    target: str | None = None,
+    sample: str | None = None,
+    top: int = 10,
+    harmful: bool = False,
+    stage: int | None = None,
+    window: int | None = None,
+) -> list[Hit]:
+    """The samples that most lowered (`harmful`: raised) the loss of a target or a sample at the run's end.
+
+    Args:
+        run: path or URL of the run's folder.
+        stage: search one stage only.
+        window: search one window of each stage only.
+    """
+    return search(run, target, sample, top, harmful, stage, window)

@@ -1,0 +1,82 @@
+"""Room `flows`: results as tables on stdout."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+
+from rich.console import Console
+from rich.table import Table
+
+from tasks.estimate import Estimate
+from tasks.prune import Pruned
+from tasks.search import Hit
+from tasks.summary import StageSummary
+
+
+def stages(where: str, summary: list[StageSummary]) -> None:
+    """A run's stages."""
+    targets = list(summary[0].targets) if summary else []
+    table = Table("stage", "samples", "kept", "dropped", *(f"loss {name}" for name in targets), title=where)
+    for stage in summary:
+        own = stage.pruned
+        kept = (str(own.kept), reasons(own)) if own else ("all", "not pruned")
+        losses = (f"{stage.targets[name]['loss']:.4f}" for name in targets)
+        table.add_row(str(stage.stage), str(stage.samples), *kept, *losses)
+    show(table)
+
+
+def reasons(result: Pruned) -> str:
+    """How many were dropped, and why."""
+    return "; ".join(f"{count} {reason}" for reason, count in result.reasons.items()) or "0"
+
+
+def pruned(result: Pruned) -> None:
+    """One pruning."""
+    table = Table("stage", "policy", "samples", "kept", "dropped")
+    table.add_row(str(result.stage), result.name, str(result.samples), str(result.kept), reasons(result))
+    show(table)
+    for shard in result.shards:
+        print(shard)
+
+
+def hits(found: list[Hit]) -> None:
+    """Influential samples."""
+    table = Table("rank", "score", "key", "stage", "step", "shard")
+    for hit in found:
+        table.add_row(str(hit.rank), f"{hit.score:+.3e}", hit.key, str(hit.stage), str(hit.step), hit.shard)
+    show(table)
+
+
+def estimate(found: Estimate) -> None:
+    """What a plan would do."""
+    table = Table(
+        "stage", "samples", "steps", "records", "ledger", "embeddings", "index", "checkpoints", title=found.run
+    )
+    for s in found.stages:
+        sizes = (s.ledger_bytes, s.embedding_bytes, s.index_bytes, s.checkpoint_bytes)
+        table.add_row(*map(str, (s.stage, s.samples, s.steps, s.records)), *map(_bytes, sizes))
+    show(table)
+    blocks = Table("block", "numbers")
+    for name, numbers in found.blocks.items():
+        blocks.add_row(name, str(numbers))
+    for name, count in found.uncaptured.items():
+        blocks.add_row(name, f"not captured ({count} parameters)")
+    show(blocks)
+    targets = ", ".join(f"{name} ({count} samples)" for name, count in found.targets.items())
+    print(f"{found.parameters} parameters in {found.numbers} numbers a sample; targets: {targets}")
+    print(f"about {_bytes(found.disk_bytes)} on disk and {_bytes(found.memory_bytes)} of memory; nothing was trained")
+
+
+def show(table: Table) -> None:
+    """Prints a table as wide as the terminal, or as wide as it needs where there is none."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 200
+    Console(width=width).print(table)
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

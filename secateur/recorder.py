@@ -1,0 +1,247 @@
+"""Room `secateur`: the recorder, which turns a training loop's steps into segments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from secateur.basis import Basis
+from secateur.bindings import Bindings
+from secateur.errors import SecateurError
+from secateur.optimizers import Linearised, linearise
+from secateur.segment import Segment
+from secateur.tap import Reducer, tap
+
+
+@dataclass
+class Batch:
+    """One recorded (micro-)batch; set `losses` before the block ends."""
+
+    samples: Int[Tensor, " batch"]
+    weights: Float[Tensor, " batch"]
+    window: int
+    losses: Float[Tensor, " batch"] | None = None
+    numbers: Float[Tensor, "batch p"] | None = None
+
+
+@dataclass
+class _Steps:
+    """The columns of the segment in the making, one list entry a step or a batch."""
+
+    batches: list[list[Batch]] = field(default_factory=list)
+    strides: list[float] = field(default_factory=list)
+    scales: list[float] = field(default_factory=list)
+    hyper: list[list[list[float]]] = field(default_factory=list)
+    gradients: list[Tensor] = field(default_factory=list)
+    slots: list[Tensor] = field(default_factory=list)
+    fisher: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)
+
+
+class Recorder:
+    """Records what each sample of each step contributed to the gradient that the optimizer received.
+
+    Around any training loop::
+
+        with recorder.batch(ids) as batch:
+            losses = criterion(model(x), y)          # one a sample
+            batch.losses = losses.detach()
+            losses.mean().backward()
+        optimizer.step()
+        ...
+        segment = recorder.take()
+
+    Several `batch` blocks before one `optimizer.step()` are gradient accumulation. A step without one is passed
+    through by the recursion, without curvature. The recorder listens to `optimizer.step()`, so what happens to the
+    gradients in between (clipping by norm, unscaling) is seen, as the scale it applied.
+
+    Args:
+        model: its layers are those `bindings` names.
+        optimizer: a known optimizer over exactly the bound parameters and those listed as uncaptured.
+        tolerance: relative distance allowed between the contributions' sum and the gradient received.
+
+    Raises:
+        SecateurError: the optimizer is not known, or the basis cannot follow it; at a step, where the contributions
+            do not add up to the gradient.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        bindings: Bindings,
+        basis: Basis,
+        tolerance: float = 1e-3,
+    ) -> None:
+        self.linearised: Linearised = linearise(optimizer)
+        self._optimizer, self._bindings, self._basis, self._tolerance = optimizer, bindings, basis, tolerance
+        self._parameters = {n: p for n, p in model.named_parameters() if any(n in b.parameters for b in basis.blocks)}
+        self._groups = self._group_of_numbers()
+        if not (self.linearised.linear or basis.elementwise):
+            raise SecateurError(
+                f"{type(optimizer).__name__} treats every parameter by its own history, which a kronecker basis cannot "
+                f"follow; set `basis: {{kind: coordinates}}`"
+            )
+        self._pending: list[Batch] = []
+        self._stride = 0.0
+        self._pending_fisher: tuple[Tensor, Tensor] | None = None
+        self._first_step, self._steps = 0, _Steps()
+        self._handle = optimizer.register_step_pre_hook(self._before_step)
+
+    def close(self) -> None:
+        """Stops listening to the optimizer."""
+        self._handle.remove()
+
+    @contextmanager
+    def batch(
+        self,
+        samples: Int[Tensor, " batch"],
+        weights: Float[Tensor, " batch"] | None = None,
+        window: int = 0,
+        stride: float = 1.0,
+    ) -> Iterator[Batch]:
+        """Records the forward and backward pass inside the block.
+
+        Args:
+            samples: ids of the batch's samples, in the order of the batch.
+            weights: weight of each sample's loss in the loss that is differentiated; equal parts of a mean if None.
+            window: selection window the step falls in; -1 to record for the curvature only.
+            stride: how many steps this one's curvature stands for.
+        """
+        first = next(iter(self._parameters.values()))
+        if weights is None:
+            weights = torch.full((len(samples),), 1.0 / len(samples), dtype=torch.float64)
+        batch = Batch(samples, weights, window)
+        reducer = Reducer(self._basis, len(samples), first.dtype, first.device)
+        with tap(self._bindings, reducer):
+            yield batch
+        batch.numbers = reducer.numbers
+        self._pending.append(batch)
+        self._stride = stride
+
+    def take(self) -> Segment:
+        """The segment recorded since the last `take`, on the CPU; the next one starts empty."""
+        steps, first, width = self._steps, self._first_step, self._basis.size
+        self._steps, self._first_step = _Steps(), first + len(steps.strides)
+        batches = [batch for one_step in steps.batches for batch in one_step]
+        lengths = [sum(len(b.samples) for b in one_step) for one_step in steps.batches]
+        numbered = torch.arange(first, first + len(lengths))
+        ids = torch.empty(0, dtype=torch.int64)
+        none = torch.empty(0, dtype=torch.float64)
+        fisher = [(f, numbered[i].expand(len(f[0]))) for i, f in enumerate(steps.fisher) if f is not None]
+        numbers = torch.empty(0, width, dtype=next(iter(self._parameters.values())).dtype)
+        return Segment(
+            contributions=torch.cat([numbers, *(b.numbers.cpu() for b in batches if b.numbers is not None)]),
+            samples=torch.cat([ids, *(b.samples.cpu().long() for b in batches)]),
+            positions=torch.cat([ids, *(torch.arange(n) for n in lengths)]),
+            steps=numbered.repeat_interleave(torch.tensor(lengths, dtype=torch.int64)),
+            weights=torch.cat([none, *(b.weights.cpu().double() for b in batches)]),
+            losses=torch.cat([none, *(b.losses.cpu().double() for b in batches if b.losses is not None)]),
+            windows=torch.cat([ids, *(torch.full((len(b.samples),), b.window) for b in batches)]),
+            first_step=first,
+            strides=torch.tensor(steps.strides, dtype=torch.float64),
+            scales=torch.tensor(steps.scales, dtype=torch.float64),
+            hyper=torch.tensor(steps.hyper, dtype=torch.float64),
+            gradients=torch.stack(steps.gradients).cpu() if steps.gradients else numbers,
+            slots=torch.stack(steps.slots).cpu() if steps.slots else numbers[:, None].expand(0, 0, width),
+            groups=self._groups,
+            fisher=torch.cat([numbers, *(f[0].cpu() for f, _ in fisher)]),
+            fisher_steps=torch.cat([ids, *(s for _, s in fisher)]),
+            fisher_weights=torch.cat([none, *(f[1].cpu().double() for f, _ in fisher)]),
+        )
+
+    def start_at(self, step: int) -> None:
+        """Counts the next step as `step` of its stage."""
+        self._first_step, self._steps = step, _Steps()
+
+    def _before_step(self, *_: object) -> None:
+        """Runs just before the optimizer's own step: the gradients are those it will use."""
+        missing = [name for name, p in self._parameters.items() if p.grad is None]
+        if missing:
+            raise SecateurError(
+                f"parameter {missing[0]} got no gradient at step {self._first_step + len(self._steps.strides)}; leave it "
+                f"out of the model, freeze it, or list it under `uncaptured`"
+            )
+        received = self._basis.project_all({n: p.grad for n, p in self._parameters.items() if p.grad is not None})
+        scale = self._scale(received) if self._pending else 1.0
+        for batch in self._pending:
+            if batch.losses is None:
+                batch.losses = torch.full((len(batch.samples),), float("nan"))
+            if scale != 1.0 and batch.numbers is not None:
+                batch.numbers, batch.weights = batch.numbers * scale, batch.weights * scale
+        steps = self._steps
+        steps.batches.append(self._pending)
+        steps.strides.append(self._stride if self._pending else 0.0)
+        steps.scales.append(scale)
+        steps.fisher.append(self._pending_fisher)
+        steps.hyper.append([self._settings(group) for group in self._optimizer.param_groups])
+        if not self.linearised.linear:
+            steps.gradients.append(received)
+            steps.slots.append(torch.stack([self._slot(name) for name in self.linearised.slots]))
+        self._pending, self._pending_fisher = [], None
+
+    def _scale(self, received: Float[Tensor, " p"]) -> float:
+        """What the gradient was multiplied by between the backward pass and the optimizer's step.
+
+        Raises:
+            SecateurError: the gradient is no multiple of the contributions' sum.
+        """
+        total = torch.stack([b.numbers.sum(0) for b in self._pending if b.numbers is not None]).sum(0)
+        power = float(total @ total)
+        if not power > 0:
+            return 1.0
+        scale = float(received @ total) / power
+        scale = 1.0 if abs(scale - 1) < self._tolerance / 10 else scale
+        distance = float((received - scale * total).norm())
+        if distance > self._tolerance * max(float(received.norm()), scale * power**0.5):
+            worst = max(
+                zip(self._basis.blocks, self._basis.spans, strict=True),
+                key=lambda pair: float((received[pair[1]] - scale * total[pair[1]]).norm()),
+            )
+            raise SecateurError(
+                f"the contributions of step {self._first_step + len(self._steps.strides)} do not add up to the gradient "
+                f"(relative distance {distance / max(float(received.norm()), 1e-30):.2g}, most in {worst[0].name}); "
+                f"record every sample of the batch, and let no other loss reach these parameters"
+            )
+        return scale
+
+    def _settings(self, group: dict[str, object]) -> list[float]:
+        parameters = group["params"]
+        assert isinstance(parameters, list)
+        return self.linearised.settings(group, self._optimizer.state.get(parameters[0], {}))
+
+    def _slot(self, name: str) -> Float[Tensor, " p"]:
+        """One slot of the optimizer's state in the numbers of the basis; zero before the first step."""
+        held = {n: self._optimizer.state.get(p, {}).get(name) for n, p in self._parameters.items()}
+        return self._basis.project_all(
+            {n: torch.zeros_like(self._parameters[n]) if v is None else v for n, v in held.items()}
+        )
+
+    def _group_of_numbers(self) -> Int[Tensor, " p"]:
+        """The parameter group of every number of the basis.
+
+        Raises:
+            SecateurError: the optimizer lacks a parameter, or a block's parameters are in several groups and the basis
+                mixes them.
+        """
+        groups = {id(p): i for i, group in enumerate(self._optimizer.param_groups) for p in group["params"]}
+        absent = [n for n, p in self._parameters.items() if id(p) not in groups]
+        if absent:
+            raise SecateurError(f"the optimizer does not train {absent[0]}; freeze it with requires_grad_(False)")
+        if self._basis.elementwise:
+            named = {n: torch.full_like(p, groups[id(p)]) for n, p in self._parameters.items()}
+            return self._basis.project_all(named).long().cpu()
+        numbers = torch.empty(self._basis.size, dtype=torch.int64)
+        for block, span in zip(self._basis.blocks, self._basis.spans, strict=True):
+            own = {groups[id(self._parameters[name])] for name in block.parameters}
+            if len(own) > 1:
+                raise SecateurError(
+                    f"block {block.name} has its weight and its bias in different parameter groups, which a kronecker "
+                    f"basis cannot tell apart; put them in one group or set `basis: {{kind: coordinates}}`"
+                )
+            numbers[span] = own.pop()
+        return numbers

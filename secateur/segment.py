@@ -1,0 +1,88 @@
+"""Room `secateur`: the record of one segment, a run of consecutive optimizer steps, as plain tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What a segment's steps did, in the coordinates of a basis of `p` numbers (DESIGN, section 1).
+
+    A record is one use of one sample at one step; `records` are sorted by step. Step arrays have one row an
+    optimizer step, recorded or not, because the recursion passes through every one of them.
+
+    Attributes:
+        contributions: each record's part of the gradient that the optimizer received at its step.
+        samples: the caller's sample ids.
+        positions: the record's place among the samples of its step.
+        steps: step of each record within the stage, from 0.
+        weights: weight of the sample in the loss times the step's scale, so `contribution = weight * grad loss_i`.
+        losses: the sample's own loss before the step.
+        windows: the selection window the record falls in; -1 where it serves the curvature only.
+        first_step: step within the stage of row 0 of the step arrays.
+        strides: how many steps the curvature of this one stands for; 0 where nothing was recorded.
+        scales: factor between the loss's gradient and the one the optimizer received (clipping by norm).
+        hyper: each parameter group's settings, columns as the optimizer's `hyper` names them.
+        gradients: the gradient received; empty `0 p` where the optimizer's Jacobian does not depend on it.
+        slots: optimizer state before the step, one row a slot; empty where the Jacobian does not depend on it.
+        groups: parameter group of each of the p numbers.
+        fisher: contributions with labels sampled from the model (`curvature: fisher`), `fisher_steps` their steps and
+            `fisher_weights` their weights; empty otherwise.
+    """
+
+    contributions: Float[Tensor, "records p"]
+    samples: Int[Tensor, " records"]
+    positions: Int[Tensor, " records"]
+    steps: Int[Tensor, " records"]
+    weights: Float[Tensor, " records"]
+    losses: Float[Tensor, " records"]
+    windows: Int[Tensor, " records"]
+    first_step: int
+    strides: Float[Tensor, " steps"]
+    scales: Float[Tensor, " steps"]
+    hyper: Float[Tensor, "steps groups names"]
+    gradients: Float[Tensor, "rows p"]
+    slots: Float[Tensor, "rows slots p"]
+    groups: Int[Tensor, " p"]
+    fisher: Float[Tensor, "fisher_records p"]
+    fisher_steps: Int[Tensor, " fisher_records"]
+    fisher_weights: Float[Tensor, " fisher_records"]
+
+    @property
+    def length(self) -> int:
+        """Number of optimizer steps."""
+        return len(self.strides)
+
+    @property
+    def size(self) -> int:
+        """Numbers a record, p."""
+        return self.contributions.shape[1]
+
+    @property
+    def selected(self) -> Bool[Tensor, " records"]:
+        """Records that fall in a selection window, and so are embedded, scored and judged."""
+        return self.windows >= 0
+
+    def rows(self, step: int) -> slice:
+        """Records of the step `step` (counted in the stage)."""
+        return _run(self.steps, step)
+
+    def fisher_rows(self, step: int) -> slice:
+        """Fisher records of the step `step`."""
+        return _run(self.fisher_steps, step)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every field that is a tensor, by name; with `first_step` it is the whole segment."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "first_step"}
+
+
+def _run(steps: Tensor, step: int) -> slice:
+    """Where `step` stands in the sorted `steps`."""
+    bounds = steps.new_tensor([step, step + 1])
+    begin, end = torch.searchsorted(steps, bounds).tolist()
+    return slice(begin, end)

@@ -1,0 +1,85 @@
+"""Room `secateur`: hooks that hand each bound layer's captures on, during the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from secateur.basis import Basis
+from secateur.bindings import Binding, Bindings
+from secateur.captures import Capture
+from secateur.errors import SecateurError
+
+Sink = Callable[[Binding, Capture], None]
+
+
+@contextmanager
+def tap(bindings: Bindings, sink: Sink) -> Iterator[None]:
+    """Within the block, every backward pass through a bound layer calls `sink` with what the layer contributed.
+
+    A layer that is called several times in a forward pass gives several captures. Outside the block the model has no
+    hooks, so that a step that isn't recorded costs nothing.
+    """
+    handles = [b.module.register_forward_hook(_listener(b, sink), with_kwargs=True) for b in bindings.bindings]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _listener(binding: Binding, sink: Sink) -> Callable[..., None]:
+    def forward_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        inputs = args or tuple(kwargs.values())
+        if output.requires_grad:
+
+            def backward_hook(gradient: Tensor) -> None:
+                with torch.no_grad():
+                    sink(binding, binding.family.capture(module, inputs, gradient))
+
+            output.register_hook(backward_hook)
+
+    return forward_hook
+
+
+class Reducer:
+    """A sink that adds up each sample's captures in the numbers of a basis.
+
+    Attributes:
+        numbers: `batch p`, the contributions of the batch so far.
+    """
+
+    def __init__(self, basis: Basis, batch: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._basis = basis
+        self.numbers: Float[Tensor, "batch p"] = torch.zeros(batch, basis.size, dtype=dtype, device=device)
+
+    def __call__(self, binding: Binding, capture: Capture) -> None:
+        if capture.batch != len(self.numbers):
+            raise SecateurError(
+                f"layer {binding.module_name} saw a batch of {capture.batch} where {len(self.numbers)} samples were "
+                f"announced; the first dimension of every captured layer must be the sample"
+            )
+        span = self._basis.spans[binding.block_index]
+        self.numbers[:, span] += self._basis.reduce(binding, capture)
+
+
+def contributions(
+    losses: Callable[[], Float[Tensor, " batch"]], batch: int, bindings: Bindings, basis: Basis
+) -> tuple[Float[Tensor, "batch p"], Float[Tensor, " batch"]]:
+    """Each sample's own loss gradient in the numbers of `basis`, and its loss; no parameter's `.grad` is touched.
+
+    Args:
+        losses: runs the forward pass and returns one loss a sample.
+        batch: number of samples.
+    """
+    parameters = [p for p in bindings.parameters() if p.requires_grad]
+    reducer = Reducer(basis, batch, parameters[0].dtype, parameters[0].device)
+    with tap(bindings, reducer):
+        values = losses()
+        torch.autograd.grad(values.sum(), parameters, allow_unused=True)
+    return reducer.numbers, values.detach()

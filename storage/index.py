@@ -1,0 +1,80 @@
+"""Room `storage`: FAISS indexes of a stage's vectors, by inner product; ids are rows of `scores.parquet`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import faiss
+import numpy as np
+
+from storage.errors import StorageError
+from storage.manifest import Artefact, Attempt
+
+# What a plan's `index` stands for; all are scans, so that results are exact after rescoring.
+KINDS = {"flat": "Flat", "fp16": "SQfp16", "sq8": "SQ8"}
+INDEX = "index.faiss"
+
+Rows = Callable[[np.ndarray], np.ndarray]
+
+
+def build_index(chunks: Iterable[np.ndarray], kind: str, width: int) -> faiss.Index:
+    """An index of vectors that come in chunks `n width`; a quantised one learns its ranges from the first chunk."""
+    index = faiss.index_factory(width, KINDS[kind], faiss.METRIC_INNER_PRODUCT)
+    for chunk in chunks:
+        vectors = np.ascontiguousarray(chunk, dtype=np.float32)
+        if not index.is_trained:
+            index.train(vectors)
+        index.add(vectors)
+    return index
+
+
+def write_index(attempt: Attempt, index: faiss.Index) -> None:
+    """Writes an index."""
+    with attempt.open(INDEX) as file:
+        faiss.write_index(index, faiss.PyCallbackIOWriter(lambda data: file.write(data)))
+
+
+def read_index(artefact: Artefact) -> faiss.Index:
+    """Reads an index, mapped from its file where it is local.
+
+    Raises:
+        StorageError: the file is damaged.
+    """
+    path = artefact.local(INDEX)
+    try:
+        return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+    except RuntimeError as error:
+        raise StorageError(f"{artefact.url(INDEX)} is damaged; restore it or run that step again") from error
+
+
+def search_index(
+    index: faiss.Index, queries: np.ndarray, k: int, ids: np.ndarray | None = None, exact: Rows | None = None
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The k vectors with the largest inner product for each query.
+
+    Args:
+        queries: `m width`.
+        ids: the ids among which to search; all if None.
+        exact: gives the vectors of some ids; a quantised index's best 4 k + 200 are scored anew with them.
+
+    Returns:
+        For each query its scores and ids, best first; fewer than k where there are fewer.
+    """
+    queries = np.ascontiguousarray(queries, dtype=np.float32)
+    wide = k if exact is None else 4 * k + 200
+    wide = min(wide, index.ntotal if ids is None else len(ids))
+    if wide == 0:
+        return [(np.empty(0, np.float32), np.empty(0, np.int64)) for _ in queries]
+    parameters = None if ids is None else faiss.SearchParameters(sel=faiss.IDSelectorBatch(ids.astype(np.int64)))
+    scores, found = index.search(queries, wide, params=parameters)
+    return [_best(s[f >= 0], f[f >= 0], q, k, exact) for s, f, q in zip(scores, found, queries, strict=True)]
+
+
+def _best(
+    scores: np.ndarray, ids: np.ndarray, query: np.ndarray, k: int, exact: Rows | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """One query's k best, scored anew where the index is not exact; ties go to the smaller id."""
+    if exact is not None:
+        scores = exact(ids) @ query
+    order = np.lexsort((ids, -scores))[:k]
+    return scores[order], ids[order]

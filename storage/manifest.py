@@ -1,0 +1,188 @@
+"""Room `storage`: the commit protocol. An artefact exists once its manifest does; the manifest is written last."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from storage.errors import StorageError
+from storage.root import Root
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an artefact consists of.
+
+    Attributes:
+        files: `size` and `sha256` of each file, by name.
+        attempt: the folder, within the artefact, that the files are in.
+        inputs: fingerprints of the artefacts it was made from.
+        facts: small figures about it.
+    """
+
+    kind: str
+    attempt: str
+    files: dict[str, dict[str, Any]]
+    inputs: dict[str, str]
+    facts: dict[str, Any]
+    format: int = FORMAT
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of kind, files and inputs; the same for every attempt that made the same content."""
+        content = {"kind": self.kind, "files": self.files, "inputs": self.inputs}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass
+class Attempt:
+    """An artefact in the making; what it writes is not believed until it is committed."""
+
+    root: Root
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[IO[bytes]]:
+        """A file of the artefact to write, hashed as it is written."""
+        with self.root.open(name, "wb") as file:
+            hashed = _Hashed(file)
+            yield hashed  # type: ignore[misc]  # the writing part of a file is all that is used
+        self.files[name] = {"size": hashed.size, "sha256": hashed.digest.hexdigest()}
+
+    def write(self, name: str, data: bytes) -> None:
+        """A whole file of the artefact."""
+        with self.open(name) as file:
+            file.write(data)
+
+
+class Artefact:
+    """A folder that is believed once it holds a manifest, and never changes after."""
+
+    def __init__(self, root: Root) -> None:
+        self.root = root
+        self._manifest: Manifest | None = None
+
+    @property
+    def committed(self) -> bool:
+        """Whether it exists."""
+        return self._manifest is not None or self.root.exists(MANIFEST)
+
+    @property
+    def manifest(self) -> Manifest:
+        """Its manifest.
+
+        Raises:
+            StorageError: it is not committed, or its manifest is damaged.
+        """
+        if self._manifest is None:
+            if not self.committed:
+                raise StorageError(f"{self.root.url} is not there yet; the step that makes it has not finished")
+            self._manifest = _parse(self.root.read_bytes(MANIFEST), self.root.url_of(MANIFEST))
+        return self._manifest
+
+    @property
+    def fingerprint(self) -> str:
+        """See `Manifest.fingerprint`."""
+        return self.manifest.fingerprint
+
+    def names(self) -> list[str]:
+        """Its files."""
+        return sorted(self.manifest.files)
+
+    def read(self, name: str) -> bytes:
+        """A whole file."""
+        return self._files().read_bytes(self._known(name))
+
+    def local(self, name: str) -> Path:
+        """A local file with the content, to be mapped into memory."""
+        return self._files().local(self._known(name))
+
+    def url(self, name: str) -> str:
+        """Path or URL of a file."""
+        return self._files().url_of(self._known(name))
+
+    def remove(self) -> None:
+        """Removes an artefact that served its purpose, its manifest first."""
+        self._manifest = None
+        self.root.delete()
+
+    @contextmanager
+    def attempt(self, kind: str, inputs: dict[str, str]) -> Iterator[Attempt]:
+        """Makes the artefact: write its files within the block, and it is committed at the block's end.
+
+        Where another attempt commits first, that one stands and this one's files are removed; they are removed too
+        when the block raises.
+        """
+        name = uuid.uuid4().hex[:12]
+        attempt = Attempt(self.root.child(name))
+        try:
+            yield attempt
+            manifest = Manifest(kind, name, attempt.files, inputs, attempt.facts)
+            text = json.dumps(asdict(manifest), sort_keys=True, indent=1, allow_nan=False) + "\n"
+            self.root.create(MANIFEST, text.encode())
+        except FileExistsError:
+            attempt.root.delete()
+        except BaseException:
+            with suppress(Exception):
+                attempt.root.delete()
+            raise
+
+    def _files(self) -> Root:
+        return self.root.child(self.manifest.attempt)
+
+    def _known(self, name: str) -> str:
+        if name not in self.manifest.files:
+            raise StorageError(f"{self.root.url} holds no {name}; it holds {', '.join(self.names()) or 'no files'}")
+        return name
+
+
+class _Hashed:
+    """The writing end of a file that counts and hashes what passes."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.size, self.digest = file, 0, hashlib.sha256()
+
+    def write(self, data: bytes | memoryview) -> int:
+        self.digest.update(data)
+        self.size += len(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def writable(self) -> bool:
+        return True
+
+    @property
+    def closed(self) -> bool:
+        return self._file.closed
+
+
+def _parse(data: bytes, where: str) -> Manifest:
+    """A manifest from its file.
+
+    Raises:
+        StorageError: it is damaged or of another format.
+    """
+    try:
+        values = json.loads(data)
+        manifest = Manifest(**values)
+        whole = all(
+            isinstance(n, str) and not n.startswith("/") and ".." not in n.split("/")
+            for n in (*manifest.files, manifest.attempt)
+        )
+    except (ValueError, TypeError) as error:
+        raise StorageError(f"{where} is damaged ({error}); remove its folder and run again") from error
+    if not whole or manifest.format != FORMAT:
+        raise StorageError(f"{where} is not of format {FORMAT}, or names files outside its folder; remove its folder")
+    return manifest

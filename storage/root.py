@@ -1,0 +1,152 @@
+"""Room `storage`: folders, local or remote, through fsspec."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any, cast
+
+import fsspec
+from fsspec.core import url_to_fs
+
+from storage.errors import StorageError
+
+
+class Root:
+    """A folder at a local path or a URL (`s3://bucket/prefix`); it need not exist yet."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/") or "/"
+        self._fs: fsspec.AbstractFileSystem
+        self._fs, self._path = url_to_fs(self.url)
+
+    def child(self, *parts: str) -> Root:
+        """A folder within."""
+        return Root("/".join((self.url, *parts)))
+
+    @property
+    def is_local(self) -> bool:
+        """Whether files can be opened in place."""
+        return "file" in (self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,))
+
+    def url_of(self, name: str) -> str:
+        """Path or URL of a file within."""
+        return f"{self.url}/{name}"
+
+    @contextmanager
+    def open(self, name: str, mode: str = "rb") -> Iterator[IO[bytes]]:
+        """Opens a file within; folders are made as needed.
+
+        Raises:
+            StorageError: it cannot be read or written (missing, full, forbidden).
+        """
+        with explained(self.url_of(name), "read" if "r" in mode else "written"):
+            if self.is_local and "r" not in mode:
+                os.makedirs(os.path.dirname(self._at(name)), exist_ok=True)
+            with self._fs.open(self._at(name), mode) as file:
+                yield cast(IO[bytes], file)
+
+    def read_bytes(self, name: str) -> bytes:
+        """A whole file."""
+        with self.open(name) as file:
+            return file.read()
+
+    def exists(self, name: str) -> bool:
+        """Whether a file is there now; nothing is remembered."""
+        if self.is_local:
+            return os.path.exists(self._at(name))
+        self._fs.invalidate_cache()
+        return bool(self._fs.exists(self._at(name)))
+
+    def create(self, name: str, data: bytes) -> None:
+        """Writes a file, whole or not at all, unless it is there already.
+
+        Raises:
+            FileExistsError: another writer was first.
+        """
+        with explained(self.url_of(name), "written"):
+            if self.is_local:
+                self._link(self._at(name), data)
+                return
+            try:
+                self._fs.pipe_file(self._at(name), data, mode="create")
+            except OSError as error:
+                if _refused(error):
+                    raise FileExistsError(self.url_of(name)) from error
+                raise
+
+    def files(self) -> list[str]:
+        """Every file within, however deep, relative, sorted."""
+        if self.is_local and not os.path.isdir(self._path):
+            return []
+        self._fs.invalidate_cache()
+        found = cast(list[str], self._fs.find(self._path))
+        return sorted(f[len(self._path.rstrip("/")) + 1 :] for f in found)
+
+    def delete(self) -> None:
+        """Removes the folder and all in it."""
+        with suppress(FileNotFoundError):
+            self._fs.rm(self._path, recursive=True)
+
+    def local(self, name: str) -> Path:
+        """A local file with the content of a file within: itself, or a copy fetched once a process."""
+        if self.is_local:
+            return Path(self._at(name))
+        copy = Path(_fetched().name) / str(uuid.uuid5(uuid.NAMESPACE_URL, self.url_of(name)))
+        if not copy.exists():
+            with explained(self.url_of(name), "read"):
+                self._fs.get_file(self._at(name), str(copy))
+        return copy
+
+    def _at(self, name: str) -> str:
+        return f"{self._path.rstrip('/')}/{name}"
+
+    @staticmethod
+    def _link(path: str, data: bytes) -> None:
+        """A file that appears at once, by a hard link to one written beside it."""
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        draft = f"{path}.{uuid.uuid4().hex}"
+        try:
+            with open(draft, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(draft, path)
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(draft)
+
+
+@contextmanager
+def explained(what: str, verb: str) -> Iterator[None]:
+    """Turns the operating system's or the store's errors about a file into one sentence."""
+    try:
+        yield
+    except (FileExistsError, StorageError):
+        raise
+    except FileNotFoundError as error:
+        raise StorageError(f"{what} does not exist; check the path and that the run got so far") from error
+    except OSError as error:
+        raise StorageError(f"{what} cannot be {verb}: {error.strerror or error}; nothing was committed") from error
+
+
+def _refused(error: BaseException) -> bool:
+    """Whether a store refused a conditional write because the object exists; servers say so in their own ways."""
+    cause: Any = error.__cause__
+    code = getattr(cause, "response", {}).get("Error", {}).get("Code")
+    return isinstance(error, FileExistsError) or code == "PreconditionFailed"
+
+
+_folder: tempfile.TemporaryDirectory[str] | None = None
+
+
+def _fetched() -> tempfile.TemporaryDirectory[str]:
+    """This process's folder of fetched files, removed when it ends."""
+    global _folder
+    if _folder is None:
+        _folder = tempfile.TemporaryDirectory(prefix="secateur-")
+    return _folder

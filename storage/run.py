@@ -1,0 +1,59 @@
+"""Room `storage`: where the artefacts of a run are.
+
+<root>/<run>/plan, basis
+<root>/<run>/stages/00/samples, start, ledger/seg-00000, local/seg-00000, embeddings, index, targets, scores, prune/<name>
+"""
+
+from __future__ import annotations
+
+from storage.manifest import Artefact
+from storage.root import Root
+
+
+class StageFolder:
+    """One stage's artefacts."""
+
+    def __init__(self, root: Root) -> None:
+        self.root = root
+        self.samples = self._artefact("samples")
+        self.start = self._artefact("start")
+        self.embeddings = self._artefact("embeddings")
+        self.index = self._artefact("index")
+        self.targets = self._artefact("targets")
+        self.scores = self._artefact("scores")
+
+    def segment(self, number: int) -> Artefact:
+        """Ledger of a segment and the checkpoint at its end, committed together."""
+        return self._artefact(f"ledger/seg-{number:05d}")
+
+    def segments(self) -> list[Artefact]:
+        """The committed segments, in order, up to the first that is missing."""
+        found: list[Artefact] = []
+        while (segment := self.segment(len(found))).committed:
+            found.append(segment)
+        return found
+
+    def local(self, number: int) -> Artefact:
+        """A segment's embeddings as of its own end, and its transition; gone once the stage's are composed."""
+        return self._artefact(f"local/seg-{number:05d}")
+
+    def prune(self, name: str) -> Artefact:
+        """Decisions and pruned shards under one policy; `plan` is the plan's own."""
+        return self._artefact(f"prune/{name}")
+
+    def _artefact(self, path: str) -> Artefact:
+        return Artefact(self.root.child(*path.split("/")))
+
+
+class RunFolder:
+    """A run's artefacts."""
+
+    def __init__(self, url: str) -> None:
+        self.root = Root(url)
+        self.url = self.root.url
+        self.plan = Artefact(self.root.child("plan"))
+        self.basis = Artefact(self.root.child("basis"))
+
+    def stage(self, number: int) -> StageFolder:
+        """A stage's artefacts."""
+        return StageFolder(self.root.child("stages", f"{number:02d}"))

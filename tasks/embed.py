@@ -1,0 +1,113 @@
+"""Room `tasks`: data value embeddings of a stage: every segment's own, then carried to the stage's end."""
+
+from __future__ import annotations
+
+import torch
+from prefect import task
+from torch import Tensor
+
+from secateur.curvature import EmpiricalFisher, NoCurvature
+from secateur.optimizers import SGD, Linearised
+from secateur.recursion import Dynamics, Transition, carry, compose, identity, walk
+from secateur.segment import Segment
+from storage.ledger import read_ledger
+from storage.manifest import Artefact
+from storage.tensors import read_tensors, write_tensors
+from tasks.plan import Plan
+from tasks.progress import track
+from tasks.run import Run
+from tasks.train import end_checkpoint
+
+
+@task(name="embed segment")
+def embed_segment(run_url: str, stage: int, number: int) -> None:
+    """Walks one segment by itself: embeddings as of its end, and its transition. Segments may run in parallel."""
+    run = Run.open(run_url)
+    folder = run.folder.stage(stage)
+    artefact = folder.local(number)
+    if artefact.committed:
+        return
+    segment = segment_of(folder.segment(number))
+    start = identity(spans_of(run), len(linearised(run.plan).slots) + 1, segment.contributions.dtype)
+    embeddings, transition = walk(dynamics_of(run, segment), start)
+    with artefact.attempt("local embeddings", {"segment": folder.segment(number).fingerprint}) as attempt:
+        write_tensors(attempt, "embeddings.safetensors", _numbered(embeddings), {})
+        write_tensors(attempt, "transition.safetensors", _numbered(transition), {})
+
+
+@task(name="compose embeddings")
+def compose_stage(run_url: str, stage: int) -> int:
+    """Carries every segment's embeddings to the stage's end; memory is one segment's.
+
+    Returns:
+        Number of embeddings.
+    """
+    run = Run.open(run_url)
+    folder = run.folder.stage(stage)
+    if not folder.embeddings.committed:
+        end_checkpoint(run, stage)
+        optimizer, count = linearised(run.plan), len(folder.segments())
+        inputs = {"basis": run.folder.basis.fingerprint}
+        with folder.embeddings.attempt("embeddings", inputs) as attempt:
+            theta_only = run.plan.optimizer.at_stage == "reset"
+            later = identity(spans_of(run), len(optimizer.slots) + 1, getattr(torch, run.plan.dtype), theta_only)
+            rows = 0
+            for number in track(reversed(range(count)), f"stage {stage}, composing", count):
+                local = folder.local(number)
+                carried = carry(_listed(read_tensors(local, "embeddings.safetensors")), later)
+                write_tensors(attempt, _name(number), {"embeddings": torch.cat(carried, 1)}, {})
+                later = compose(later, _listed(read_tensors(local, "transition.safetensors")))
+                rows += len(carried[0])
+            write_tensors(attempt, "transition.safetensors", _numbered(later), {})
+            attempt.facts.update(rows=rows, segments=count)
+        for number in range(count):
+            folder.local(number).remove()
+    return int(folder.embeddings.manifest.facts["rows"])
+
+
+def stage_embeddings(artefact: Artefact) -> list[Tensor]:
+    """The stage's embeddings, one memory-mapped tensor a segment, in the order of `scores.parquet`."""
+    segments = artefact.manifest.facts["segments"]
+    return [read_tensors(artefact, _name(number))["embeddings"] for number in range(segments)]
+
+
+def stage_transition(artefact: Artefact) -> Transition:
+    """The stage's transition, from the state at its start to the one read at its end."""
+    return _listed(read_tensors(artefact, "transition.safetensors"))
+
+
+def spans_of(run: Run) -> list[slice]:
+    """The numbers that are coupled: each block's, or all."""
+    sizes = list(run.folder.basis.manifest.facts["blocks"].values())
+    if run.plan.curvature.coupling == "full":
+        return [slice(0, sum(sizes))]
+    return [slice(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
+
+
+def linearised(plan: Plan) -> Linearised:
+    """The linearised form of the plan's optimizer."""
+    return SGD(momentum=plan.optimizer.momentum > 0)
+
+
+def dynamics_of(run: Run, segment: Segment) -> Dynamics:
+    """A segment with the plan's optimizer, curvature and coupling."""
+    curvature = EmpiricalFisher(segment) if run.plan.curvature.kind == "empirical_fisher" else NoCurvature()
+    return Dynamics.of(segment, linearised(run.plan), curvature, spans_of(run))
+
+
+def segment_of(artefact: Artefact) -> Segment:
+    """A segment's record from its ledger."""
+    tensors, first_step = read_ledger(artefact)
+    return Segment(first_step=first_step, **tensors)
+
+
+def _name(number: int) -> str:
+    return f"seg-{number:05d}.safetensors"
+
+
+def _numbered(tensors: list[Tensor]) -> dict[str, Tensor]:
+    return {f"{i:05d}": t.contiguous() for i, t in enumerate(tensors)}
+
+
+def _listed(tensors: dict[str, Tensor]) -> list[Tensor]:
+    return [tensors[name] for name in sorted(tensors)]

@@ -1,0 +1,104 @@
+"""Room `tasks`: what a plan would do and cost, with nothing trained."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel
+
+from secateur.bindings import Bindings
+from storage.shards import expand, index_shards
+from tasks.embed import linearised
+from tasks.order import Order
+from tasks.plan import Coordinates, Plan
+from tasks.run import Run
+from tasks.samples import target_samples
+
+
+class StageEstimate(BaseModel):
+    """One stage's expected size; samples of later stages follow from the policies' fractions where they have one."""
+
+    stage: int
+    samples: int
+    steps: int
+    records: int
+    ledger_bytes: int
+    embedding_bytes: int
+    index_bytes: int
+    checkpoint_bytes: int
+
+
+class Estimate(BaseModel):
+    """What a plan would do."""
+
+    run: str
+    blocks: dict[str, int]
+    uncaptured: dict[str, int]
+    parameters: int
+    numbers: int
+    targets: dict[str, int]
+    stages: list[StageEstimate]
+    disk_bytes: int
+    memory_bytes: int
+
+
+def estimate(plan: Plan) -> Estimate:
+    """Reads the shards' headers, builds the model, and reckons; nothing is written.
+
+    Raises:
+        StorageError, SecateurError, PlanError: what would stop the run at its start.
+    """
+    run = Run.of(plan)
+    model, _ = run.model(), run.task()
+    bindings = run.bindings(model)
+    blocks = _numbers(plan, bindings)
+    samples = len(index_shards(expand(plan.data.shards)))
+    slots = len(linearised(plan).slots) + 1 if plan.optimizer.at_stage == "carry" else 1
+    parameters = sum(p.numel() for p in model.parameters())
+    stages: list[StageEstimate] = []
+    for number, stage in enumerate(plan.stages):
+        stages.append(_stage(plan, number, samples, sum(blocks.values()), slots, parameters))
+        samples = round(samples * getattr(stage.prune, "keep", 1.0)) if stage.prune else samples
+    itemsize = 4 if plan.dtype == "float32" else 8
+    widest = max(blocks.values()) if plan.curvature.coupling == "block" else sum(blocks.values())
+    batch = max(stage.batch_size for stage in plan.stages)
+    inner = len(linearised(plan).slots) + 1
+    walking = plan.segment_steps * batch * sum(blocks.values()) * (1 + inner) + 3 * (inner * widest) ** 2
+    return Estimate(
+        run=run.url,
+        blocks=blocks,
+        uncaptured=bindings.uncaptured,
+        parameters=parameters,
+        numbers=sum(blocks.values()),
+        targets={name: len(target_samples(run, name)) for name in plan.targets},
+        stages=stages,
+        disk_bytes=sum(s.ledger_bytes + 2 * s.embedding_bytes + s.index_bytes + s.checkpoint_bytes for s in stages),
+        memory_bytes=(walking + 4 * parameters) * itemsize,
+    )
+
+
+def _stage(plan: Plan, number: int, samples: int, width: int, slots: int, parameters: int) -> StageEstimate:
+    order, itemsize = Order(plan, number, samples), 4 if plan.dtype == "float32" else 8
+    inside = sum(len(window) for window in order.windows())
+    recorded = inside + (order.steps - inside) // order.stage.stride
+    batch = min(order.stage.batch_size, samples)
+    embeddings = inside * batch * width * slots * itemsize
+    state = 1 + len(linearised(plan).slots)
+    return StageEstimate(
+        stage=number,
+        samples=samples,
+        steps=order.steps,
+        records=inside * batch,
+        ledger_bytes=recorded * batch * (width * itemsize + 48),
+        embedding_bytes=embeddings,
+        index_bytes=inside * batch * width * slots * {"flat": 4, "fp16": 2, "sq8": 1}[plan.index],
+        checkpoint_bytes=-(-order.steps // plan.segment_steps) * parameters * state * itemsize,
+    )
+
+
+def _numbers(plan: Plan, bindings: Bindings) -> dict[str, int]:
+    """Numbers a block in the plan's basis."""
+    spec = plan.basis
+    if isinstance(spec, Coordinates):
+        total = sum(block.size for block in bindings.blocks)
+        share = 1.0 if spec.numbers is None else min(1.0, spec.numbers / total)
+        return {block.name: max(1, int(block.size * share)) for block in bindings.blocks}
+    return {b.name: min(spec.rank, b.rows) * min(spec.rank, b.cols) for b in bindings.blocks}

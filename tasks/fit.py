@@ -1,0 +1,57 @@
+"""Room `tasks`: fitting the run's basis on its first steps, which are run again for real afterwards."""
+
+from __future__ import annotations
+
+import torch
+from prefect import task
+
+from secateur.bindings import Bindings
+from secateur.fitting import EnergyFit, MomentFit, random_kronecker
+from secateur.tap import tap
+from storage.tensors import write_tensors
+from tasks.loop import Loop
+from tasks.plan import Kronecker
+from tasks.progress import track
+from tasks.run import Run
+from tasks.samples import stage_samples
+
+
+@task(name="fit basis")
+def fit_basis(run_url: str) -> int:
+    """Fits the basis and stores it; the model it was fitted with is thrown away.
+
+    Returns:
+        Numbers a contribution is reduced to, p.
+    """
+    run = Run.open(run_url)
+    artefact = run.folder.basis
+    if not artefact.committed:
+        basis = _fit(run)
+        with artefact.attempt("basis", {}) as attempt:
+            write_tensors(attempt, "basis.safetensors", basis.tensors(), {"kind": run.plan.basis.kind})
+            attempt.facts["numbers"] = basis.size
+            attempt.facts["blocks"] = {b.name: s.stop - s.start for b, s in zip(basis.blocks, basis.spans, strict=True)}
+    return int(artefact.manifest.facts["numbers"])
+
+
+def _fit(run: Run):  # type: ignore[no-untyped-def]
+    spec, dtype = run.plan.basis, getattr(torch, run.plan.dtype)
+    loop = Loop(run, 0, stage_samples(run, 0))
+    bindings = run.bindings(loop.model)
+    if isinstance(spec, Kronecker):
+        if spec.method == "random":
+            return random_kronecker(bindings, spec.rank, run.plan.seed, dtype)
+        moments = MomentFit(bindings)
+        _first_steps(loop, bindings, moments, spec.fit_steps)
+        return moments.basis(spec.rank, dtype)
+    energy = EnergyFit(bindings)
+    _first_steps(loop, bindings, energy, spec.fit_steps)
+    return energy.basis(spec.numbers)
+
+
+def _first_steps(loop: Loop, bindings: Bindings, fit: MomentFit | EnergyFit, steps: int) -> None:
+    """Trains the first steps of the run with the layers tapped."""
+    steps = min(steps, loop.order.steps)
+    for step in track(range(steps), "fitting the basis", steps):
+        with tap(bindings, fit.add):
+            loop.step(step)

@@ -1,0 +1,161 @@
+"""Room `tasks`: the training loop of one stage, which the seed determines step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from secateur.recorder import Recorder
+from storage.shards import Samples
+from tasks.errors import PlanError
+from tasks.order import Order
+from tasks.plan import Optimizer
+from tasks.run import Run, Task
+
+Tensors = dict[str, Tensor]
+
+
+class Loop:
+    """Model, optimizer and data of one stage; every step depends on its number and the weights alone."""
+
+    def __init__(self, run: Run, number: int, samples: Samples) -> None:
+        if run.plan.threads:
+            torch.set_num_threads(run.plan.threads)
+        self.run, self.samples = run, samples
+        self.order = Order(run.plan, number, len(samples))
+        self.task: Task = run.task()
+        self.model = run.model()
+        self.optimizer = make_optimizer(run.plan.optimizer, self.model)
+
+    def step(self, step: int, recording: Callable[..., Any] | None = None) -> Float[Tensor, " batch"]:
+        """One optimizer step; each of its micro-batches runs within `recording(rows, weights)` where that is given.
+
+        Returns:
+            The loss of every sample before the step.
+        """
+        self.backward(step, recording)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.order.rate(step)
+        if self.run.plan.optimizer.clip_norm:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.run.plan.optimizer.clip_norm)
+        self.optimizer.step()
+        return self._losses
+
+    def backward(self, step: int, recording: Callable[..., Any] | None = None) -> None:
+        """The gradients of a step, left in `.grad`."""
+        torch.manual_seed(self.order.seed(step))
+        self.optimizer.zero_grad(set_to_none=True)
+        rows = self.order.batch(step)
+        parts = rows.chunk(min(self.order.stage.accumulate, len(rows)))
+        batches = [self.batch(part) for part in parts]
+        sizes = [self.sizes(batch, len(part)) for batch, part in zip(batches, parts, strict=True)]
+        total = torch.cat(sizes).sum()
+        losses = []
+        for part, batch, size in zip(parts, batches, sizes, strict=True):
+            weights = size if self.run.plan.task.reduction == "sum" else size / total
+            with recording(part, weights) if recording else _nothing() as record:
+                losses.append(self._checked(self.task.losses(self.model, batch), part, step))
+                (losses[-1] * weights.to(losses[-1])).sum().backward()
+                if record is not None:
+                    record.losses = losses[-1].detach()
+        self._losses = torch.cat([loss.detach() for loss in losses])
+
+    def batch(self, rows: Int[Tensor, " batch"]) -> Tensors:
+        """The task's tensors of some rows, on the plan's device."""
+        return collate(self.task, self.samples, rows, self.run.plan.device)
+
+    def sizes(self, batch: Tensors, count: int) -> Float[Tensor, " batch"]:
+        """What each sample counts for in the reduction."""
+        if self.run.plan.task.reduction == "token_mean":
+            sizes: Tensor = self.task.sizes(batch)  # type: ignore[attr-defined]  # checked by Run.task
+            return sizes.double().cpu()
+        return torch.ones(count, dtype=torch.float64)
+
+    def _checked(self, losses: Tensor, rows: Tensor, step: int) -> Tensor:
+        if losses.shape != rows.shape:
+            raise PlanError(
+                f"{self.run.plan.task.factory}.losses gave shape {tuple(losses.shape)} for {len(rows)} samples; it must "
+                f"give one loss a sample"
+            )
+        bad = (~losses.detach().isfinite()).nonzero().flatten().cpu()
+        if len(bad):
+            key = self.samples.keys([int(rows[bad[0]])])[0]
+            raise PlanError(
+                f"the loss of sample {key} is {float(losses[bad[0]]):g} at step {step} of stage {self.order.number} "
+                f"({len(bad)} of {len(rows)} samples of the batch); lower the learning rate or look at the sample"
+            )
+        return losses
+
+    def tensors(self) -> Tensors:
+        """Weights, buffers and optimizer state, by name."""
+        held = {f"model.{name}": t for name, t in self.model.state_dict().items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            held |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in state.items() if v is not None}
+        return {name: t.detach().cpu().contiguous() for name, t in held.items()}
+
+    def restore(self, tensors: Tensors, optimizer: bool = True) -> None:
+        """Takes up the state that `tensors()` gave; without `optimizer` its state is reset."""
+        model = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
+        self.model.load_state_dict(model)
+        state: dict[int, Tensors] = {}
+        for name, tensor in tensors.items() if optimizer else ():
+            if name.startswith("optimizer."):
+                _, index, key = name.split(".", 2)
+                state.setdefault(int(index), {})[key] = tensor
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+    def recorder(self) -> Recorder:
+        """A recorder of this loop's steps in the run's basis."""
+        bindings = self.run.bindings(self.model)
+        return Recorder(self.model, self.optimizer, bindings, self.run.basis(bindings))
+
+
+def make_optimizer(spec: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
+    """The plan's optimizer over the model's trainable parameters."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.SGD(
+        parameters, spec.lr, momentum=spec.momentum, nesterov=spec.nesterov, weight_decay=spec.weight_decay
+    )
+
+
+def collate(task: Task, samples: Samples, rows: Int[Tensor, " batch"], device: str) -> Tensors:
+    """Reads and decodes samples.
+
+    Raises:
+        PlanError: the task cannot decode one; it is named.
+    """
+    read = samples.read(rows.tolist())
+    try:
+        return {name: t.to(device) for name, t in task.collate(read).items()}
+    except Exception as error:
+        for sample in read:
+            try:
+                task.collate([sample])
+            except Exception as own:
+                raise PlanError(
+                    f"sample {sample['__key__']} of {samples.shard_of(sample['__key__'])} cannot be decoded by the task "
+                    f"({type(own).__name__}: {own}); mend or remove it"
+                ) from own
+        raise PlanError(f"the task cannot collate a batch ({type(error).__name__}: {error})") from error
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts the model in eval mode within the block, and every module back in its own after."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield None

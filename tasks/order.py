@@ -1,0 +1,103 @@
+"""Room `tasks`: the order of a stage: which samples are used at which step, at what rate, in which window."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from tasks.errors import PlanError
+from tasks.plan import Plan, Schedule, Stage
+
+
+def seed_for(*parts: int | str) -> int:
+    """A seed that the parts determine and that no other parts share."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+@dataclass(frozen=True)
+class Order:
+    """A stage's steps, determined by the plan, the stage's number and how many samples it has."""
+
+    plan: Plan
+    number: int
+    samples: int
+
+    @property
+    def stage(self) -> Stage:
+        """The stage's part of the plan."""
+        return self.plan.stages[self.number]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps an epoch; the last one may be smaller."""
+        return math.ceil(self.samples / self.stage.batch_size)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the stage."""
+        return self.stage.steps or (self.stage.epochs or 0) * self.steps_per_epoch
+
+    def batch(self, step: int) -> Int[Tensor, " batch"]:
+        """Rows of the stage's sample table that step `step` trains on."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        start = place * self.stage.batch_size
+        return self._permutation(epoch)[start : start + self.stage.batch_size]
+
+    def _permutation(self, epoch: int) -> Int[Tensor, " samples"]:
+        cached = self.__dict__.get("_last")
+        if cached is None or cached[0] != epoch:
+            generator = torch.Generator().manual_seed(seed_for(self.plan.seed, "order", self.number, epoch))
+            cached = epoch, torch.randperm(self.samples, generator=generator)
+            self.__dict__["_last"] = cached  # one epoch at a time: a frozen dataclass's cache
+        return cached[1]
+
+    def seed(self, step: int) -> int:
+        """The seed of every random draw within a step (dropout), so that any step can be run again by itself."""
+        return seed_for(self.plan.seed, "step", self.number, step)
+
+    def windows(self) -> list[range]:
+        """The stage's windows, in steps.
+
+        Raises:
+            PlanError: a window lies outside the stage, or two overlap.
+        """
+        ranges = []
+        for window in self.stage.windows:
+            unit = self.steps if window.unit == "fraction" else 1
+            found = range(round(window.start * unit), round(window.stop * unit))
+            if found.stop > self.steps or not found:
+                raise PlanError(
+                    f"window {window.start:g} to {window.stop:g} {window.unit} of stage {self.number} is not within its "
+                    f"{self.steps} steps; use fractions, or steps up to {self.steps}"
+                )
+            ranges.append(found)
+        for early, late in pairwise(sorted(ranges, key=lambda r: r.start)):
+            if late.start < early.stop:
+                raise PlanError(f"windows of stage {self.number} overlap at step {late.start}; make them disjoint")
+        return ranges
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step."""
+        schedule = self.plan.schedule
+        if schedule.over == "stage":
+            return self.plan.optimizer.lr * _factor(schedule, step, self.steps)
+        lengths = [stage.steps or 0 for stage in self.plan.stages]
+        return self.plan.optimizer.lr * _factor(schedule, sum(lengths[: self.number]) + step, sum(lengths))
+
+
+def _factor(schedule: Schedule, step: int, steps: int) -> float:
+    """The schedule's share of the rate at a step of `steps`."""
+    warm = round(schedule.warmup * steps)
+    if step < warm:
+        return (step + 1) / warm
+    if schedule.kind == "constant":
+        return 1.0
+    progress = (step - warm) / max(1, steps - warm)
+    return schedule.final + (1 - schedule.final) * (1 + math.cos(math.pi * progress)) / 2

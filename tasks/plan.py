@@ -1,0 +1,214 @@
+"""Room `tasks`: the plan, one YAML file that says everything about a run, as pydantic models."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class Strict(BaseModel):
+    """A part of the plan: unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Factory(Strict):
+    """A Python object made from an import path and arguments."""
+
+    factory: str = Field(pattern=r"^[\w.]+:\w+$", description="import path, `package.module:name`")
+    args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments it is called with")
+
+
+class TaskSpec(Factory):
+    """How a sample becomes tensors and a loss: an object with `collate(samples)` and `losses(model, batch)`."""
+
+    reduction: Literal["mean", "sum", "token_mean"] = Field(
+        "mean", description="how a batch's losses become one; `token_mean` weighs samples by the task's `sizes(batch)`"
+    )
+
+
+class Data(Strict):
+    """WebDataset shards, local or on S3."""
+
+    shards: str | list[str] = Field(description="paths or URLs, with brace notation: `train-{000000..000003}.tar`")
+
+
+class Optimizer(Strict):
+    """The optimizer, the same for every stage."""
+
+    kind: Literal["sgd"] = "sgd"
+    lr: PositiveFloat
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    nesterov: bool = False
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip_norm: PositiveFloat | None = Field(None, description="largest norm of a step's gradient")
+    at_stage: Literal["reset", "carry"] = Field("reset", description="the optimizer's state at a stage boundary")
+
+
+class Schedule(Strict):
+    """Learning rate over the steps: a linear warm-up, then constant or a cosine to `final`."""
+
+    kind: Literal["constant", "cosine"] = "constant"
+    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="share of the steps spent warming up")
+    final: Annotated[float, Field(ge=0, le=1)] = Field(0.1, description="last rate of a cosine, as a share of `lr`")
+    over: Literal["stage", "run"] = Field("stage", description="what it spans; `run` needs `steps` in every stage")
+
+
+class Window(Strict):
+    """A stretch of a stage in which samples are recorded and judged."""
+
+    start: Annotated[float, Field(ge=0)] = Field(0.0, description="fraction of the stage's steps, or a step")
+    stop: Annotated[float, Field(gt=0)] = Field(1.0, description="fraction of the stage's steps, or a step")
+    unit: Literal["fraction", "steps"] = "fraction"
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Window:
+        if self.stop <= self.start:
+            raise ValueError(f"the window {self.start} to {self.stop} is empty")
+        if self.unit == "fraction" and self.stop > 1:
+            raise ValueError(f"the window {self.start} to {self.stop} lies outside its stage (0 to 1)")
+        return self
+
+
+class Top(Strict):
+    """Keeps the best-scored fraction."""
+
+    policy: Literal["top"] = "top"
+    keep: Fraction
+
+
+class Threshold(Strict):
+    """Keeps samples that score at least so much."""
+
+    policy: Literal["threshold"] = "threshold"
+    at_least: float
+
+
+class DropHarmful(Strict):
+    """Drops samples with a negative score."""
+
+    policy: Literal["drop_harmful"] = "drop_harmful"
+
+
+class Balanced(Strict):
+    """Keeps the best-scored fraction of every label or domain."""
+
+    policy: Literal["balanced"] = "balanced"
+    keep: Fraction
+    by: str = Field(description="a member of the sample (`cls`), or a field of a JSON member (`json:domain`)")
+
+
+class RandomControl(Strict):
+    """Control: keeps a random fraction."""
+
+    policy: Literal["random"] = "random"
+    keep: Fraction
+
+
+class LossControl(Strict):
+    """Control: keeps the fraction of lowest loss."""
+
+    policy: Literal["loss"] = "loss"
+    keep: Fraction
+
+
+Policy = Annotated[
+    Top | Threshold | DropHarmful | Balanced | RandomControl | LossControl, Field(discriminator="policy")
+]
+
+
+class Stage(Strict):
+    """A stretch of training on one set of shards, and how they are pruned for the next one."""
+
+    epochs: PositiveInt | None = None
+    steps: PositiveInt | None = None
+    batch_size: PositiveInt
+    accumulate: PositiveInt = Field(1, description="micro-batches a step; `batch_size` is their sum")
+    windows: list[Window] = Field(default_factory=lambda: [Window()], min_length=1)
+    stride: PositiveInt = Field(1, description="outside windows, record every n-th step for the curvature")
+    prune: Policy | None = None
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Stage:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("a stage has either `epochs` or `steps`")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} is no multiple of accumulate {self.accumulate}")
+        return self
+
+
+class Kronecker(Strict):
+    """`P_out^T C P_in` a block: `rank` numbers squared."""
+
+    kind: Literal["kronecker"] = "kronecker"
+    method: Literal["pca", "random"] = "pca"
+    rank: PositiveInt = 16
+    fit_steps: PositiveInt = Field(10, description="steps the basis is fitted on, then rewound")
+
+
+class Coordinates(Strict):
+    """The entries of most energy, in proportion to each block's size."""
+
+    kind: Literal["coordinates"] = "coordinates"
+    numbers: PositiveInt | None = Field(2048, description="over all blocks; null for every parameter")
+    fit_steps: PositiveInt = Field(10, description="steps the basis is fitted on, then rewound")
+
+
+class Curvature(Strict):
+    """How the gradient answers a change of the parameters."""
+
+    kind: Literal["empirical_fisher", "none"] = "empirical_fisher"
+    coupling: Literal["block", "full"] = Field("block", description="whether blocks answer one another")
+
+
+class Score(Strict):
+    """What a pruning policy reads (DESIGN, section 4)."""
+
+    target: str | None = Field(None, description="the target pruned for; the first one if null")
+    horizon: NonNegativeInt | Literal["stage"] = Field(
+        0, description="steps after its use at which a sample's effect is read: 0 for the contribution itself"
+    )
+    aggregate: Literal["mean", "nearest"] = "nearest"
+    nearest: PositiveInt = Field(5, description="target samples each sample is compared with, for `nearest`")
+
+
+class Plan(Strict):
+    """A whole run."""
+
+    run: str = Field(pattern=r"^[\w.-]+$", description="the run's name, a folder under `root`")
+    root: str = Field("runs", description="path or URL of the folder that holds runs")
+    seed: NonNegativeInt = 0
+    device: str = "cpu"
+    dtype: Literal["float32", "float64"] = "float32"
+    threads: PositiveInt | None = Field(None, description="torch's CPU threads; all cores if null")
+    model: Factory
+    task: TaskSpec
+    data: Data
+    targets: dict[Annotated[str, Field(pattern=r"^\w+$")], Data] = Field(min_length=1)
+    optimizer: Optimizer
+    schedule: Schedule = Schedule()
+    stages: list[Stage] = Field(min_length=1)
+    segment_steps: PositiveInt = Field(50, description="steps between checkpoints, and a ledger file each")
+    basis: Annotated[Kronecker | Coordinates, Field(discriminator="kind")] = Kronecker()
+    uncaptured: list[str] = Field(default_factory=list, description="parameters left out, as name patterns")
+    curvature: Curvature = Curvature()
+    score: Score = Score()
+    index: Literal["flat", "fp16", "sq8"] = "flat"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Plan:
+        if self.score.target is not None and self.score.target not in self.targets:
+            raise ValueError(f"score.target {self.score.target} is none of the targets {', '.join(self.targets)}")
+        if self.schedule.over == "run" and any(stage.steps is None for stage in self.stages):
+            raise ValueError(
+                "a schedule over the run needs `steps` in every stage, for epochs shrink as data is pruned"
+            )
+        return self
+
+    @property
+    def target(self) -> str:
+        """The target pruned for."""
+        return self.score.target or next(iter(self.targets))

@@ -1,0 +1,96 @@
+"""Room `tasks`: reading a plan file, and saying in one sentence what is wrong with it."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from tasks.errors import PlanError
+from tasks.plan import Plan
+
+
+def read_plan(path: str, changes: dict[str, Any] | None = None) -> Plan:
+    """Reads a plan file; `changes` replaces top-level keys.
+
+    Raises:
+        PlanError: the file is missing, no YAML, or no plan.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"the plan {path} cannot be read: {error}") from error
+    return parse_plan(text, path, changes)
+
+
+def parse_plan(text: str, where: str, changes: dict[str, Any] | None = None) -> Plan:
+    """Reads a plan from YAML text; `where` names it in errors."""
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise PlanError(f"the plan {where} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise PlanError(f"the plan {where} holds no keys; see docs/plan.md for what it needs")
+    try:
+        return Plan.model_validate(values | (changes or {}))
+    except ValidationError as error:
+        raise PlanError(f"the plan {where}: {_sentence(error)}") from error
+
+
+def plan_text(plan: Plan) -> str:
+    """The plan as YAML that `parse_plan` reads back."""
+    return yaml.safe_dump(plan.model_dump(mode="json"), sort_keys=False)
+
+
+def plan_schema() -> str:
+    """The JSON schema of a plan, for editors."""
+    return json.dumps(Plan.model_json_schema(), indent=2) + "\n"
+
+
+def _sentence(error: ValidationError) -> str:
+    """Every finding, the first in full, the rest counted."""
+    first, rest = error.errors()[0], error.error_count() - 1
+    where = ".".join(str(part) for part in first["loc"]) or "as a whole"
+    if first["type"] == "extra_forbidden":
+        key = str(first["loc"][-1])
+        known = _fields_at(first["loc"][:-1])
+        near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
+        hint = f"did you mean `{near[0]}`?" if near else f"known are {', '.join(sorted(known))}"
+        message = f"unknown key `{where}`; {hint}"
+    else:
+        message = f"`{where}`: {first['msg'].removeprefix('Value error, ')}"
+    return message + (f" (and {rest} more)" if rest else "")
+
+
+def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+    """Known keys of the model found by following `location` down from the plan."""
+    models: list[type[BaseModel]] = [Plan]
+    for part in location:
+        if isinstance(part, int):
+            continue
+        below = [m for model in models for m in _models_in(model, part)]
+        tagged = [m for m in models if part in _tags(m)]
+        models = below or tagged or models
+    return sorted({name for model in models for name in model.model_fields})
+
+
+def _models_in(model: type[BaseModel], field: str) -> list[type[BaseModel]]:
+    """Models that a field's annotation mentions."""
+    if field not in model.model_fields:
+        return []
+    found, queue = [], [model.model_fields[field].annotation]
+    while queue:
+        kind = queue.pop()
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            found.append(kind)
+        queue.extend(get_args(kind))
+    return found
+
+
+def _tags(model: type[BaseModel]) -> set[str]:
+    """The value of the field that tells a model from its alternatives: a location names it."""
+    return {str(field.default) for name, field in model.model_fields.items() if name in ("policy", "kind")}

@@ -1,0 +1,135 @@
+"""Room `tasks`: an opened run: its plan, its folder, and the model, task and basis that they describe."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from secateur.basis import Basis, restore
+from secateur.bindings import Bindings, bind
+from storage.run import RunFolder
+from storage.tensors import read_tensors
+from tasks.errors import PlanError
+from tasks.plan import Factory, Plan
+from tasks.reading import parse_plan, plan_text
+
+
+class Task(Protocol):
+    """How samples become tensors and losses; made by the plan's `task` factory.
+
+    Two methods are optional: `metrics(model, batch) -> dict[str, Tensor]`, numbers a sample reported for targets, and
+    `sizes(batch) -> Tensor`, the tokens of each sample, which `reduction: token_mean` needs.
+    """
+
+    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Decodes samples (`__key__` and the bytes of each member by extension) into tensors, batch first."""
+        ...
+
+    def losses(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """One loss a sample."""
+        ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that exists on disk, with the plan it was started with."""
+
+    plan: Plan
+    folder: RunFolder
+
+    @property
+    def url(self) -> str:
+        """Where the run is; what tasks pass to one another."""
+        return self.folder.url
+
+    @staticmethod
+    def of(plan: Plan) -> Run:
+        """The run of a plan, which need not have been started."""
+        return Run(plan, RunFolder(f"{plan.root.rstrip('/')}/{plan.run}"))
+
+    @staticmethod
+    def start(plan: Plan) -> Run:
+        """Makes the run's folder, or joins it where the same plan has been started before.
+
+        Raises:
+            PlanError: the folder holds a run of another plan.
+        """
+        folder = Run.of(plan).folder
+        if not folder.plan.committed:
+            with folder.plan.attempt("plan", {}) as attempt:
+                attempt.write("plan.yaml", plan_text(plan).encode())
+        run = Run.open(folder.url)
+        if run.plan != plan:
+            raise PlanError(
+                f"{folder.url} holds a run of another plan (they differ in {', '.join(_differences(run.plan, plan))}); "
+                f"choose another `run` name, or remove that folder"
+            )
+        return run
+
+    @staticmethod
+    def open(url: str) -> Run:
+        """The run at a path or URL.
+
+        Raises:
+            PlanError: there is no run.
+        """
+        folder = RunFolder(url.rstrip("/"))
+        if not folder.plan.committed:
+            raise PlanError(f"{url} holds no run; give the folder that `secateur run` made (root/run of the plan)")
+        return Run(parse_plan(folder.plan.read("plan.yaml").decode(), f"{url}/plan"), folder)
+
+    def task(self) -> Task:
+        """The plan's task."""
+        task = build(self.plan.task, "task")
+        if self.plan.task.reduction == "token_mean" and not hasattr(task, "sizes"):
+            raise PlanError(f"`reduction: token_mean` needs a method sizes(batch) on {self.plan.task.factory}")
+        return task
+
+    def model(self) -> nn.Module:
+        """The plan's model with its initial weights, which the seed determines."""
+        torch.manual_seed(self.plan.seed)
+        model = build(self.plan.model, "model")
+        if not isinstance(model, nn.Module):
+            raise PlanError(f"the model factory {self.plan.model.factory} gave a {type(model).__name__}, no nn.Module")
+        return model.to(device=self.plan.device, dtype=getattr(torch, self.plan.dtype))
+
+    def bindings(self, model: nn.Module) -> Bindings:
+        """Which layers of the model are captured."""
+        return bind(model, self.plan.uncaptured)
+
+    def basis(self, bindings: Bindings) -> Basis:
+        """The basis that was fitted for the run."""
+        artefact = self.folder.basis
+        tensors = {name: t.to(self.plan.device) for name, t in read_tensors(artefact, "basis.safetensors").items()}
+        return restore(self.plan.basis.kind, bindings.blocks, tensors)
+
+
+def build(factory: Factory, role: str) -> Any:
+    """Calls the factory of a plan.
+
+    Raises:
+        PlanError: it cannot be imported, or does not take the arguments.
+    """
+    module_name, name = factory.factory.split(":")
+    try:
+        make = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise PlanError(
+            f"the {role} factory {factory.factory} cannot be imported: {error}; run from the folder that holds it, or "
+            f"install it"
+        ) from error
+    try:
+        return make(**factory.args)
+    except (TypeError, ValueError) as error:
+        raise PlanError(f"the {role} factory {factory.factory} refuses its args: {error}") from error
+
+
+def _differences(old: Plan, new: Plan) -> list[str]:
+    """Top-level keys in which two plans differ."""
+    before, after = (json.loads(plan.model_dump_json()) for plan in (old, new))
+    return [key for key in after if before[key] != after[key]]

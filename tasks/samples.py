@@ -1,0 +1,72 @@
+"""Room `tasks`: listing the samples of a stage: the plan's shards for the first, pruned ones for the next."""
+
+from __future__ import annotations
+
+import polars as pl
+from prefect import task
+
+from storage.frames import read_frame, write_frame
+from storage.shards import Samples, expand, index_shards
+from tasks.errors import PlanError
+from tasks.run import Run
+
+
+@task(name="list samples")
+def list_samples(run_url: str, stage: int) -> int:
+    """Indexes the stage's shards once: key, shard, place of every member.
+
+    Returns:
+        How many samples there are.
+
+    Raises:
+        StorageError: a shard is missing, truncated, or repeats a key.
+    """
+    run = Run.open(run_url)
+    artefact = run.folder.stage(stage).samples
+    if not artefact.committed:
+        urls = stage_shards(run, stage)
+        frame = index_shards(urls)
+        with artefact.attempt("samples", {}) as attempt:
+            write_frame(attempt, "samples.parquet", frame)
+            attempt.facts.update(shards=urls, samples=len(frame))
+    return len(stage_samples(run, stage))
+
+
+def stage_samples(run: Run, stage: int) -> Samples:
+    """The listed samples of a stage, ready to be read."""
+    artefact = run.folder.stage(stage).samples
+    frame: pl.DataFrame = read_frame(artefact, "samples.parquet")
+    return Samples(artefact.manifest.facts["shards"], frame)
+
+
+def target_samples(run: Run, target: str) -> Samples:
+    """The samples of a target.
+
+    Raises:
+        PlanError: it is empty.
+    """
+    urls = expand(run.plan.targets[target].shards)
+    frame = index_shards(urls)
+    if not len(frame):
+        raise PlanError(f"target {target} has no samples in {', '.join(urls)}; give it shards that hold some")
+    return Samples(urls, frame)
+
+
+def stage_shards(run: Run, stage: int) -> list[str]:
+    """The shards that a stage trains on.
+
+    Raises:
+        PlanError: the stage before has not been pruned yet.
+    """
+    before = stage - 1
+    while before >= 0 and run.plan.stages[before].prune is None:
+        before -= 1
+    if before < 0:
+        return expand(run.plan.data.shards)
+    pruned = run.folder.stage(before).prune("plan")
+    if not pruned.committed:
+        raise PlanError(f"stage {stage} of {run.url} needs the shards of stage {before}; prune that first")
+    names = [name for name in pruned.names() if name.startswith("shards/")]
+    if not names:
+        raise PlanError(f"stage {before} of {run.url} kept no sample; relax its policy")
+    return [pruned.url(name) for name in names]

@@ -1,0 +1,120 @@
+"""Room `tasks`: the score of every recorded use of a sample, for every target (DESIGN, section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import polars as pl
+import torch
+from prefect import task
+from torch import Tensor
+
+from secateur.recursion import short_horizon
+from secateur.segment import Segment
+from storage.frames import read_frame, write_frame
+from storage.index import build_index, search_index
+from tasks.embed import dynamics_of, segment_of, spans_of, stage_embeddings
+from tasks.progress import track
+from tasks.run import Run
+from tasks.samples import stage_samples
+from tasks.targets import target_gradients
+
+SCORES = "scores.parquet"
+
+
+@task(name="score")
+def score(run_url: str, stage: int) -> int:
+    """Writes `scores.parquet`: one row a recorded use of a sample, in the order of the stage's embeddings.
+
+    Columns: `sample` (row of the stage's list), `key`, `shard`, `step`, `window`, `loss` before the step, `norm` of the
+    contribution, and for every target `score_<target>`, positive where the sample helped it.
+
+    Returns:
+        Number of rows.
+    """
+    run = Run.open(run_url)
+    folder = run.folder.stage(stage)
+    if not folder.scores.committed:
+        names = list(run.plan.targets)
+        targets = {name: target_gradients(folder.targets, name) for name in names}
+        listed = stage_samples(run, stage)
+        inputs = {"embeddings": folder.embeddings.fingerprint, "targets": folder.targets.fingerprint}
+        with folder.scores.attempt("scores", inputs) as attempt:
+            count = len(folder.segments())
+            parts = [
+                _frame(segment).with_columns(
+                    pl.Series(f"score_{name}", aggregate(run, vectors, gradients))
+                    for name, gradients in targets.items()
+                )
+                for segment, vectors in track(scored_vectors(run, stage), f"stage {stage}, scoring", count)
+            ]
+            shards = pl.DataFrame(
+                {"shard": range(len(listed.urls)), "url": listed.urls}, schema_overrides={"shard": pl.UInt32}
+            )
+            samples = listed.frame.select("sample", "key", "shard").join(shards, "shard", maintain_order="left")
+            frame = pl.concat(parts).join(
+                samples.rename({"shard": "_", "url": "shard"}), "sample", maintain_order="left"
+            )
+            scores = [f"score_{name}" for name in names]
+            frame = frame.select("sample", "key", "shard", "step", "window", "loss", "norm", *scores)
+            write_frame(attempt, SCORES, frame)
+            attempt.facts.update(rows=len(frame), **run.plan.score.model_dump(mode="json"))
+    return int(folder.scores.manifest.facts["rows"])
+
+
+def stage_scores(run: Run, stage: int) -> pl.DataFrame:
+    """The stage's `scores.parquet`."""
+    return read_frame(run.folder.stage(stage).scores, SCORES)
+
+
+def scored_vectors(run: Run, stage: int) -> Iterator[tuple[Segment, Tensor]]:
+    """Each segment's record, and what its selected records are scored by, as of the plan's horizon."""
+    folder, horizon = run.folder.stage(stage), run.plan.score.horizon
+    ledgers = folder.segments()
+    embeddings = stage_embeddings(folder.embeddings) if horizon == "stage" else []
+    for number, ledger in enumerate(ledgers):
+        segment = segment_of(ledger)
+        if horizon == "stage":
+            yield segment, theta_of(run, embeddings[number])
+        elif horizon == 0:
+            yield segment, segment.contributions[segment.selected]
+        else:
+            reach = 1 + -(-horizon // run.plan.segment_steps)
+            following = [segment_of(later) for later in ledgers[number + 1 : number + reach]]
+            yield segment, short_horizon([dynamics_of(run, s) for s in (segment, *following)], int(horizon))
+
+
+def theta_of(run: Run, embeddings: Tensor) -> Tensor:
+    """The parameters' part of embeddings that may hold the optimizer's slots too."""
+    spans = spans_of(run)
+    slots = embeddings.shape[1] // spans[-1].stop
+    return torch.cat([embeddings[:, slots * s.start : slots * s.start + s.stop - s.start] for s in spans], 1)
+
+
+def aggregate(run: Run, vectors: Tensor, gradients: Tensor) -> np.ndarray:
+    """One score a vector: its product with the target's mean gradient, or its cosines with the nearest and the most
+    opposed of the target's samples (the sum of both means)."""
+    if run.plan.score.aggregate == "mean":
+        return (vectors.double() @ gradients.double().mean(0)).numpy()
+    unit = torch.nn.functional.normalize(vectors.float(), dim=1).numpy()
+    targets = torch.nn.functional.normalize(gradients.float(), dim=1).numpy()
+    index = build_index([targets], "flat", targets.shape[1])
+    k = min(run.plan.score.nearest, len(targets))
+    near = np.array([scores.mean() for scores, _ in search_index(index, unit, k)], dtype=np.float64)
+    opposed = np.array([scores.mean() for scores, _ in search_index(index, -unit, k)], dtype=np.float64)
+    return near - opposed
+
+
+def _frame(segment: Segment) -> pl.DataFrame:
+    """The columns of the selected records that the ledger has."""
+    chosen = segment.selected
+    return pl.DataFrame(
+        {
+            "sample": segment.samples[chosen].numpy().astype(np.uint32),
+            "step": segment.steps[chosen].numpy().astype(np.uint32),
+            "window": segment.windows[chosen].numpy().astype(np.uint32),
+            "loss": segment.losses[chosen].numpy(),
+            "norm": segment.contributions[chosen].norm(dim=1).double().numpy(),
+        }
+    )

@@ -1,0 +1,84 @@
+"""Room `tasks`: the gradient of every target sample at a stage's end, and the targets' losses there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from prefect import task
+from torch import Tensor
+
+from secateur.tap import contributions
+from storage.ledger import read_checkpoint
+from storage.manifest import Artefact
+from storage.shards import Samples
+from storage.tensors import read_tensors, write_tensors
+from tasks.loop import Loop, collate, evaluating
+from tasks.progress import track
+from tasks.run import Run
+from tasks.samples import stage_samples, target_samples
+from tasks.train import end_checkpoint
+
+EVALUATION_BATCH = 256
+
+
+@task(name="differentiate targets")
+def differentiate_targets(run_url: str, stage: int) -> dict[str, dict[str, float]]:
+    """Stores each target sample's loss gradient in the run's basis, at the stage's end.
+
+    Returns:
+        For every target its mean `loss`, its number of `samples`, and the means of the task's metrics.
+
+    Raises:
+        PlanError: a target is empty.
+    """
+    run = Run.open(run_url)
+    artefact = run.folder.stage(stage).targets
+    if not artefact.committed:
+        loop = at_end(run, stage)
+        with artefact.attempt("targets", {"basis": run.folder.basis.fingerprint}) as attempt:
+            for name in run.plan.targets:
+                samples = target_samples(run, name)
+                rows, figures = _differentiate(loop, samples, name)
+                write_tensors(attempt, f"{name}.safetensors", {"gradients": rows}, {})
+                attempt.facts[name] = figures
+    return dict(artefact.manifest.facts)
+
+
+def at_end(run: Run, stage: int) -> Loop:
+    """The stage's loop with the weights of its end."""
+    loop = Loop(run, stage, stage_samples(run, stage))
+    loop.restore(read_checkpoint(end_checkpoint(run, stage)))
+    return loop
+
+
+def target_gradients(artefact: Artefact, name: str) -> Tensor:
+    """`samples p`: the stored gradients of a target's samples."""
+    return read_tensors(artefact, f"{name}.safetensors")["gradients"]
+
+
+def gradients_of(loop: Loop, samples: Samples, rows: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Loss gradients of some samples in the run's basis, their losses, and the task's metrics of each."""
+    bindings = loop.run.bindings(loop.model)
+    basis = loop.run.basis(bindings)
+    with evaluating(loop.model):
+        batch = collate(loop.task, samples, rows, loop.run.plan.device)
+        forward: Callable[[], Tensor] = lambda: loop.task.losses(loop.model, batch)  # noqa: E731
+        numbers, losses = contributions(forward, len(rows), bindings, basis)
+        metrics: dict[str, Tensor] = {}
+        if hasattr(loop.task, "metrics"):
+            with torch.no_grad():
+                metrics = loop.task.metrics(loop.model, batch)
+    return numbers.cpu(), losses.cpu(), metrics
+
+
+def _differentiate(loop: Loop, samples: Samples, name: str) -> tuple[Tensor, dict[str, float]]:
+    """All of a target's gradients, and the means of its losses and metrics."""
+    chunks = torch.arange(len(samples)).split(EVALUATION_BATCH)
+    gradients, values = [], []
+    for rows in track(chunks, f"target {name}", len(chunks)):
+        numbers, losses, metrics = gradients_of(loop, samples, rows)
+        gradients.append(numbers)
+        values.append({"loss": losses.double()} | {k: v.double().cpu() for k, v in metrics.items()})
+    means = {key: float(torch.cat([v[key] for v in values]).mean()) for key in values[0]}
+    return torch.cat(gradients), {"samples": len(samples), **means}

@@ -1,0 +1,118 @@
+"""Room `tasks`: training one stage, segment by segment, with every segment's ledger and checkpoint kept together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from jaxtyping import Float, Int
+from prefect import task
+from pydantic import BaseModel
+from torch import Tensor
+
+from secateur.recorder import Recorder
+from storage.ledger import read_checkpoint, write_checkpoint, write_ledger
+from storage.manifest import Artefact
+from tasks.errors import PlanError
+from tasks.loop import Loop
+from tasks.order import Order
+from tasks.progress import track
+from tasks.run import Run
+from tasks.samples import stage_samples
+
+
+class Trained(BaseModel):
+    """What training a stage came to."""
+
+    stage: int
+    samples: int
+    steps: int
+    segments: int
+
+
+@task(name="train")
+def train(run_url: str, stage: int) -> Trained:
+    """Trains a stage from the end of the one before, recording contributions; carries on at the last whole segment.
+
+    Raises:
+        PlanError: the stage before is unfinished, a window lies outside the stage, a sample cannot be decoded, or a
+            loss is not finite.
+    """
+    run = Run.open(run_url)
+    samples = stage_samples(run, stage)
+    order = Order(run.plan, stage, len(samples))
+    folder, bounds = run.folder.stage(stage), segment_bounds(order)
+    done = len(folder.segments())
+    if done < len(bounds):
+        order.windows()
+        loop = Loop(run, stage, samples)
+        _begin(run, loop, stage, done)
+        recorder = loop.recorder()
+        for number, steps in list(enumerate(bounds))[done:]:
+            recorder.start_at(steps.start)
+            label = f"stage {stage}, segment {number + 1} of {len(bounds)}"
+            for step in track(steps, label, len(steps)):
+                loop.step(step, recording_of(recorder, order, step))
+            with folder.segment(number).attempt("segment", {"basis": run.folder.basis.fingerprint}) as attempt:
+                segment = recorder.take()
+                write_ledger(attempt, segment.tensors(), segment.first_step)
+                write_checkpoint(attempt, loop.tensors())
+                attempt.facts.update(stage=stage, first_step=steps.start, next_step=steps.stop, seed=run.plan.seed)
+    return Trained(stage=stage, samples=len(samples), steps=order.steps, segments=len(bounds))
+
+
+def segment_bounds(order: Order) -> list[range]:
+    """The steps of each segment of a stage."""
+    size = order.plan.segment_steps
+    return [range(start, min(start + size, order.steps)) for start in range(0, order.steps, size)]
+
+
+def recording_of(
+    recorder: Recorder, order: Order, step: int
+) -> Callable[[Int[Tensor, " b"], Float[Tensor, " b"]], Any] | None:
+    """How a step is recorded: in its window, for the curvature only, or not at all."""
+    windows = order.windows()
+    inside = [number for number, window in enumerate(windows) if step in window]
+    stride = order.stage.stride
+    if inside:
+        return lambda rows, weights: recorder.batch(rows, weights, window=inside[0])
+    if step % stride == 0:
+        return lambda rows, weights: recorder.batch(rows, weights, window=-1, stride=float(stride))
+    return None
+
+
+def start_checkpoint(run: Run, stage: int) -> Artefact:
+    """The artefact whose checkpoint a stage starts from.
+
+    Raises:
+        PlanError: the stage before is unfinished.
+    """
+    if stage == 0:
+        return run.folder.stage(0).start
+    return end_checkpoint(run, stage - 1)
+
+
+def end_checkpoint(run: Run, stage: int) -> Artefact:
+    """The artefact whose checkpoint is a trained stage's end.
+
+    Raises:
+        PlanError: the stage is not wholly trained.
+    """
+    folder = run.folder.stage(stage)
+    count = len(stage_samples(run, stage)) if folder.samples.committed else 0
+    bounds = segment_bounds(Order(run.plan, stage, count)) if count else []
+    if not bounds or len(folder.segments()) < len(bounds):
+        raise PlanError(f"stage {stage} of {run.url} is not wholly trained; `secateur run` its plan first")
+    return folder.segment(len(bounds) - 1)
+
+
+def _begin(run: Run, loop: Loop, stage: int, done: int) -> None:
+    """Brings the loop to the start of segment `done`."""
+    if stage == 0 and not run.folder.stage(0).start.committed:
+        with run.folder.stage(0).start.attempt("checkpoint", {}) as attempt:
+            write_checkpoint(attempt, loop.tensors())
+    if done:
+        loop.restore(read_checkpoint(run.folder.stage(stage).segment(done - 1)))
+    else:
+        carried = run.plan.optimizer.at_stage == "carry" and stage > 0
+        loop.restore(read_checkpoint(start_checkpoint(run, stage)), optimizer=carried)
