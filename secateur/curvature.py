@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from secateur.segment import Segment
 
 
+@runtime_checkable
 class Curvature(Protocol):
     """Multiplies by `H_t` within a span of the basis; the scale and stride of the step are already in it."""
 

@@ -18,14 +18,36 @@ Rows = Callable[[np.ndarray], np.ndarray]
 
 
 def build_index(chunks: Iterable[np.ndarray], kind: str, width: int) -> faiss.Index:
-    """An index of vectors that come in chunks `n width`; a quantised one learns its ranges from the first chunk."""
+    """An index of vectors.
+
+    Args:
+        chunks: arrays `n width`, all held while it is built: give views of mapped files.
+        kind: one of `KINDS`. A quantised index chooses candidates, which `search_index` must score anew: sq8 spreads 256
+            steps over the range of each number, and fp16 holds the vectors scaled, for small ones would lose digits.
+    """
+    held = list(chunks)
     index = faiss.index_factory(width, KINDS[kind], faiss.METRIC_INNER_PRODUCT)
-    for chunk in chunks:
-        vectors = np.ascontiguousarray(chunk, dtype=np.float32)
-        if not index.is_trained:
-            index.train(vectors)
-        index.add(vectors)
+    if not index.is_trained:
+        index.train(_ranges(held, width))
+    scale = np.float32(_scale(held) if kind == "fp16" else 1)
+    for chunk in held:
+        index.add(np.ascontiguousarray(chunk, dtype=np.float32) * scale)
     return index
+
+
+def _ranges(chunks: list[np.ndarray], width: int) -> np.ndarray:
+    """`2 width`: the least and the greatest of each number, which is all that the quantiser learns from."""
+    if not any(len(chunk) for chunk in chunks):
+        return np.zeros((2, width), np.float32)
+    least = np.min([chunk.min(0) for chunk in chunks if len(chunk)], 0)
+    greatest = np.max([chunk.max(0) for chunk in chunks if len(chunk)], 0)
+    return np.stack([least, greatest]).astype(np.float32)
+
+
+def _scale(chunks: list[np.ndarray]) -> float:
+    """The power of two that brings the largest magnitude just under the largest half-precision number."""
+    largest = max((float(np.abs(chunk).max()) for chunk in chunks if chunk.size), default=0.0)
+    return 2.0 ** (15 - int(np.frexp(largest)[1])) if largest > 0 else 1.0
 
 
 def write_index(attempt: Attempt, index: faiss.Index) -> None:
@@ -55,26 +77,34 @@ def search_index(
     Args:
         queries: `m width`.
         ids: the ids among which to search; all if None.
-        exact: gives the vectors of some ids; a quantised index's best 4 k + 200 are scored anew with them.
+        exact: gives the vectors of some ids; a quantised index needs it: its best 4 k + 200 are scored anew with them.
 
     Returns:
         For each query its scores and ids, best first; fewer than k where there are fewer.
     """
+    assert exact is not None or isinstance(index, faiss.IndexFlat), "a quantised index only chooses candidates"
     queries = np.ascontiguousarray(queries, dtype=np.float32)
     wide = k if exact is None else 4 * k + 200
     wide = min(wide, index.ntotal if ids is None else len(ids))
     if wide == 0:
         return [(np.empty(0, np.float32), np.empty(0, np.int64)) for _ in queries]
-    parameters = None if ids is None else faiss.SearchParameters(sel=faiss.IDSelectorBatch(ids.astype(np.int64)))
+    parameters = None if ids is None else faiss.SearchParameters(sel=_selector(ids, index.ntotal))
     scores, found = index.search(queries, wide, params=parameters)
     return [_best(s[f >= 0], f[f >= 0], q, k, exact) for s, f, q in zip(scores, found, queries, strict=True)]
+
+
+def _selector(ids: np.ndarray, total: int) -> faiss.IDSelector:
+    """Admits `ids`, by one bit an id: a set would take a hash a vector."""
+    chosen = np.zeros(total, bool)
+    chosen[ids] = True
+    return faiss.IDSelectorBitmap(np.packbits(chosen, bitorder="little"))
 
 
 def _best(
     scores: np.ndarray, ids: np.ndarray, query: np.ndarray, k: int, exact: Rows | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """One query's k best, scored anew where the index is not exact; ties go to the smaller id."""
-    if exact is not None:
+    if exact is not None and len(ids):
         scores = exact(ids) @ query
     order = np.lexsort((ids, -scores))[:k]
     return scores[order], ids[order]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from storage.root import Root
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+LARGE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ class Attempt:
     @contextmanager
     def open(self, name: str) -> Iterator[IO[bytes]]:
         """A file of the artefact to write, hashed as it is written."""
-        with self.root.open(name, "wb") as file:
-            hashed = _Hashed(file)
+        with self.root.open(name, "wb") as file, ThreadPoolExecutor(1) as beside:
+            hashed = _Hashed(file, beside)
             yield hashed  # type: ignore[misc]  # the writing part of a file is all that is used
         self.files[name] = {"size": hashed.size, "sha256": hashed.digest.hexdigest()}
 
@@ -114,6 +116,7 @@ class Artefact:
     def remove(self) -> None:
         """Removes an artefact that served its purpose, its manifest first."""
         self._manifest = None
+        self.root.remove(MANIFEST)
         self.root.delete()
 
     @contextmanager
@@ -127,14 +130,27 @@ class Artefact:
         attempt = Attempt(self.root.child(name))
         try:
             yield attempt
+            attempt.root.settle(attempt.files)
             manifest = Manifest(kind, name, attempt.files, inputs, attempt.facts)
             text = json.dumps(asdict(manifest), sort_keys=True, indent=1, allow_nan=False) + "\n"
-            self.root.create(MANIFEST, text.encode())
-        except FileExistsError:
-            attempt.root.delete()
         except BaseException:
             with suppress(Exception):
                 attempt.root.delete()
+            raise
+        self._commit(attempt, name, text.encode())
+
+    def _commit(self, attempt: Attempt, name: str, text: bytes) -> None:
+        """Writes the manifest, unless one is there. A store may take it though its answer is lost, and a second try then
+        finds it: files are removed only where the manifest surely isn't this attempt's."""
+        try:
+            self.root.create(MANIFEST, text)
+        except FileExistsError:
+            if self.manifest.attempt != name:
+                attempt.root.delete()
+        except BaseException:
+            with suppress(Exception):
+                if self.root.is_local and not self.root.exists(MANIFEST):
+                    attempt.root.delete()
             raise
 
     def _files(self) -> Root:
@@ -147,15 +163,21 @@ class Artefact:
 
 
 class _Hashed:
-    """The writing end of a file that counts and hashes what passes."""
+    """The writing end of a file that counts and hashes what passes; large blocks are hashed while they are written."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file, self.size, self.digest = file, 0, hashlib.sha256()
+    def __init__(self, file: IO[bytes], beside: ThreadPoolExecutor) -> None:
+        self._file, self._beside, self.size, self.digest = file, beside, 0, hashlib.sha256()
 
     def write(self, data: bytes | memoryview) -> int:
-        self.digest.update(data)
-        self.size += len(data)
-        return self._file.write(data)
+        size = memoryview(data).nbytes
+        self.size += size
+        if size < LARGE:
+            self.digest.update(data)
+            return self._file.write(data)
+        hashing = self._beside.submit(self.digest.update, data)
+        written = self._file.write(data)
+        hashing.result()
+        return written
 
     def flush(self) -> None:
         self._file.flush()
@@ -181,7 +203,7 @@ def _parse(data: bytes, where: str) -> Manifest:
             isinstance(n, str) and not n.startswith("/") and ".." not in n.split("/")
             for n in (*manifest.files, manifest.attempt)
         )
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise StorageError(f"{where} is damaged ({error}); remove its folder and run again") from error
     if not whole or manifest.format != FORMAT:
         raise StorageError(f"{where} is not of format {FORMAT}, or names files outside its folder; remove its folder")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import IO
 
-import fsspec
 import numpy as np
 import polars as pl
 
+from storage.errors import StorageError
 from storage.manifest import Attempt
 from storage.root import explained
-from storage.shards import member_end
+from storage.tars import BLOCK, member_end, open_shard
 
 CHUNK = 4 << 20
 
@@ -27,41 +27,65 @@ def rewrite_shards(attempt: Attempt, urls: Sequence[str], frame: pl.DataFrame, k
 
     Returns:
         Names of the written shards, in order.
+
+    Raises:
+        StorageError: a shard is shorter than when it was listed.
     """
-    names = _names(urls)
+    bounds = np.searchsorted(frame["shard"].to_numpy(), np.arange(len(urls) + 1))
     written = []
-    for number, (url, name) in enumerate(zip(urls, names, strict=True)):
-        here = (frame["shard"] == number).to_numpy()
-        if not (here & keep).any():
+    for number, (url, name) in enumerate(zip(urls, _names(urls), strict=True)):
+        rows = slice(int(bounds[number]), int(bounds[number + 1]))
+        if not keep[rows].any():
             continue
-        dropped = frame.filter(pl.Series(here & ~keep))
-        with explained(f"shard {url}", "read"), fsspec.open(url, "rb") as source, attempt.open(name) as target:
-            for start, stop in _kept_ranges(dropped):
-                _copy(source, target, start, stop)
+        listed = frame[rows]
+        with open_shard(url) as source, attempt.open(name) as target:
+            for block in _joined(_kept(source, url, listed, keep[rows])):
+                target.write(block)
         written.append(name)
     return written
 
 
-def _kept_ranges(dropped: pl.DataFrame) -> Iterator[tuple[int, int | None]]:
-    """Byte ranges between dropped members; the last runs to the end of the file."""
-    start = 0
-    members = dropped.select("begins", "offsets", "sizes").explode("begins", "offsets", "sizes").sort("begins")
-    for begin, offset, size in members.iter_rows():
-        if begin > start:
-            yield start, begin
-        start = member_end(offset, size)
-    yield start, None
+def _kept(source: IO[bytes], url: str, listed: pl.DataFrame, keep: np.ndarray) -> Iterator[bytes]:
+    """The bytes of a shard outside its dropped members."""
+    position = 0
+    for begin, offset, size in _members(listed.filter(pl.Series(~keep))):
+        while position < begin:
+            data = _read(source, url, position, min(CHUNK, begin - position))
+            if not data:
+                raise StorageError(f"shard {url} is shorter than when it was listed; restore it")
+            position += len(data)
+            yield data
+        position = member_end(offset, size)
+    while data := _read(source, url, position, CHUNK):
+        position += len(data)
+        yield data
+    _, offset, size = _members(listed)[-1]
+    if position < member_end(offset, size) + BLOCK:
+        raise StorageError(f"shard {url} is shorter than when it was listed; restore it")
 
 
-def _copy(source: IO[bytes], target: IO[bytes], start: int, stop: int | None) -> None:
-    source.seek(start)
-    left = stop - start if stop is not None else None
-    while left is None or left > 0:
-        data = source.read(CHUNK if left is None else min(CHUNK, left))
-        if not data:
-            return
-        target.write(data)
-        left = None if left is None else left - len(data)
+def _members(listed: pl.DataFrame) -> list[tuple[int, int, int]]:
+    """Beginning, payload and size of the members of some samples, in the order of the shard."""
+    return listed.select("begins", "offsets", "sizes").explode("begins", "offsets", "sizes").rows()
+
+
+def _read(source: IO[bytes], url: str, start: int, size: int) -> bytes:
+    with explained(f"shard {url}", "read"):
+        source.seek(start)
+        return source.read(size)
+
+
+def _joined(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """The same bytes in blocks that are worth a write each."""
+    held: list[bytes] = []
+    size = 0
+    for piece in pieces:
+        held.append(piece)
+        size += len(piece)
+        if size >= CHUNK:
+            yield b"".join(held)
+            held, size = [], 0
+    yield b"".join(held)
 
 
 def _names(urls: Sequence[str]) -> list[str]:

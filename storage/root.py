@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, cast
 
-import fsspec
+from botocore.exceptions import BotoCoreError  # type: ignore[import-untyped]
+from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
 from storage.errors import StorageError
+
+REMEDIES = {
+    errno.ENOSPC: "free some space and run the same command again",
+    errno.EDQUOT: "free some space and run the same command again",
+    errno.EACCES: "check its permissions, or the credentials of the store",
+    errno.EPERM: "check its permissions, or the credentials of the store",
+    errno.EISDIR: "it is a folder; name a file",
+    errno.ENOTDIR: "a part of its path is a file; choose another path",
+}
 
 
 class Root:
@@ -21,8 +34,7 @@ class Root:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/") or "/"
-        self._fs: fsspec.AbstractFileSystem
-        self._fs, self._path = url_to_fs(self.url)
+        self._path: str = url_to_fs(self.url)[1]
 
     def child(self, *parts: str) -> Root:
         """A folder within."""
@@ -31,7 +43,7 @@ class Root:
     @property
     def is_local(self) -> bool:
         """Whether files can be opened in place."""
-        return "file" in (self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,))
+        return isinstance(self._fs, LocalFileSystem)
 
     def url_of(self, name: str) -> str:
         """Path or URL of a file within."""
@@ -45,10 +57,14 @@ class Root:
             StorageError: it cannot be read or written (missing, full, forbidden).
         """
         with explained(self.url_of(name), "read" if "r" in mode else "written"):
-            if self.is_local and "r" not in mode:
+            if not self.is_local:
+                with self._fs.open(self._at(name), mode) as file:
+                    yield cast(IO[bytes], file)
+                return
+            if "r" not in mode:
                 os.makedirs(os.path.dirname(self._at(name)), exist_ok=True)
-            with self._fs.open(self._at(name), mode) as file:
-                yield cast(IO[bytes], file)
+            with cast(IO[bytes], open(self._at(name), mode)) as file:
+                yield file
 
     def read_bytes(self, name: str) -> bytes:
         """A whole file."""
@@ -59,8 +75,9 @@ class Root:
         """Whether a file is there now; nothing is remembered."""
         if self.is_local:
             return os.path.exists(self._at(name))
-        self._fs.invalidate_cache()
-        return bool(self._fs.exists(self._at(name)))
+        with explained(self.url_of(name), "looked for"):
+            self._fs.invalidate_cache()
+            return bool(self._fs.exists(self._at(name)))
 
     def create(self, name: str, data: bytes) -> None:
         """Writes a file, whole or not at all, unless it is there already.
@@ -83,14 +100,31 @@ class Root:
         """Every file within, however deep, relative, sorted."""
         if self.is_local and not os.path.isdir(self._path):
             return []
-        self._fs.invalidate_cache()
-        found = cast(list[str], self._fs.find(self._path))
+        with explained(self.url, "listed"):
+            self._fs.invalidate_cache()
+            found = cast(list[str], self._fs.find(self._path))
         return sorted(f[len(self._path.rstrip("/")) + 1 :] for f in found)
+
+    def remove(self, name: str) -> None:
+        """Removes a file within, if it is there."""
+        with explained(self.url_of(name), "removed"), suppress(FileNotFoundError):
+            self._fs.rm_file(self._at(name))
 
     def delete(self) -> None:
         """Removes the folder and all in it."""
-        with suppress(FileNotFoundError):
+        with explained(self.url, "removed"), suppress(FileNotFoundError):
+            self._fs.invalidate_cache()
             self._fs.rm(self._path, recursive=True)
+
+    def settle(self, names: Iterable[str]) -> None:
+        """Waits until written files are on the disk itself, to outlive a power cut; a store answers for its own."""
+        if self.is_local:
+            with ThreadPoolExecutor(4) as pool:
+                list(pool.map(self._sync, names))
+
+    def _sync(self, name: str) -> None:
+        with explained(self.url_of(name), "written"), open(self._at(name), "rb") as file:
+            os.fsync(file.fileno())
 
     def local(self, name: str) -> Path:
         """A local file with the content of a file within: itself, or a copy fetched once a process."""
@@ -98,9 +132,16 @@ class Root:
             return Path(self._at(name))
         copy = Path(_fetched().name) / str(uuid.uuid5(uuid.NAMESPACE_URL, self.url_of(name)))
         if not copy.exists():
+            draft = f"{copy}.{uuid.uuid4().hex}"  # another thread may fetch it too
             with explained(self.url_of(name), "read"):
-                self._fs.get_file(self._at(name), str(copy))
+                self._fs.get_file(self._at(name), draft)
+                os.replace(draft, copy)
         return copy
+
+    @property
+    def _fs(self) -> AbstractFileSystem:
+        """This process's connection: fsspec keeps one a process, for it does not survive a fork."""
+        return url_to_fs(self.url)[0]
 
     def _at(self, name: str) -> str:
         return f"{self._path.rstrip('/')}/{name}"
@@ -130,8 +171,10 @@ def explained(what: str, verb: str) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         raise StorageError(f"{what} does not exist; check the path and that the run got so far") from error
-    except OSError as error:
-        raise StorageError(f"{what} cannot be {verb}: {error.strerror or error}; nothing was committed") from error
+    except (OSError, BotoCoreError) as error:
+        number, reason = getattr(error, "errno", None), getattr(error, "strerror", None) or error
+        remedy = REMEDIES.get(number or 0, "check the disk or the connection and run the same command again")
+        raise StorageError(f"{what} cannot be {verb}: {reason}; {remedy}") from error
 
 
 def _refused(error: BaseException) -> bool:

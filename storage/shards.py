@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import os
-import tarfile
+import re
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
-import fsspec
 import polars as pl
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
 from storage.errors import StorageError
 from storage.root import explained
+from storage.tars import members
 
-BLOCK = tarfile.BLOCKSIZE
-COLUMNS = {
+MEMBERS: dict[str, Any] = {
     "sample": pl.UInt32,
     "key": pl.String,
     "shard": pl.UInt32,
-    "names": pl.List(pl.String),
-    "begins": pl.List(pl.UInt64),
-    "offsets": pl.List(pl.UInt64),
-    "sizes": pl.List(pl.UInt64),
+    "names": pl.String,
+    "begins": pl.UInt64,
+    "offsets": pl.UInt64,
+    "sizes": pl.UInt64,
 }
+META = re.compile(r"__[^/]*__($|/)")  # WebDataset's own side files
+RESERVED = {"__key__", "__url__"}
+OPEN_FILES = 128
 
 
 def expand(shards: str | Sequence[str]) -> list[str]:
@@ -37,7 +42,7 @@ def expand(shards: str | Sequence[str]) -> list[str]:
     urls = [url for pattern in patterns for url in expand_urls(pattern)]
     for url in urls:
         with explained(f"shard {url}", "looked for"):
-            filesystem, path = fsspec.core.url_to_fs(url)
+            filesystem, path = url_to_fs(url)
             if not filesystem.exists(path):
                 raise StorageError(f"shard {url} does not exist; check `shards` in the plan")
     if not urls:
@@ -52,92 +57,90 @@ def index_shards(urls: Sequence[str]) -> pl.DataFrame:
     Raises:
         StorageError: a shard is no tar, is truncated or compressed, or a key is there twice.
     """
-    rows: list[dict[str, Any]] = []
-    for number, url in enumerate(urls):
-        rows += ({"shard": number, **sample} for sample in _samples(url))
-    frame = pl.DataFrame([{"sample": i, **row} for i, row in enumerate(rows)], schema=COLUMNS)
-    repeated = frame.filter(pl.col("key").is_duplicated()).sort("key", "sample")
+    columns: list[list[Any]] = [[] for _ in MEMBERS]
+    sample = -1
+    for shard, url in enumerate(urls):
+        for new, key, *place in _grouped(url):
+            sample += new
+            for column, value in zip(columns, (sample, key, shard, *place), strict=True):
+                column.append(value)
+    listed = pl.DataFrame(dict(zip(MEMBERS, columns, strict=True)), schema=MEMBERS)
+    once, *lists = pl.col("key", "shard").first(), pl.col("names", "begins", "offsets", "sizes")
+    frame = listed.group_by("sample", maintain_order=True).agg(once, *lists)
+    repeated = frame.filter(pl.col("key").is_duplicated())
     if len(repeated):
-        key, places = repeated["key"][0], repeated.filter(pl.col("key") == repeated["key"][0])["shard"].to_list()
-        raise StorageError(
-            f"key {key} is there twice, in {urls[places[0]]} and in {urls[places[1]]}, with {repeated['key'].n_unique()} "
-            f"keys repeated in all; give every sample a key of its own"
-        )
+        raise StorageError(_repetition(urls, frame, repeated))
     return frame
 
 
-def _samples(url: str) -> Iterator[dict[str, Any]]:
-    """The samples of one shard: consecutive members that share a key, as WebDataset groups them."""
-    sample: dict[str, Any] | None = None
-    for member in _members(url):
+def _repetition(urls: Sequence[str], frame: pl.DataFrame, repeated: pl.DataFrame) -> str:
+    """Which key is there twice, and where."""
+    places = repeated.filter(pl.col("key") == repeated["key"][0]).head(2)
+    first = frame.group_by("shard").agg(pl.col("sample").min().alias("first"))
+    counted = places.join(first, "shard", maintain_order="left").select("shard", pl.col("sample") - pl.col("first"))
+    one, other = (f"sample {number} of {urls[shard]}" for shard, number in counted.iter_rows())
+    return (
+        f"key {places['key'][0]} is there twice, as {one} and as {other}, with {repeated['key'].n_unique()} keys repeated in "
+        f"all; give every sample a key of its own and write its members side by side"
+    )
+
+
+def _grouped(url: str) -> Iterator[tuple[bool, str, str, int, int, int]]:
+    """Each member that belongs to a sample: whether it begins one, key, extension, and its place. Consecutive members
+    that share a key are a sample, as WebDataset groups them."""
+    last = None
+    names: set[str] = set()
+    for member in members(url):
         key, extension = base_plus_ext(member.name)
-        if not key:
+        if not key or META.match(member.name):
             continue
-        try:
-            member.name.encode()
-        except UnicodeEncodeError as error:
-            raise StorageError(f"shard {url} has a member whose name is not UTF-8 ({key!r}); rename it") from error
-        if sample is None or sample["key"] != key:
-            if sample:
-                yield sample
-            sample = {"key": key, "names": [], "begins": [], "offsets": [], "sizes": []}
-        if extension.lower() in sample["names"]:
-            raise StorageError(f"sample {key} of {url} has two members .{extension}; a key may hold each once")
-        sample["names"].append(extension.lower())
-        sample["begins"].append(member.offset)
-        sample["offsets"].append(member.offset_data)
-        sample["sizes"].append(member.size)
-    if sample:
-        yield sample
-
-
-def _members(url: str) -> Iterator[tarfile.TarInfo]:
-    """The regular files of a tar, to its very end."""
-    with explained(f"shard {url}", "read"), fsspec.open(url, "rb") as file:
-        try:
-            end = 0
-            with tarfile.open(fileobj=file, mode="r:") as archive:
-                for member in archive:
-                    archive.members = []  # tarfile would keep them all
-                    end = member_end(member.offset_data, member.size)
-                    if member.isfile():
-                        yield member
-                    elif not member.isdir():
-                        raise StorageError(
-                            f"shard {url} has a member {member.name} that is no regular file (a link or a device); remove it"
-                        )
-            file.seek(end)
-            if file.read(BLOCK) != bytes(BLOCK):
-                raise tarfile.ReadError(f"no end of archive at byte {end}")
-        except tarfile.TarError as error:
+        if not member.name.isascii():
+            _check_utf8(url, member.name)
+        name, new = extension.lower(), key != last
+        if new:
+            last, names = key, set(RESERVED)
+        if name in names:
             raise StorageError(
-                f"shard {url} is truncated, compressed or no tar ({error}); write it anew, uncompressed"
-            ) from error
+                f"sample {key} of {url} has a member .{name} twice, or of a name that WebDataset keeps for itself; rename it"
+            )
+        names.add(name)
+        yield new, key, name, member.offset, member.offset_data, member.size
 
 
-def member_end(offset: int, size: int) -> int:
-    """Where a member ends, padding included."""
-    return offset + (size + BLOCK - 1) // BLOCK * BLOCK
+def _check_utf8(url: str, name: str) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise StorageError(f"shard {url} has a member whose name is not UTF-8 ({name!a}); rename it") from error
 
 
 class Samples:
-    """Listed samples, read by row in any order; shards stay open between reads."""
+    """Listed samples, read by row in any order by any thread; shards stay open between reads. It can be pickled, to go
+    to a spawned process."""
 
     def __init__(self, urls: Sequence[str], frame: pl.DataFrame) -> None:
         self.urls, self.frame = list(urls), frame
-        self._files: dict[tuple[int, int], IO[bytes]] = {}
+        self._local = [path if isinstance(fs, LocalFileSystem) else None for fs, path in map(url_to_fs, urls)]
+        self._files: OrderedDict[int, IO[bytes]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self.frame)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Samples, (self.urls, self.frame)
+
     def read(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        """The samples at `rows`: `__key__`, and the bytes of each member by extension."""
+        """The samples at `rows`: `__key__`, and the bytes of each member by extension.
+
+        Raises:
+            StorageError: a shard cannot be read, or is shorter than when it was listed.
+        """
+        listed = list(self.frame[list(rows)].iter_rows(named=True))
+        spans = [(row["shard"], row["begins"][0], row["offsets"][-1] + row["sizes"][-1]) for row in listed]
         read = []
-        for row in self.frame[list(rows)].iter_rows(named=True):
-            file, start = self._file(row["shard"]), row["begins"][0]
-            with explained(f"shard {self.urls[row['shard']]}", "read"):
-                file.seek(start)
-                data = file.read(row["offsets"][-1] + row["sizes"][-1] - start)
+        for row, (shard, start, stop), data in zip(listed, spans, self._fetch(spans), strict=True):
+            if len(data) != stop - start:
+                raise StorageError(f"shard {self.urls[shard]} is shorter than when it was listed; restore it")
             sample: dict[str, Any] = {"__key__": row["key"]}
             for name, offset, size in zip(row["names"], row["offsets"], row["sizes"], strict=True):
                 sample[name] = data[offset - start : offset - start + size]
@@ -152,10 +155,29 @@ class Samples:
         """Path or URL of the shard that holds a key."""
         return self.urls[self.frame.filter(pl.col("key") == key)["shard"][0]]
 
-    def _file(self, shard: int) -> IO[bytes]:
-        """A shard's open file; a process opens its own, for a fork shares file positions."""
-        place = os.getpid(), shard
-        if place not in self._files:
-            with explained(f"shard {self.urls[shard]}", "read"):
-                self._files[place] = fsspec.open(self.urls[shard], "rb").open()
-        return self._files[place]
+    def _fetch(self, spans: list[tuple[int, int, int]]) -> list[bytes]:
+        """Byte ranges of shards: local ones from files kept open, remote ones all at once."""
+        found: dict[int, bytes] = {}
+        remote = [place for place, (shard, _, _) in enumerate(spans) if self._local[shard] is None]
+        for place, (shard, start, stop) in enumerate(spans):
+            if (path := self._local[shard]) is not None:
+                with explained(f"shard {self.urls[shard]}", "read"):
+                    found[place] = os.pread(self._file(shard, path).fileno(), stop - start, start)
+        if remote:
+            shards, starts, stops = zip(*(spans[place] for place in remote), strict=True)
+            with explained(f"shard {self.urls[shards[0]]} or one read with it", "read"):
+                filesystem = url_to_fs(self.urls[shards[0]])[0]
+                paths = [url_to_fs(self.urls[shard])[1] for shard in shards]
+                data = filesystem.cat_ranges(paths, list(starts), list(stops), on_error="raise")
+                found.update(zip(remote, data, strict=True))
+        return [found[place] for place in range(len(spans))]
+
+    def _file(self, shard: int, path: str) -> IO[bytes]:
+        """A shard's open file. Positions are given with each read, so threads and forks may share it; the one opened
+        first closes when nobody reads it any more."""
+        file = self._files.get(shard)
+        if file is None:
+            file = self._files[shard] = open(path, "rb", buffering=0)  # noqa: SIM115  # stays open
+            if len(self._files) > OPEN_FILES:
+                self._files.popitem(last=False)
+        return file

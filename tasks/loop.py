@@ -96,7 +96,7 @@ class Loop:
         held = {f"model.{name}": t for name, t in self.model.state_dict().items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             held |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in state.items() if v is not None}
-        return {name: t.detach().cpu().contiguous() for name, t in held.items()}
+        return {name: t.detach().cpu().clone() for name, t in held.items()}  # tied ones apart
 
     def restore(self, tensors: Tensors, optimizer: bool = True) -> None:
         """Takes up the state that `tensors()` gave; without `optimizer` its state is reset."""

@@ -172,7 +172,7 @@ class Score(Strict):
         0, description="steps after its use at which a sample's effect is read: 0 for the contribution itself"
     )
     aggregate: Literal["mean", "nearest"] = "nearest"
-    nearest: PositiveInt = Field(5, description="target samples each sample is compared with, for `nearest`")
+    nearest: PositiveInt = Field(10, description="target samples each sample is compared with, for `nearest`")
 
 
 class Plan(Strict):

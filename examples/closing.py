@@ -1,0 +1,58 @@
+"""What an example ends with: its stages beside a control's, and its most influential samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from rich.table import Table
+
+from flows.curate import curate
+from flows.query import query
+from flows.tables import reasons, show
+from tasks.plan import Plan, RandomControl
+from tasks.reading import read_plan
+from tasks.run import Run
+from tasks.samples import stage_samples
+from tasks.summary import StageSummary
+
+
+def with_control(path: str, **changes: Any) -> tuple[Plan, Plan]:
+    """The plan in a file, and one that differs in that each stage keeps as many samples at random."""
+    plan = read_plan(path, changes)
+    stages = [
+        stage.model_copy(update={"prune": RandomControl(keep=getattr(stage.prune, "keep", 1.0))}) if stage.prune else stage
+        for stage in plan.stages
+    ]
+    return plan, plan.model_copy(update={"run": f"{plan.run}-random", "stages": stages})
+
+
+def run_and_show(plans: tuple[Plan, Plan], describe: Callable[[dict[str, Any]], str]) -> None:
+    """Runs a plan and its control, and prints the closing tables; `describe` says what a sample is."""
+    table = Table("run", "stage", "in", "kept", "dropped", *_columns(curate(plans[0])))
+    for plan in plans:
+        for stage in curate(plan):
+            table.add_row(plan.run, *_row(stage))
+    show(table)
+    run = Run.of(plans[0])
+    samples = stage_samples(run, 0)
+    place = {key: row for row, key in enumerate(samples.frame["key"])}
+    for harmful in (False, True):
+        hits = query(run.url, target=plans[0].target, top=5, harmful=harmful)
+        title = f"the 5 most {'harmful' if harmful else 'helpful'} samples for target {plans[0].target}"
+        shown = Table("rank", "score", "key", "stage", "step", "sample", title=title)
+        for hit in hits:
+            sample = samples.read([place[hit.key]])[0]
+            shown.add_row(str(hit.rank), f"{hit.score:+.2e}", hit.key, str(hit.stage), str(hit.step), describe(sample))
+        show(shown)
+
+
+def _columns(summary: list[StageSummary]) -> list[str]:
+    return [f"{name} {figure}" for name, figures in summary[0].targets.items() for figure in figures if figure != "samples"]
+
+
+def _row(stage: StageSummary) -> list[str]:
+    own = stage.pruned
+    kept = [str(own.kept), reasons(own)] if own else ["all", "not pruned"]
+    figures = [f"{v:.3f}" for target in stage.targets.values() for k, v in target.items() if k != "samples"]
+    return [str(stage.stage), str(stage.samples), *kept, *figures]

@@ -1,0 +1,76 @@
+"""Each linearised optimizer against torch's own: its update, and the Jacobian of that update by differences."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from secateur.basis import Coordinates
+from secateur.bindings import bind
+from secateur.errors import SecateurError
+from secateur.recorder import Recorder
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.1, weight_decay=0.01),
+    "momentum": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.01),
+    "dampening": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, dampening=0.3),
+    "nesterov": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "maximize": lambda p: torch.optim.SGD(p, 0.1, momentum=0.5, maximize=True),
+}
+STEPS, SLOTS = 4, ("momentum_buffer",)
+
+
+def play(name: str, nudge: tuple[int, str, float] | None = None) -> tuple[list[torch.Tensor], Recorder]:
+    """States after each of some steps with given gradients; `nudge` changes theta, a slot or the gradient of a step."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2, bias=False).double()
+    gradients = torch.randn(STEPS, 2, 3).double()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    bindings = bind(model)
+    recorder = Recorder(model, optimizer, bindings, Coordinates(bindings.blocks, [torch.arange(6)]))
+    slots = recorder.linearised.slots
+    states = []
+    for step in range(STEPS):
+        model.weight.grad = gradients[step].clone()
+        if nudge and nudge[0] == step:
+            _nudge(model.weight, optimizer, nudge[1], nudge[2])
+        optimizer.step()
+        held = [optimizer.state[model.weight][slot] for slot in slots]
+        states.append(torch.stack([model.weight.detach().clone(), *(h.clone() for h in held)]).flatten(1))
+    return states, recorder
+
+
+def _nudge(weight: nn.Parameter, optimizer: torch.optim.Optimizer, what: str, by: float) -> None:
+    with torch.no_grad():
+        if what == "theta":
+            weight += by
+        elif what == "gradient":
+            weight.grad += by
+        else:
+            optimizer.state[weight][what] += by
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_jacobian_is_that_of_torchs_own_step(name: str) -> None:
+    _, recorder = play(name)
+    segment = recorder.take()
+    ds, dg = recorder.linearised.jacobian(segment)
+    eps = 1e-6
+    for step in range(STEPS):
+        for j, what in enumerate(("theta", *recorder.linearised.slots, "gradient")):
+            if step == 0 and what not in ("theta", "gradient"):
+                continue  # the slots do not exist yet
+            up, down = (play(name, (step, what, sign * eps))[0][step] for sign in (1, -1))
+            expected = (up - down) / (2 * eps)
+            found = dg[step] if what == "gradient" else ds[step, :, j]
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adagrad, torch.optim.Rprop])
+def test_an_unknown_optimizer_is_refused_by_name(kind: type[torch.optim.Optimizer]) -> None:
+    model = nn.Linear(3, 2)
+    bindings = bind(model)
+    basis = Coordinates(bindings.blocks, [torch.arange(8)])
+    with pytest.raises(SecateurError, match=f"{kind.__name__} is not known"):
+        Recorder(model, kind(model.parameters(), lr=0.1), bindings, basis)

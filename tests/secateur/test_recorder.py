@@ -1,0 +1,115 @@
+"""Recorded contributions add up to the gradient that the optimizer received, however the loss is reduced."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from secateur.bindings import bind
+from secateur.errors import SecateurError
+from secateur.fitting import random_kronecker
+from secateur.recorder import Recorder
+from tests.secateur.oracle import everything, relative
+
+IDS = torch.arange(8)
+
+
+def setting(**options: float) -> tuple[nn.Module, torch.optim.Optimizer, Recorder, Tensor, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, **options)
+    bindings = bind(model)
+    recorder = Recorder(model, optimizer, bindings, everything(bindings))
+    return model, optimizer, recorder, torch.randn(8, 5).double(), torch.randint(3, (8,))
+
+
+def losses(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return functional.cross_entropy(model(x), y, reduction="none")
+
+
+TOKENS = torch.tensor([1.0, 4, 2, 3, 5, 1, 2, 2], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("weights", [torch.full((8,), 1 / 8), torch.ones(8), TOKENS / TOKENS.sum()], ids=["mean", "sum", "token_mean"])
+@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_contributions_add_up(weights: Tensor, parts: int, clip: float | None) -> None:
+    model, optimizer, recorder, x, y = setting()
+    weights = weights.double()
+    for rows in IDS.chunk(parts):
+        with recorder.batch(rows, weights[rows]):
+            (losses(model, x[rows], y[rows]) * weights[rows]).sum().backward()
+    if clip:
+        nn.utils.clip_grad_norm_(model.parameters(), clip)
+    received = everything(bind(model)).project_all({n: p.grad for n, p in model.named_parameters()})
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer.step()
+    segment = recorder.take()
+    assert relative(segment.contributions.sum(0), received) < 1e-12
+    assert segment.samples.tolist() == list(range(8))
+    for i in range(8):  # each one is its weight times the gradient of its own loss
+        own = torch.autograd.functional.jacobian(
+            lambda *p, i=i: losses_at(model, before, p, x[i : i + 1], y[i : i + 1]), tuple(before.values())
+        )
+        gradient = everything(bind(model)).project_all(dict(zip(before, own, strict=True)))
+        assert relative(segment.contributions[i], segment.weights[i] * gradient) < 1e-10
+
+
+def losses_at(model: nn.Module, names: dict[str, Tensor], values: tuple[Tensor, ...], x: Tensor, y: Tensor) -> Tensor:
+    return functional.cross_entropy(torch.func.functional_call(model, dict(zip(names, values, strict=True)), (x,)), y)
+
+
+def test_an_unrecorded_sample_is_noticed() -> None:
+    model, optimizer, recorder, x, y = setting()
+    with recorder.batch(IDS[:6]):
+        losses(model, x[:6], y[:6]).mean().backward()
+    losses(model, x[6:], y[6:]).mean().backward()
+    with pytest.raises(SecateurError, match="do not add up to the gradient"):
+        optimizer.step()
+
+
+def test_a_parameter_without_gradient_is_named() -> None:
+    _, optimizer, recorder, *_ = setting()
+    assert recorder
+    with pytest.raises(SecateurError, match=r"parameter 0\.weight got no gradient at step 0"):
+        optimizer.step()
+
+
+def test_a_batch_of_another_size_is_refused() -> None:
+    model, _, recorder, x, y = setting()
+    with pytest.raises(SecateurError, match="saw a batch of 8 where 5 samples were announced"), recorder.batch(IDS[:5]):
+        losses(model, x, y).mean().backward()
+
+
+def test_a_parameter_the_optimizer_lacks_is_named() -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+    bindings = bind(model)
+    with pytest.raises(SecateurError, match=r"does not train 1\.weight"):
+        Recorder(model, torch.optim.SGD(model[0].parameters(), 0.1), bindings, everything(bindings))
+
+
+def test_groups_that_split_a_block_need_coordinates() -> None:
+    model = nn.Linear(5, 4)
+    bindings = bind(model)
+    groups = [{"params": [model.weight], "weight_decay": 0.1}, {"params": [model.bias]}]
+    with pytest.raises(SecateurError, match="different parameter groups"):
+        Recorder(model, torch.optim.SGD(groups, 0.1), bindings, random_kronecker(bindings, 2, 0, torch.float32))
+    Recorder(model, torch.optim.SGD(groups, 0.1), bindings, everything(bindings))
+
+
+def test_a_step_without_a_batch_has_no_records() -> None:
+    model, optimizer, recorder, x, y = setting()
+    for step in range(3):
+        optimizer.zero_grad()
+        if step == 1:
+            with recorder.batch(IDS, window=-1, stride=3.0):
+                losses(model, x, y).mean().backward()
+        else:
+            losses(model, x, y).mean().backward()
+        optimizer.step()
+    segment = recorder.take()
+    assert segment.strides.tolist() == [0, 3, 0]
+    assert segment.steps.unique().tolist() == [1]
+    assert not segment.selected.any()
