@@ -60,7 +60,7 @@ class Linearised(ABC):
         whole = torch.stack(rows).nan_to_num(nan=0.0)
         return whole[:, :-1].permute(2, 0, 1, 3), whole[:, -1].transpose(0, 1)
 
-    def _derivatives(self, state: Tensor, grad: Tensor, h: Hyper, slot: int) -> Float[Tensor, "S+1 steps p"]:
+    def _derivatives(self, state: Tensor, grad: Tensor, h: Hyper, slot: int) -> Float[Tensor, "_ steps p"]:
         """Derivatives of one slot after the step by every slot before it, and by the gradient.
 
         The update works element by element, so the gradient of the sum is the derivative of each element.

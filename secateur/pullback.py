@@ -13,7 +13,7 @@ from secateur.recursion import Transition
 
 def query_at_end(
     gradients: Float[Tensor, "m p"], spans: Sequence[slice], transition: Transition
-) -> list[Float[Tensor, "m rows"]]:
+) -> list[Float[Tensor, "m _"]]:
     """Loss gradients at a stage's end as a query for its embeddings: the optimizer's slots have no part in a loss."""
     queries = []
     for span, matrix in zip(spans, transition, strict=True):
@@ -23,8 +23,8 @@ def query_at_end(
 
 
 def pull_back(
-    query: Sequence[Float[Tensor, "m rows"]], transition: Transition, earlier_rows: Sequence[int]
-) -> list[Float[Tensor, "m earlier"]]:
+    query: Sequence[Float[Tensor, "m _"]], transition: Transition, earlier_rows: Sequence[int]
+) -> list[Float[Tensor, "m _"]]:
     """A query for a stage's embeddings as one for the stage before: `q_s = K^T q_{s+1}` (DESIGN, section 2).
 
     Args:

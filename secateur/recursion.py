@@ -14,7 +14,7 @@ from secateur.optimizers import Linearised
 from secateur.segment import Segment
 
 # One matrix a span: rows of the later state, columns (slot, number of the span) of the earlier one.
-Transition = list[Float[Tensor, "rows slots b"]]
+Transition = list[Float[Tensor, "_ slots _"]]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Dynamics:
 
 def identity(
     spans: Sequence[slice], slots: int, dtype: torch.dtype, theta_only: bool = False
-) -> list[Float[Tensor, "rows slots b"]]:
+) -> list[Float[Tensor, "_ slots _"]]:
     """The transition that changes nothing; with `theta_only` its rows are theta's alone (an optimizer reset after)."""
     whole = []
     for span in spans:
@@ -55,7 +55,7 @@ def identity(
 
 def walk(
     dynamics: Dynamics, later: Transition
-) -> tuple[list[Float[Tensor, "records rows"]], list[Float[Tensor, "rows slots b"]]]:
+) -> tuple[list[Float[Tensor, "records _"]], list[Float[Tensor, "_ slots _"]]]:
     """Walks a segment backwards from `later`, the transition from its end to where effects are read.
 
     With the identity as `later` the first result is the segment's embeddings and the second its transition; with a
@@ -87,14 +87,14 @@ def _walk_span(dynamics: Dynamics, span: slice, later: Tensor) -> tuple[Tensor, 
     return effects[segment.selected], k
 
 
-def compose(later: Transition, earlier: Transition) -> list[Float[Tensor, "rows slots b"]]:
+def compose(later: Transition, earlier: Transition) -> list[Float[Tensor, "_ slots _"]]:
     """The transition of `earlier` followed by `later`."""
     return [(a.flatten(1) @ b.flatten(1)).view(-1, *b.shape[1:]) for a, b in zip(later, earlier, strict=True)]
 
 
 def carry(
-    effects: Sequence[Float[Tensor, "records columns"]], later: Transition
-) -> list[Float[Tensor, "records rows"]]:
+    effects: Sequence[Float[Tensor, "records _"]], later: Transition
+) -> list[Float[Tensor, "records _"]]:
     """Carries a segment's embeddings through the transition of all that came after it."""
     return [e @ k.flatten(1).T for e, k in zip(effects, later, strict=True)]
 
