@@ -35,7 +35,7 @@ class Workload:
     target_losses: Callable[[nn.Module], Tensor]
     removals: list[tuple[int, int]]
 
-    def train(self, recorder: Callable[[nn.Module, torch.optim.Optimizer], Recorder] | None = None) -> "Trained":
+    def train(self, recorder: Callable[[nn.Module, torch.optim.Optimizer], Recorder] | None = None) -> Trained:
         """Trains to the end, keeping every state, recorded where `recorder` makes one."""
         model = self.model()
         optimizer = self.optimizer(model)
@@ -71,7 +71,7 @@ class Workload:
                 (losses @ weights).backward()
         optimizer.step()
 
-    def truth(self, trained: "Trained") -> Tensor:
+    def truth(self, trained: Trained) -> Tensor:
         """What leaving each of `removals` out did to the target's loss at the end, by retraining from its step."""
         base = float(self.target_losses(trained.model).mean())
         changes = []
@@ -98,7 +98,9 @@ class Trained:
 
 def digits(name: str, seed: int, removals: int = 150) -> Workload:
     """Workloads A to D: scikit-learn digits, MLP 64-32-10 GELU, batches of 64, float64."""
-    kind, lr, epochs = {"A": ("sgd", 0.05, 3), "B": ("sgd", 0.3, 3), "C": ("adamw", 0.002, 3), "D": ("adamw", 0.01, 6)}[name]
+    kind, lr, epochs = {"A": ("sgd", 0.05, 3), "B": ("sgd", 0.3, 3), "C": ("adamw", 0.002, 3), "D": ("adamw", 0.01, 6)}[
+        name
+    ]
     images, labels = (torch.from_numpy(part) for part in load_digits(return_X_y=True))
     images = images.double() / 16
     generator = torch.Generator().manual_seed(seed)
@@ -141,6 +143,8 @@ def _copy(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str,
     return weights, {"state": slots, "param_groups": state["param_groups"]}
 
 
-def _restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: tuple[dict[str, Tensor], dict[str, object]]) -> None:
+def _restore(
+    model: nn.Module, optimizer: torch.optim.Optimizer, state: tuple[dict[str, Tensor], dict[str, object]]
+) -> None:
     model.load_state_dict(state[0])
     optimizer.load_state_dict(state[1])

@@ -21,7 +21,9 @@ def with_control(path: str, **changes: Any) -> tuple[Plan, Plan]:
     """The plan in a file, and one that differs in that each stage keeps as many samples at random."""
     plan = read_plan(path, changes)
     stages = [
-        stage.model_copy(update={"prune": RandomControl(keep=getattr(stage.prune, "keep", 1.0))}) if stage.prune else stage
+        stage.model_copy(update={"prune": RandomControl(keep=getattr(stage.prune, "keep", 1.0))})
+        if stage.prune
+        else stage
         for stage in plan.stages
     ]
     return plan, plan.model_copy(update={"run": f"{plan.run}-random", "stages": stages})
@@ -48,7 +50,9 @@ def run_and_show(plans: tuple[Plan, Plan], describe: Callable[[dict[str, Any]], 
 
 
 def _columns(summary: list[StageSummary]) -> list[str]:
-    return [f"{name} {figure}" for name, figures in summary[0].targets.items() for figure in figures if figure != "samples"]
+    return [
+        f"{name} {figure}" for name, figures in summary[0].targets.items() for figure in figures if figure != "samples"
+    ]
 
 
 def _row(stage: StageSummary) -> list[str]:

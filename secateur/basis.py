@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float, Int
@@ -29,7 +30,7 @@ class Basis(ABC):
     def __init__(self, blocks: Sequence[Block], sizes: Sequence[int]) -> None:
         self.blocks = tuple(blocks)
         ends = torch.tensor([0, *sizes]).cumsum(0).tolist()
-        self.spans = tuple(slice(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True))
+        self.spans = tuple(slice(a, b) for a, b in pairwise(ends))
 
     @property
     def size(self) -> int:
@@ -90,7 +91,7 @@ class Kronecker(Basis):
         return out @ numbers.view(out.shape[1], inner.shape[1]).to(out.dtype) @ inner.T
 
     def tensors(self) -> dict[str, Tensor]:
-        named = {}
+        named: dict[str, Tensor] = {}
         for i, (out, inner) in enumerate(self.factors):
             named |= {f"{i}.out": out.contiguous(), f"{i}.in": inner.contiguous()}
         return named
@@ -101,7 +102,7 @@ class Coordinates(Basis):
 
     elementwise = True
 
-    def __init__(self, blocks: Sequence[Block], entries: Sequence[Int[Tensor, "_"]]) -> None:
+    def __init__(self, blocks: Sequence[Block], entries: Sequence[Int[Tensor, _]]) -> None:
         super().__init__(blocks, [len(e) for e in entries])
         self.entries = list(entries)
         self._views: dict[str, tuple[Tensor, Tensor, Tensor]] = {}

@@ -92,9 +92,7 @@ def compose(later: Transition, earlier: Transition) -> list[Float[Tensor, "_ slo
     return [(a.flatten(1) @ b.flatten(1)).view(-1, *b.shape[1:]) for a, b in zip(later, earlier, strict=True)]
 
 
-def carry(
-    effects: Sequence[Float[Tensor, "records _"]], later: Transition
-) -> list[Float[Tensor, "records _"]]:
+def carry(effects: Sequence[Float[Tensor, "records _"]], later: Transition) -> list[Float[Tensor, "records _"]]:
     """Carries a segment's embeddings through the transition of all that came after it."""
     return [e @ k.flatten(1).T for e, k in zip(effects, later, strict=True)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import polars as pl
@@ -84,8 +85,8 @@ def _question(run: Run, last: int, target: str | None, sample: str | None) -> Te
 
 def _find(run: Run, key: str) -> tuple[Samples, int]:
     """A sample by key: among the targets, then among the first stage's samples."""
-    sources: list[Callable[[], Samples]] = [lambda t=name: target_samples(run, t) for name in run.plan.targets]
-    for source in (*sources, lambda: stage_samples(run, 0)):
+    sources = [partial(target_samples, run, name) for name in run.plan.targets]
+    for source in (*sources, partial(stage_samples, run, 0)):
         samples = source()
         found = samples.frame.filter(pl.col("key") == key)
         if len(found):

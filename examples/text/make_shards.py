@@ -50,7 +50,9 @@ def domains() -> dict[str, bytes]:
     tables = [data.joinpath(name).read_bytes() for name in TABLES]
     return {
         "manual": "\n".join(topics[name] for name in sorted(topics)).encode(),
-        "code": b"\n".join((library / f"{name}.py").read_bytes() for name in MODULES if (library / f"{name}.py").exists()),
+        "code": b"\n".join(
+            (library / f"{name}.py").read_bytes() for name in MODULES if (library / f"{name}.py").exists()
+        ),
         "tables": b"\n".join(tables),
     }
 

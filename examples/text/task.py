@@ -14,7 +14,9 @@ class NextByte:
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
         """`bytes`, batch by length."""
-        return {"bytes": torch.stack([torch.frombuffer(bytearray(s["txt"]), dtype=torch.uint8) for s in samples]).long()}
+        return {
+            "bytes": torch.stack([torch.frombuffer(bytearray(s["txt"]), dtype=torch.uint8) for s in samples]).long()
+        }
 
     def losses(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Nats a byte, for each sample."""

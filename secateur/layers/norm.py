@@ -13,10 +13,13 @@ from secateur.captures import Dense
 from secateur.errors import SecateurError
 from secateur.layers.registry import Family, register_layer
 
-HUGGING_FACE_RMS = tuple(
-    f"transformers.models.{family}.modeling_{family}.{name}RMSNorm"
-    for family, name in (("llama", "Llama"), ("mistral", "Mistral"), ("qwen2", "Qwen2"), ("qwen3", "Qwen3"))
-) + ("transformers.models.t5.modeling_t5.T5LayerNorm",)
+HUGGING_FACE_RMS = (
+    "transformers.models.llama.modeling_llama.LlamaRMSNorm",
+    "transformers.models.mistral.modeling_mistral.MistralRMSNorm",
+    "transformers.models.qwen2.modeling_qwen2.Qwen2RMSNorm",
+    "transformers.models.qwen3.modeling_qwen3.Qwen3RMSNorm",
+    "transformers.models.t5.modeling_t5.T5LayerNorm",
+)
 
 
 class Norm(Family):
@@ -72,7 +75,7 @@ class HuggingFaceRMSNorm(Norm):
     def normalised(self, module: nn.Module, inputs: Tensor) -> Tensor:
         epsilon = module.variance_epsilon
         assert isinstance(epsilon, float)
-        wide = inputs if inputs.dtype == torch.float64 else inputs.float()
+        wide = inputs.float()
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)).to(inputs.dtype)
 
 

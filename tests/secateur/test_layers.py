@@ -138,7 +138,7 @@ def test_a_user_registers_a_layer() -> None:
 
     @register_layer(Cosine)
     class CosineFamily(Linear):
-        def capture(self, module: nn.Module, inputs: tuple, gradient: Tensor):  # noqa: ANN202
+        def capture(self, module: nn.Module, inputs: tuple, gradient: Tensor):
             inner = functional.linear(inputs[0], module.weight)
             return super().capture(module, inputs, -gradient * inner.sin())
 

@@ -32,7 +32,9 @@ def losses(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 TOKENS = torch.tensor([1.0, 4, 2, 3, 5, 1, 2, 2], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("weights", [torch.full((8,), 1 / 8), torch.ones(8), TOKENS / TOKENS.sum()], ids=["mean", "sum", "token_mean"])
+@pytest.mark.parametrize(
+    "weights", [torch.full((8,), 1 / 8), torch.ones(8), TOKENS / TOKENS.sum()], ids=["mean", "sum", "token_mean"]
+)
 @pytest.mark.parametrize("parts", [1, 4])
 @pytest.mark.parametrize("clip", [None, 0.05])
 def test_contributions_add_up(weights: Tensor, parts: int, clip: float | None) -> None:

@@ -20,7 +20,9 @@ from tests.secateur.oracle import everything
 STEPS, BATCH, ETA, DECAY = 12, 6, 0.2, 0.03
 
 
-def record(parts: int, kronecker: bool = False, unrecorded: tuple[int, ...] = (), **options: float) -> tuple[list[Segment], Recorder, Basis]:
+def record(
+    parts: int, kronecker: bool = False, unrecorded: tuple[int, ...] = (), **options: float
+) -> tuple[list[Segment], Recorder, Basis]:
     """A short SGD run, recorded in `parts` segments."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)).double()
@@ -58,7 +60,9 @@ def explicit(segment: Segment, spans: list[slice]) -> tuple[Tensor, Tensor]:
         rows = segment.rows(step)
         c = segment.contributions[rows]
         embeddings[rows] = ETA * c @ product.T
-        hessian = (c.T @ torch.diag(1 / segment.weights[rows]) @ c) * mask if len(c) else torch.zeros(size, size).double()
+        hessian = (
+            (c.T @ torch.diag(1 / segment.weights[rows]) @ c) * mask if len(c) else torch.zeros(size, size).double()
+        )
         product = product @ ((1 - ETA * DECAY) * torch.eye(size, dtype=torch.float64) - ETA * hessian)
     return embeddings, product
 
@@ -116,7 +120,9 @@ def test_one_row_scores_as_the_embeddings_do() -> None:
     query = [torch.randn(1, s.stop - s.start, dtype=torch.float64) for s in spans]
     start = [torch.stack([q, torch.zeros_like(q)], 1) for q in query]
     scores, earlier = walk(dynamics(segment, recorder, spans), start)
-    torch.testing.assert_close(torch.cat(scores, 1), torch.cat([e @ q.T for e, q in zip(embeddings, query, strict=True)], 1))
+    torch.testing.assert_close(
+        torch.cat(scores, 1), torch.cat([e @ q.T for e, q in zip(embeddings, query, strict=True)], 1)
+    )
     for q, matrix, back in zip(query, k, earlier, strict=True):
         torch.testing.assert_close(back.flatten(1), q @ matrix.flatten(1))
 
