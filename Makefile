@@ -1,0 +1,38 @@
+# Two commands for a newcomer, `make demo` and `make test`; the rest is for those who change the code.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+READY = $(VENV)/.ready
+export PREFECT_SERVER_ANALYTICS_ENABLED = false
+export DO_NOT_TRACK = 1
+
+.PHONY: demo text test test-slow lint bench
+
+demo: $(READY)  ## the image example; leaves its run in runs/images
+	$(BIN)/python -m examples.images.run
+
+text: $(READY)  ## the text example; leaves its run in runs/text
+	$(BIN)/python -m examples.text.run
+
+test: $(READY)  ## the quick tests
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)  ## the tests that take longer: whole examples, real servers
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY)  ## formatting, lint, types, and which room imports which
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(READY)  ## every figure the README quotes
+	$(BIN)/python -m benchmarks.speed
+	$(BIN)/python -m benchmarks.fidelity
+	$(BIN)/python -m benchmarks.images
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[examples,bench,dev]"
+	touch $@
