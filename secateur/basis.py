@@ -42,8 +42,8 @@ class Basis(ABC):
         """The block's numbers of what one call of a layer contributed."""
 
     @abstractmethod
-    def project(self, block: int, matrix: Float[Tensor, "rows cols"]) -> Float[Tensor, " b"]:
-        """The numbers of a whole gradient or state of the block."""
+    def project(self, block: int, parts: Sequence[Float[Tensor, "rows _"]]) -> Float[Tensor, " b"]:
+        """The numbers of a whole gradient or state of the block, given as matrices that stand side by side."""
 
     @abstractmethod
     def lift(self, block: int, numbers: Float[Tensor, " b"]) -> Float[Tensor, "rows cols"]:
@@ -55,7 +55,7 @@ class Basis(ABC):
 
     def project_all(self, tensors: Mapping[str, Tensor]) -> Float[Tensor, " p"]:
         """The numbers of one tensor a parameter (gradients, a state slot)."""
-        return torch.cat([self.project(i, block.matrix(tensors)) for i, block in enumerate(self.blocks)])
+        return torch.cat([self.project(i, block.parts(tensors)) for i, block in enumerate(self.blocks)])
 
     def lift_all(self, numbers: Float[Tensor, " p"]) -> dict[str, Tensor]:
         """The direction in parameter space, one tensor a parameter."""
@@ -82,9 +82,11 @@ class Kronecker(Basis):
             view = self._views[binding.module_name] = _rows_or_zero(inner, binding.columns)
         return capture.project(out, view).flatten(1)
 
-    def project(self, block: int, matrix: Tensor) -> Tensor:
+    def project(self, block: int, parts: Sequence[Tensor]) -> Tensor:
         out, inner = self.factors[block]
-        return (out.T @ matrix.to(out.dtype) @ inner).flatten()
+        sides = inner.split([part.shape[1] for part in parts])
+        found = [out.T @ part.to(out.dtype) @ side for part, side in zip(parts, sides, strict=True)]
+        return torch.stack(found).sum(0).flatten()
 
     def lift(self, block: int, numbers: Tensor) -> Tensor:
         out, inner = self.factors[block]
@@ -128,7 +130,8 @@ class Coordinates(Basis):
         held = (cols >= 0).nonzero().flatten()
         return (entries // block.cols)[held], cols[held], held
 
-    def project(self, block: int, matrix: Tensor) -> Tensor:
+    def project(self, block: int, parts: Sequence[Tensor]) -> Tensor:
+        matrix = parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
         return matrix.reshape(-1)[self.entries[block]]
 
     def lift(self, block: int, numbers: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -55,13 +54,10 @@ class Block:
         """Names of the parameters."""
         return tuple(piece.parameter for piece in self.pieces)
 
-    def matrix(self, tensors: Mapping[str, Tensor]) -> Float[Tensor, "rows cols"]:
-        """The block of one tensor a parameter: weights, gradients or a slot of the optimizer."""
-        parts = []
-        for piece in self.pieces:
-            tensor = tensors[piece.parameter]
-            parts.append((tensor.T if piece.transposed else tensor).reshape(self.rows, piece.columns))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    def parts(self, tensors: Mapping[str, Tensor]) -> list[Float[Tensor, "rows _"]]:
+        """The block's columns, one matrix a piece, of one tensor a parameter: weights, gradients or optimizer slots."""
+        held = [(piece, tensors[piece.parameter]) for piece in self.pieces]
+        return [(t.T if piece.transposed else t).reshape(self.rows, piece.columns) for piece, t in held]
 
     def split(self, matrix: Float[Tensor, "rows cols"]) -> dict[str, Tensor]:
         """One tensor a parameter, from the block; the inverse of `matrix`."""

@@ -71,7 +71,7 @@ def walk(
 
 def _walk_span(dynamics: Dynamics, span: slice, later: Tensor) -> tuple[Tensor, Tensor]:
     """One span's walk: its effects `records rows` and its transition `rows slots b`."""
-    segment, k = dynamics.segment, later
+    segment, k = dynamics.segment, later.clone()
     ds, dg = dynamics.ds[..., span].to(k.dtype), dynamics.dg[..., span].to(k.dtype)
     contributions = segment.contributions[:, span].to(k.dtype).contiguous()
     effects = torch.empty(len(contributions), len(later), dtype=k.dtype)
@@ -80,7 +80,7 @@ def _walk_span(dynamics: Dynamics, span: slice, later: Tensor) -> tuple[Tensor, 
         a = -(k[:, 0] * dg[t, 0] if len(dg[t]) == 1 else (k * dg[t]).sum(1))
         rows = segment.rows(step)
         e = torch.matmul(contributions[rows], a.T, out=effects[rows])
-        k = k * ds[t, 0] if len(dg[t]) == 1 else torch.einsum("rib,ijb->rjb", k, ds[t])
+        k = k.mul_(ds[t, 0]) if len(dg[t]) == 1 else torch.einsum("rib,ijb->rjb", k, ds[t])
         answer = dynamics.curvature.product(step, span, a, e)
         if answer is not None:
             k[:, 0] -= answer

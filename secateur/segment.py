@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cached_property
+from itertools import pairwise
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -70,19 +72,25 @@ class Segment:
 
     def rows(self, step: int) -> slice:
         """Records of the step `step` (counted in the stage)."""
-        return _run(self.steps, step)
+        return self._runs[step - self.first_step]
 
     def fisher_rows(self, step: int) -> slice:
         """Fisher records of the step `step`."""
-        return _run(self.fisher_steps, step)
+        return self._fisher_runs[step - self.first_step]
 
     def tensors(self) -> dict[str, Tensor]:
         """Every field that is a tensor, by name; with `first_step` it is the whole segment."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "first_step"}
 
+    @cached_property
+    def _runs(self) -> list[slice]:
+        return self._runs_of(self.steps)
 
-def _run(steps: Tensor, step: int) -> slice:
-    """Where `step` stands in the sorted `steps`."""
-    bounds = steps.new_tensor([step, step + 1])
-    begin, end = torch.searchsorted(steps, bounds).tolist()
-    return slice(begin, end)
+    @cached_property
+    def _fisher_runs(self) -> list[slice]:
+        return self._runs_of(self.fisher_steps)
+
+    def _runs_of(self, steps: Tensor) -> list[slice]:
+        """Where each step of the segment stands in the sorted `steps`."""
+        asked = torch.arange(self.first_step, self.first_step + self.length + 1)
+        return [slice(begin, end) for begin, end in pairwise(torch.searchsorted(steps, asked).tolist())]

@@ -38,7 +38,7 @@ def test_reduced_contributions_are_projections_of_whole_ones(kind: str) -> None:
         for b, (block, span) in enumerate(zip(basis.blocks, basis.spans, strict=True)):
             matrix = whole[i, start : start + block.size].view(block.rows, block.cols)
             start += block.size
-            torch.testing.assert_close(found[i, span], basis.project(b, matrix))
+            torch.testing.assert_close(found[i, span], basis.project(b, [matrix]))
 
 
 @pytest.mark.parametrize("kind", ["random", "pca", "coordinates"])
