@@ -13,13 +13,13 @@ from typing import Annotated, Any
 import typer
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from flows import tables
 from secateur.errors import SecateurError
 from storage.errors import StorageError
 from tasks.errors import PlanError
 from tasks.plan import Policy
 from tasks.reading import plan_schema, read_plan
 
+# What imports Prefect is imported within the commands: it reads its settings once, as it is imported.
 QUIET = {
     "PREFECT_LOGGING_LEVEL": "CRITICAL",  # a flow that fails would print its traceback; the sentence says it
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
@@ -42,6 +42,7 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON document")]
 @app.command()
 def run(plan: PlanFile, as_json: Json = False) -> None:
     """Trains a plan's stages and prunes the data between them; a rerun carries on where it was."""
+    from flows import tables
     from flows.curate import curate
 
     spec = read_plan(str(plan))
@@ -52,6 +53,7 @@ def run(plan: PlanFile, as_json: Json = False) -> None:
 @app.command()
 def plan(plan: PlanFile, as_json: Json = False) -> None:
     """Says what a plan would do and cost: stages, samples, layers, bytes; trains nothing."""
+    from flows import tables
     from tasks.estimate import estimate
 
     found = estimate(read_plan(str(plan)))
@@ -70,6 +72,7 @@ def query(
     as_json: Json = False,
 ) -> None:
     """The training samples that most lowered (or raised) a loss at the run's end."""
+    from flows import tables
     from tasks.search import search
 
     hits = search.fn(run, target, sample, top, harmful, stage, window)
@@ -87,6 +90,7 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Prunes one stage of an existing run, by the plan's policy or by another beside it."""
+    from flows import tables
     from flows.prune import prune as prune_flow
 
     settings = {"policy": policy, "keep": keep, "at_least": at_least, "by": by}
@@ -127,10 +131,21 @@ def _policy(settings: dict[str, Any]) -> Policy:
     try:
         policy: Policy = TypeAdapter(Policy).validate_python(settings)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise PlanError(f"--policy cannot be used like this: {where} {first['msg'].lower()}") from error
+        raise PlanError(_option_sentence(error, settings)) from error
     return policy
+
+
+def _option_sentence(error: ValidationError, settings: dict[str, Any]) -> str:
+    """What is wrong with the options of `secateur prune`."""
+    first, policy = error.errors()[0], settings.get("policy")
+    option = "--" + str(first["loc"][-1] if first["loc"] else "policy").replace("_", "-")
+    if first["type"] == "missing":
+        return f"--policy {policy} needs {option}"
+    if first["type"] == "extra_forbidden":
+        return f"--policy {policy} takes no {option}; leave it out"
+    if option == "--policy":
+        return f"--policy is {policy or 'missing'}; give one of top, threshold, drop_harmful, balanced, random and loss"
+    return f"{option}: {first['msg'].lower()}"
 
 
 def _show(value: BaseModel | list[Any], as_json: bool, table: Any) -> None:

@@ -82,11 +82,12 @@ class Loop:
                 f"{self.run.plan.task.factory}.losses gave shape {tuple(losses.shape)} for {len(rows)} samples; it must "
                 f"give one loss a sample"
             )
-        bad = (~losses.detach().isfinite()).nonzero().flatten().cpu()
+        values = losses.detach()
+        bad = (~values.isfinite()).nonzero().flatten().cpu()
         if len(bad):
             key = self.samples.keys([int(rows[bad[0]])])[0]
             raise PlanError(
-                f"the loss of sample {key} is {float(losses[bad[0]]):g} at step {step} of stage {self.order.number} "
+                f"the loss of sample {key} is {float(values[bad[0]]):g} at step {step} of stage {self.order.number} "
                 f"({len(bad)} of {len(rows)} samples of the batch); lower the learning rate or look at the sample"
             )
         return losses

@@ -19,6 +19,7 @@ def list_samples(run_url: str, stage: int) -> int:
         How many samples there are.
 
     Raises:
+        PlanError: there are none.
         StorageError: a shard is missing, truncated, or repeats a key.
     """
     run = Run.open(run_url)
@@ -26,6 +27,8 @@ def list_samples(run_url: str, stage: int) -> int:
     if not artefact.committed:
         urls = stage_shards(run, stage)
         frame = index_shards(urls)
+        if not len(frame):
+            raise PlanError(f"there are no samples to train on in {', '.join(urls)}; give shards that hold some")
         with artefact.attempt("samples", {}) as attempt:
             write_frame(attempt, "samples.parquet", frame)
             attempt.facts.update(shards=urls, samples=len(frame))

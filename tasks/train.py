@@ -96,8 +96,10 @@ def end_checkpoint(run: Run, stage: int) -> Artefact:
     """The artefact whose checkpoint is a trained stage's end.
 
     Raises:
-        PlanError: the stage is not wholly trained.
+        PlanError: there is no such stage, or it is not wholly trained.
     """
+    if not 0 <= stage < len(run.plan.stages):
+        raise PlanError(f"{run.url} has no stage {stage}; its last is {len(run.plan.stages) - 1}")
     folder = run.folder.stage(stage)
     count = len(stage_samples(run, stage)) if folder.samples.committed else 0
     bounds = segment_bounds(Order(run.plan, stage, count)) if count else []

@@ -1,0 +1,134 @@
+"""The command line as a user meets it, in processes of its own: what it prints, where, and how it exits."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.tasks.small import make_data, values
+
+
+def secateur(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command; no Prefect setting of the tests reaches it but the folder it keeps its state in."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_") or k == "PREFECT_HOME"}
+    return subprocess.run(
+        [sys.executable, "-m", "flows.cli", *words],
+        capture_output=True, text=True, check=False, timeout=300, env=clean | environment,
+    )  # fmt: skip
+
+
+def write_plan(folder: Path, **changes: Any) -> str:
+    path = folder / f"{changes.get('run', 'small')}.yaml"
+    path.write_text(yaml.safe_dump(values(folder, **changes)))
+    return str(path)
+
+
+def sentence(done: subprocess.CompletedProcess[str]) -> str:
+    """What went to stderr: one line, with exit code 2 and nothing on stdout."""
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    (line,) = done.stderr.splitlines()
+    return line
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("cli")
+    make_data(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path) -> subprocess.CompletedProcess[str]:
+    """The run that the other tests ask."""
+    return secateur("run", write_plan(folder), "--json")
+
+
+def test_run_prints_one_document(finished: subprocess.CompletedProcess[str]) -> None:
+    assert finished.returncode == 0, finished.stderr
+    first, second = json.loads(finished.stdout)
+    assert (first["samples"], first["pruned"]["kept"], second["samples"]) == (140, second["samples"], second["samples"])
+    assert set(first["targets"]["clean"]) == {"loss", "samples", "accuracy"}
+    assert all(Path(shard).exists() for shard in first["pruned"]["shards"])
+    assert "Traceback" not in finished.stderr
+
+
+def test_run_again_prints_the_same_as_a_table(finished: Mapping[str, Any], folder: Path) -> None:
+    done = secateur("run", write_plan(folder))
+    assert done.returncode == 0, done.stderr
+    assert "top: score not among the best 0.5" in done.stdout
+
+
+def test_plan_trains_nothing(folder: Path) -> None:
+    done = secateur("plan", write_plan(folder, run="dry"), "--json")
+    found = json.loads(done.stdout)
+    assert [s["samples"] for s in found["stages"]] == [140, 70]
+    assert found["blocks"] == {"0.weight": 16, "3.weight": 16}
+    assert found["targets"] == {"clean": 24}
+    assert not (folder / "runs" / "dry").exists()
+
+
+def test_the_dry_run_foretells_what_the_run_writes(finished: Mapping[str, Any], folder: Path) -> None:
+    foretold = json.loads(secateur("plan", write_plan(folder), "--json").stdout)["stages"][0]
+    ledger = sum(p.stat().st_size for p in (folder / "runs/small/stages/00/ledger").rglob("ledger.safetensors"))
+    index = next((folder / "runs/small/stages/00/index").rglob("index.faiss")).stat().st_size
+    assert ledger == pytest.approx(foretold["ledger_bytes"], rel=0.5)
+    assert index == pytest.approx(foretold["index_bytes"], rel=0.05)
+
+
+def test_query(finished: Mapping[str, Any], folder: Path) -> None:
+    words = ("query", f"{folder}/runs/small", "--target", "clean", "--top", "4")
+    helpful = json.loads(secateur(*words, "--json").stdout)
+    harmful = json.loads(secateur(*words, "--harmful", "--stage", "0", "--json").stdout)
+    assert [hit["rank"] for hit in helpful] == [1, 2, 3, 4]
+    assert all(hit["score"] > 0 for hit in helpful)
+    assert all(hit["score"] < 0 and hit["stage"] == 0 for hit in harmful)
+    table = secateur(*words).stdout
+    assert all(hit["key"] in table for hit in helpful)
+
+
+def test_prune_by_another_policy_stands_beside_the_plans(finished: Mapping[str, Any], folder: Path) -> None:
+    done = secateur("prune", f"{folder}/runs/small", "--stage", "0", "--policy", "balanced", "--keep", "0.6", "--by", "cls", "--json")  # fmt: skip
+    found = json.loads(done.stdout)
+    assert found["name"] == "balanced-0.6-cls"
+    assert all(Path(shard).exists() for shard in found["shards"])
+    again = json.loads(secateur("prune", f"{folder}/runs/small", "--stage", "0", "--json").stdout)
+    assert again["name"] == "plan"
+    assert again["kept"] == json.loads(finished.stdout)[0]["pruned"]["kept"]  # type: ignore[attr-defined]
+
+
+def test_what_a_user_gets_wrong_is_one_sentence(finished: Mapping[str, Any], folder: Path) -> None:
+    run = f"{folder}/runs/small"
+    assert "unknown key `batchsize`" in sentence(secateur("run", write_plan(folder, run="typo", batchsize=4)))
+    assert "does not exist" in sentence(secateur("run", write_plan(folder, run="gone", data={"shards": "gone.tar"})))
+    assert "has no target x" in sentence(secateur("query", run, "--target", "x"))
+    assert "holds no run" in sentence(secateur("query", str(folder), "--target", "clean"))
+    assert "holds no run" in sentence(secateur("prune", str(folder), "--stage", "0"))
+    assert "has no stage 7; its last is 1" in sentence(secateur("prune", run, "--stage", "7"))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--policy", "top"], "--policy top needs --keep"),
+        (["--policy", "threshold"], "--policy threshold needs --at-least"),
+        (["--policy", "top", "--keep", "0.5", "--by", "cls"], "--policy top takes no --by"),
+        (["--policy", "best"], "--policy is best; give one of top, threshold"),
+        (["--keep", "0.5"], "--policy is missing; give one of top"),
+        (["--policy", "top", "--keep", "1.5"], "--keep: input should be less than or equal to 1"),
+    ],
+)
+def test_policies_that_cannot_be(words: list[str], expected: str) -> None:
+    assert expected in sentence(secateur("prune", "runs/any", "--stage", "0", *words))
+
+
+def test_help_names_every_command() -> None:
+    done = secateur("--help")
+    assert all(command in done.stdout for command in ("run", "plan", "query", "prune", "schema"))

@@ -1,0 +1,112 @@
+"""The commit protocol: nothing exists before its manifest, and of two attempts one wins."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from storage.errors import StorageError
+from storage.manifest import Artefact
+from storage.root import Root
+
+RACER = """
+import sys, pathlib, time
+from storage.manifest import Artefact
+from storage.root import Root
+root, name = sys.argv[1], sys.argv[2]
+ready = pathlib.Path(root) / f"ready{name}"
+ready.write_text("")
+while len(list(pathlib.Path(root).glob("ready?"))) < 2:
+    pass
+for number in range(40):
+    artefact = Artefact(Root(f"{root}/a{number}"))
+    with artefact.attempt("race", {}) as attempt:
+        attempt.write("who", name.encode() * 2000)
+    print(artefact.read("who")[:1].decode(), end="")
+"""
+
+
+def commit(root: Path, **files: bytes) -> Artefact:
+    artefact = Artefact(Root(str(root)))
+    with artefact.attempt("test", {"from": "x"}) as attempt:
+        for name, data in files.items():
+            attempt.write(name, data)
+        attempt.facts["count"] = len(files)
+    return artefact
+
+
+def test_an_artefact_is_there_once_its_block_ends(tmp_path: Path) -> None:
+    artefact = Artefact(Root(str(tmp_path)))
+    with artefact.attempt("test", {}) as attempt:
+        attempt.write("a", b"one")
+        assert not Artefact(Root(str(tmp_path))).committed
+    again = Artefact(Root(str(tmp_path)))
+    assert again.read("a") == b"one"
+    assert again.manifest.files["a"]["size"] == 3
+
+
+def test_a_failing_attempt_leaves_no_file(tmp_path: Path) -> None:
+    artefact = Artefact(Root(str(tmp_path)))
+
+    def fail() -> None:
+        with artefact.attempt("test", {}) as attempt:
+            attempt.write("a", b"one")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert artefact.root.files() == []
+
+
+def test_the_later_attempt_yields_and_cleans_up(tmp_path: Path) -> None:
+    late = Artefact(Root(str(tmp_path)))
+    with late.attempt("test", {}) as attempt:
+        attempt.write("a", b"late")
+        commit(tmp_path, a=b"first")
+    assert late.read("a") == b"first"
+    assert len(late.root.files()) == 2  # the first attempt's file and the manifest
+
+
+def test_of_two_processes_one_wins_each_time(tmp_path: Path) -> None:
+    racers = [
+        subprocess.Popen([sys.executable, "-c", RACER, str(tmp_path), name], stdout=subprocess.PIPE, text=True)
+        for name in "xy"
+    ]
+    seen = [racer.communicate()[0] for racer in racers]
+    assert [racer.returncode for racer in racers] == [0, 0]
+    assert seen[0] == seen[1]
+    assert len(seen[0]) == 40
+    assert all(len(Root(f"{tmp_path}/a{n}").files()) == 2 for n in range(40))
+
+
+def test_fingerprints_follow_content_not_attempts(tmp_path: Path) -> None:
+    one, same, other = (commit(tmp_path / n, a=d) for n, d in (("1", b"x"), ("2", b"x"), ("3", b"y")))
+    assert one.fingerprint == same.fingerprint != other.fingerprint
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[:40],
+        lambda text: b"[]",
+        lambda text: text.replace(b'"format": 1', b'"format": 9'),
+        lambda text: text.replace(b'"a"', b'"../../a"'),
+        lambda text: b"\xff\xfe" + text,
+    ],
+)
+def test_a_damaged_manifest_is_one_sentence(tmp_path: Path, damage) -> None:  # type: ignore[no-untyped-def]
+    commit(tmp_path, a=b"x")
+    manifest = tmp_path / "manifest.json"
+    manifest.write_bytes(damage(manifest.read_bytes()))
+    with pytest.raises(StorageError, match=r"manifest\.json"):
+        Artefact(Root(str(tmp_path))).read("a")
+
+
+def test_manifests_are_readable(tmp_path: Path) -> None:
+    commit(tmp_path, a=b"x")
+    found = json.loads((tmp_path / "manifest.json").read_text())
+    assert (found["kind"], found["facts"], found["inputs"]) == ("test", {"count": 1}, {"from": "x"})

@@ -1,0 +1,89 @@
+"""Pruned shards hold the bytes of what stays, in order, and nothing else changes."""
+
+from __future__ import annotations
+
+import tarfile
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from storage.errors import StorageError
+from storage.manifest import Artefact
+from storage.rewrite import rewrite_shards
+from storage.root import Root
+from storage.shards import index_shards
+from tests.storage.test_shards import CONTENTS, write_tar
+
+
+def rewrite(folder: Path, urls: list[str], keep: list[bool]) -> list[str]:
+    """Paths of the rewritten shards."""
+    artefact = Artefact(Root(str(folder / "out")))
+    with artefact.attempt("prune", {}) as attempt:
+        names = rewrite_shards(attempt, urls, index_shards(urls), np.array(keep))
+    return [artefact.url(name) for name in names]
+
+
+@settings(deadline=None, max_examples=60)
+@given(CONTENTS, st.data())
+def test_what_stays_is_what_a_tar_without_the_rest_holds(content: list, data: st.DataObject) -> None:
+    """The oracle writes the kept members anew with tarfile: the same bytes must come out."""
+    keep = data.draw(st.lists(st.booleans(), min_size=len(content), max_size=len(content)))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        flat = [[(f"{key}.{ext}", data) for ext, data in parts.items()] for key, parts in content]
+        url = write_tar(folder / "a.tar", [member for sample in flat for member in sample])
+        written = rewrite(folder, [url], keep)
+        if not any(keep):
+            assert written == []
+            return
+        kept = [member for sample, stays in zip(flat, keep, strict=True) if stays for member in sample]
+        expected = Path(write_tar(folder / "b.tar", kept)).read_bytes()
+        found = Path(written[0]).read_bytes()
+        assert found.rstrip(b"\0") == expected.rstrip(b"\0")
+        assert index_shards(written)["key"].to_list() == [
+            k for (k, _), stays in zip(content, keep, strict=True) if stays
+        ]
+
+
+def test_side_files_headers_and_order_survive_and_webdataset_reads_it(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for number, name in enumerate(["__meta__/x.json", "0.a", "0.b", "1.a", "2.a"]):
+            (tmp_path / "payload").write_bytes(bytes([number]) * 600)
+            info = archive.gettarinfo(tmp_path / "payload", name)
+            info.uid, info.mtime, info.uname = 1000 + number, 77 + number, f"user{number}"
+            with open(tmp_path / "payload", "rb") as file:
+                archive.addfile(info, file)
+    (written,) = rewrite(tmp_path, [str(tmp_path / "a.tar")], [True, False, True])
+    with tarfile.open(written) as archive:
+        found = [(m.name, m.uid, m.mtime, m.uname) for m in archive]
+    expected = [(0, "__meta__/x.json"), (1, "0.a"), (2, "0.b"), (4, "2.a")]
+    assert found == [(name, 1000 + n, 77 + n, f"user{n}") for n, name in expected]
+    read = list(webdataset.WebDataset(written, shardshuffle=False))
+    assert [(s["__key__"], sorted(k for k in s if not k.startswith("__"))) for s in read] == [
+        ("0", ["a", "b"]),
+        ("2", ["a"]),
+    ]
+
+
+def test_shards_of_one_name_are_numbered_apart(tmp_path: Path) -> None:
+    urls = []
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        urls.append(write_tar(tmp_path / str(number) / "a.tar", [(f"{number}.x", b"x")]))
+    assert [Path(w).name for w in rewrite(tmp_path, urls, [True, True])] == ["00000-a.tar", "00001-a.tar"]
+
+
+def test_a_shard_that_shrank_leaves_nothing_written(tmp_path: Path) -> None:
+    url = write_tar(tmp_path / "a.tar", [("0.a", b"x" * 700), ("1.a", b"y" * 700)])
+    frame = index_shards([url])
+    Path(url).write_bytes(Path(url).read_bytes()[:1600])
+    artefact = Artefact(Root(str(tmp_path / "out")))
+    with pytest.raises(StorageError, match="shorter than when it was listed"), artefact.attempt("prune", {}) as attempt:
+        rewrite_shards(attempt, [url], frame, np.array([True, True]))
+    assert not artefact.committed
+    assert artefact.root.files() == []

@@ -1,0 +1,106 @@
+"""Folders, on the local disk and on an S3 server (moto), by the same tests; and a disk that is full."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from storage.errors import StorageError
+from storage.manifest import Artefact
+from storage.root import Root
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    from moto.server import ThreadedMotoServer
+
+    running = ThreadedMotoServer(port=0, verbose=False)
+    running.start()
+    host, port = running.get_host_and_port()
+    yield f"http://{host}:{port}"
+    running.stop()
+
+
+@pytest.fixture(params=["local", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> Root:
+    if request.param == "local":
+        return Root(str(tmp_path / "folder"))
+    patch = request.getfixturevalue("monkeypatch")
+    settings = {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_ENDPOINT_URL": request.getfixturevalue("server"),
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    for name, value in settings.items():
+        patch.setenv(name, value)
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    s3fs.S3FileSystem().mkdirs("bucket", exist_ok=True)
+    return Root(f"s3://bucket/{tmp_path.name}")
+
+
+def test_files_come_back(root: Root) -> None:
+    with root.open("a/b.bin", "wb") as file:
+        file.write(b"x" * 7_000_000)
+    root.create("c", b"y")
+    assert root.files() == ["a/b.bin", "c"]
+    assert root.read_bytes("a/b.bin") == b"x" * 7_000_000
+    assert root.local("c").read_bytes() == b"y"
+    root.remove("c")
+    assert not root.exists("c")
+    root.delete()
+    assert root.files() == []
+
+
+def test_creating_twice_is_refused_and_changes_nothing(root: Root) -> None:
+    root.create("a", b"first")
+    with pytest.raises(FileExistsError):
+        root.create("a", b"second")
+    assert root.read_bytes("a") == b"first"
+
+
+def test_artefacts(root: Root) -> None:
+    artefact = Artefact(root)
+    with artefact.attempt("test", {}) as attempt:
+        attempt.write("a", b"one")
+    assert Artefact(root).read("a") == b"one"
+    artefact.remove()
+    assert root.files() == []
+
+
+def test_what_is_missing_is_named(root: Root) -> None:
+    with pytest.raises(StorageError, match="nothing does not exist"):
+        root.read_bytes("nothing")
+
+
+FILL = """
+import sys
+from storage.errors import StorageError
+from storage.manifest import Artefact
+from storage.root import Root
+artefact = Artefact(Root(sys.argv[1] + "/artefact"))
+try:
+    with artefact.attempt("test", {}) as attempt:
+        attempt.write("big", bytes(4 << 20))
+except StorageError as error:
+    print(error)
+print(artefact.committed, artefact.root.files())
+"""
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
+    """In a mount namespace of its own, on a tmpfs of 1 MiB."""
+    script = f"mount -t tmpfs -o size=1m none {tmp_path} && exec {sys.executable} -c '{FILL}' {tmp_path}"
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, check=False)
+    if "unshare" in done.stderr or "mount" in done.stderr:
+        pytest.skip("this system allows no mount namespaces")
+    assert done.returncode == 0, done.stderr
+    sentence, state = done.stdout.splitlines()
+    assert "cannot be written: No space left on device; free some space" in sentence
+    assert state == "False []"

@@ -1,0 +1,163 @@
+"""Bad input: one sentence that says what is wrong, where, and what to do; nothing half-written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from examples.shards import write_shards
+from secateur.errors import SecateurError
+from storage.errors import StorageError
+from tasks.errors import PlanError
+from tasks.estimate import estimate
+from tasks.run import Run
+from tasks.search import search
+from tests.tasks.small import curate, make_data, sample, small_plan
+
+TASK = "tests.tasks.small:Digits"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    make_data(tmp_path)
+    return tmp_path
+
+
+def uncommitted(root: Path) -> list[str]:
+    """Attempts that were left behind without being part of any manifest."""
+    manifests = {p.parent: p.read_text() for p in root.rglob("manifest.json")}
+    return [
+        str(p) for p in root.rglob("*") if p.is_file() and p.name != "manifest.json"
+        and not any(folder in p.parents and f'"{p.relative_to(folder).parts[0]}"' in text
+                    for folder, text in manifests.items())
+    ]  # fmt: skip
+
+
+def refused(folder: Path, kind: type[Exception], sentence: str, **changes: Any) -> None:
+    """The plan ends in the sentence, with nothing half-written."""
+    with pytest.raises(kind, match=sentence) as raised:
+        curate(small_plan(folder, **changes))
+    assert "\n" not in str(raised.value)
+    assert uncommitted(folder / "runs") == []
+
+
+def test_a_missing_shard(folder: Path) -> None:
+    (folder / "train-1.tar").unlink()
+    refused(folder, StorageError, r"shard .*train-1\.tar does not exist; check `shards` in the plan")
+
+
+def test_a_truncated_shard(folder: Path) -> None:
+    data = (folder / "train-1.tar").read_bytes()
+    (folder / "train-1.tar").write_bytes(data[: len(data) // 2 // 512 * 512])
+    refused(folder, StorageError, r"train-1\.tar is truncated, damaged")
+
+
+def test_duplicate_keys(folder: Path) -> None:
+    make_data(folder, [sample(3)])
+    refused(folder, StorageError, "key digit-0003 is there twice, as sample 3 of .*train-0.tar and as sample")
+
+
+def test_a_sample_that_cannot_be_decoded(folder: Path) -> None:
+    make_data(folder, [sample(500, raw=b"short")])
+    refused(folder, PlanError, r"sample digit-0500 of .*train-1\.tar cannot be decoded by the task .*mend or remove it")
+
+
+def test_a_sample_without_a_member_the_task_needs(folder: Path) -> None:
+    make_data(folder, [{"__key__": "digit-9999", "cls": b"1"}])
+    refused(folder, PlanError, r"sample digit-9999 .*cannot be decoded by the task \(KeyError: 'raw'\)")
+
+
+def test_a_window_outside_its_stage(folder: Path) -> None:
+    stage = {"steps": 5, "batch_size": 20, "windows": [{"start": 2, "stop": 9, "unit": "steps"}]}
+    refused(folder, PlanError, "window 2 to 9 steps of stage 0 is not within its 5 steps", stages=[stage])
+
+
+def test_an_uncaptured_layer(folder: Path) -> None:
+    model = {"factory": "tests.tasks.small:network", "args": {"uncaptured": True}}
+    sentence = r"1 trainable parameters \(1 numbers\).*4\.weight \(1\)"
+    refused(folder, SecateurError, sentence, model=model)
+    run = curate(small_plan(folder, model=model, uncaptured=["4.*"], run="listed"))
+    assert run.folder.stage(1).scores.committed
+
+
+def test_a_loss_that_is_not_finite(folder: Path) -> None:
+    make_data(folder, [sample(501, cls=b"nan")])
+    refused(folder, PlanError, r"the loss of sample digit-0501 is nan at step \d+ of stage 0 \(1 of \d+ samples")
+
+
+def test_a_task_that_gives_one_loss_a_batch(folder: Path) -> None:
+    refused(folder, PlanError, r"losses gave shape \(\) for 20 samples", task={"factory": "tests.tasks.small:Averaged"})
+
+
+def test_an_empty_target(folder: Path) -> None:
+    write_shards(f"{folder}/empty-%d.tar", [], 1)
+    refused(
+        folder, PlanError, "target none has no samples in .*empty-0.tar", targets={"none": {"shards": f"{folder}/empty-0.tar"}}
+    )  # fmt: skip
+
+
+def test_empty_training_data(folder: Path) -> None:
+    write_shards(f"{folder}/empty-%d.tar", [], 1)
+    refused(
+        folder, PlanError, "there are no samples to train on in .*empty-0.tar", data={"shards": f"{folder}/empty-0.tar"}
+    )
+
+
+@pytest.mark.parametrize(
+    ("factory", "sentence"),
+    [
+        ("nowhere.at:all", "the model factory nowhere.at:all cannot be imported"),
+        ("tests.tasks.small:nothing", "cannot be imported"),
+        ("tests.tasks.small:Digits", "gave a Digits, no nn.Module"),
+    ],
+)
+def test_a_factory_that_is_none(folder: Path, factory: str, sentence: str) -> None:
+    refused(folder, PlanError, sentence, model={"factory": factory})
+
+
+def test_arguments_that_a_factory_refuses(folder: Path) -> None:
+    refused(folder, PlanError, "refuses its args", model={"factory": "tests.tasks.small:network", "args": {"widht": 2}})
+
+
+def test_a_stage_that_keeps_nothing(folder: Path) -> None:
+    policy = {"policy": "threshold", "at_least": 1e9}
+    stage = {"epochs": 1, "batch_size": 20, "prune": policy}
+    refused(folder, PlanError, "stage 0 of .* kept no sample; relax its policy", stages=[stage, stage])
+
+
+def test_another_plan_in_the_same_folder(folder: Path) -> None:
+    curate(small_plan(folder))
+    refused(folder, PlanError, r"holds a run of another plan \(they differ in seed\)", seed=7)
+
+
+def test_the_dry_run_refuses_what_the_run_would(folder: Path) -> None:
+    model = {"factory": "tests.tasks.small:network", "args": {"uncaptured": True}}
+    with pytest.raises(SecateurError, match=r"4\.weight"):
+        estimate(small_plan(folder, model=model))
+    (folder / "target-0.tar").unlink()
+    with pytest.raises(StorageError, match=r"target-0\.tar does not exist"):
+        estimate(small_plan(folder))
+
+
+@pytest.mark.parametrize(
+    ("question", "sentence"),
+    [
+        ({}, "give one of --target and --sample"),
+        ({"target": "clean", "sample": "digit-0001"}, "give one of --target and --sample"),
+        ({"target": "nobody"}, "has no target nobody; it has clean"),
+        ({"sample": "nobody"}, "holds a sample nobody; check the key"),
+        ({"target": "clean", "top": 0}, "--top is 0"),
+        ({"target": "clean", "stage": 5}, "stage 5 of .* is not indexed; indexed are 0, 1"),
+    ],
+)
+def test_questions_that_cannot_be_answered(folder: Path, question: dict[str, Any], sentence: str) -> None:
+    run = curate(small_plan(folder))
+    with pytest.raises(PlanError, match=sentence):
+        search.fn(run.url, **question)
+
+
+def test_a_folder_without_a_run(folder: Path) -> None:
+    with pytest.raises(PlanError, match=r"holds no run; give the folder that `secateur run` made"):
+        Run.open(str(folder))

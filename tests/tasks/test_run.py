@@ -1,0 +1,263 @@
+"""Whole runs on real digits: repeatable, resumable, and right by independent reckoning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+import webdataset
+
+from secateur.recursion import walk
+from storage.ledger import read_checkpoint
+from tasks.embed import dynamics_of, segment_of, spans_of
+from tasks.loop import Loop
+from tasks.prune import OWN, stage_decisions
+from tasks.run import Run
+from tasks.samples import stage_samples
+from tasks.score import stage_scores
+from tasks.search import search
+from tasks.targets import target_gradients
+from tests.tasks.small import curate, make_data, small_plan
+
+ALL = {"kind": "coordinates", "numbers": None, "fit_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("digits")
+    make_data(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> Run:
+    return curate(small_plan(folder))
+
+
+def content(run: Run) -> dict[str, str]:
+    """The hash of every file of a run but its plan, by its name without the attempt."""
+    found = {}
+    for stage in (run.folder.stage(0), run.folder.stage(1)):
+        artefacts = [stage.samples, stage.embeddings, stage.index, stage.targets, stage.scores, *stage.segments()]
+        for artefact in [*artefacts, *([stage.prune(OWN)] if stage.prune(OWN).committed else [])]:
+            for name, facts in artefact.manifest.files.items():
+                found[f"{artefact.root.url.removeprefix(run.url)}/{name}"] = facts["sha256"]
+    return found
+
+
+def differing(one: Run, other: Run) -> list[str]:
+    """Files that are not the same; the second stage's samples and scores name shards by path, which is the run's own."""
+    a, b = content(one), content(other)
+    assert a.keys() == b.keys()
+    assert stage_scores(one, 1).drop("shard").equals(stage_scores(other, 1).drop("shard"))
+    paths = ("/stages/01/samples", "/stages/01/scores")
+    return [name for name in a if a[name] != b[name] and not name.startswith(paths)]
+
+
+def test_the_next_stage_trains_on_what_was_kept(run: Run) -> None:
+    decisions = stage_decisions(run, 0)
+    kept = decisions.filter("keep")["key"].to_list()
+    assert stage_samples(run, 1).frame["key"].to_list() == kept
+    read = [s["__key__"] for s in webdataset.WebDataset(stage_samples(run, 1).urls, shardshuffle=False)]
+    assert read == kept
+    used = decisions.filter(pl.col("uses") > 0)
+    assert len(kept) == len(decisions) - len(used) + round(len(used) / 2)
+    dropped = run.folder.stage(0).prune(OWN).read("dropped.txt").decode().splitlines()
+    assert [line.split("\t") for line in dropped] == [
+        list(row) for row in decisions.filter(~pl.col("keep")).select("key", "reason").iter_rows()
+    ]
+
+
+def test_only_what_was_used_in_a_window_is_judged(run: Run) -> None:
+    steps = stage_scores(run, 0).group_by("window").agg(pl.col("step").unique().sort()).sort("window")
+    assert [s.to_list() for s in steps["step"]] == [list(range(5)), list(range(16, 21))]
+    strides = torch.cat([segment_of(s).strides for s in run.folder.stage(0).segments()]).tolist()
+    between = [2.0 if step % 2 == 0 else 0.0 for step in range(5, 16)]
+    assert strides == [1.0] * 5 + between + [1.0] * 5
+    outside = stage_decisions(run, 0).filter(pl.col("uses") == 0)
+    assert outside["keep"].all()
+    assert set(outside["reason"]) <= {"kept: not used in a window"}
+
+
+def test_the_same_seed_gives_the_same_bytes(run: Run, folder: Path) -> None:
+    again = curate(small_plan(folder, root=f"{folder}/again"))
+    assert differing(run, again) == []
+
+
+def test_another_seed_gives_another_order(run: Run, folder: Path) -> None:
+    other = curate(small_plan(folder, root=f"{folder}/other", seed=1))
+    assert stage_decisions(run, 0)["keep"].to_list() != stage_decisions(other, 0)["keep"].to_list()
+
+
+@pytest.mark.parametrize("step", [0, 8, 20])
+def test_an_interrupted_run_carries_on_to_the_same_bytes(
+    run: Run, folder: Path, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, whole, taken = small_plan(folder, root=f"{folder}/resumed{step}"), Loop.step, []
+
+    def interrupted(loop: Loop, number: int, recording: object = None) -> object:
+        if recording is not None and number == step:
+            raise KeyboardInterrupt
+        return whole(loop, number, recording)  # type: ignore[arg-type]
+
+    def counted(loop: Loop, number: int, recording: object = None) -> object:
+        taken.append(number)
+        return whole(loop, number, recording)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Loop, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        curate(plan)
+    monkeypatch.setattr(Loop, "step", counted)
+    resumed = curate(plan)
+    assert differing(run, resumed) == []
+    assert taken[-10:] == list(range(10))
+    assert len(taken) == 10 + 21 - step // 6 * 6
+
+
+def test_a_finished_run_does_nothing_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = content(run)
+    monkeypatch.setattr(Loop, "__init__", None)
+    curate(run.plan)
+    assert content(run) == before
+
+
+def test_contributions_in_the_ledger_are_autograds(folder: Path) -> None:
+    """The last segment is one step: each sample's gradient by autograd, from the checkpoint before it."""
+    run = curate(small_plan(folder, root=f"{folder}/full", basis=ALL, dtype="float64", segment_steps=5))
+    stage, samples = run.folder.stage(0), stage_samples(run, 0)
+    segment = segment_of(stage.segment(4))
+    loop = Loop(run, 0, samples)
+    loop.restore(read_checkpoint(stage.segment(3)))
+    assert segment.length == 1
+    assert segment.samples.tolist() == loop.order.batch(20).tolist()
+    basis = run.basis(run.bindings(loop.model))
+    rows = []
+    for position in range(len(segment.samples)):
+        torch.manual_seed(loop.order.seed(20))  # the batch's dropout
+        loop.model.zero_grad()
+        losses = loop.task.losses(loop.model, loop.batch(segment.samples))
+        torch.testing.assert_close(losses.detach(), segment.losses)
+        (losses[position] * segment.weights[position]).backward()
+        gradients = {n: p.grad for n, p in loop.model.named_parameters() if p.grad is not None}
+        rows.append(basis.project_all(gradients))
+    expected = torch.stack(rows)
+    torch.testing.assert_close(segment.contributions, expected, rtol=1e-9, atol=1e-12)
+    target = target_gradients(stage.targets, "clean").mean(0)
+    last = stage_scores(run, 0).filter(pl.col("step") == 20)
+    assert last["norm"].to_list() == pytest.approx(expected.norm(dim=1).tolist())
+    mean = curate(
+        small_plan(
+            folder, root=f"{folder}/mean", basis=ALL, dtype="float64", segment_steps=5, score={"aggregate": "mean"}
+        )
+    )
+    found = stage_scores(mean, 0).filter(pl.col("step") == 20)["score_clean"].to_list()
+    assert found == pytest.approx((expected @ target).tolist())
+
+
+def walked(run: Run, gradient: torch.Tensor, carried: bool) -> dict[int, list[float]]:
+    """Scores by walking the query itself back through every segment of both stages: no embedding, no transition."""
+    spans, slots = spans_of(run), 2
+    row = [torch.cat([gradient[:, None, s], torch.zeros_like(gradient[:, None, s])], 1) for s in spans]
+    found: dict[int, list[float]] = {}
+    for stage in (1, 0):
+        if stage == 0 and not carried:  # the momentum that stage 0 left was thrown away
+            row = [torch.cat([r[:, :1], torch.zeros_like(r[:, 1:])], 1) for r in row]
+        scores: list[float] = []
+        for ledger in reversed(run.folder.stage(stage).segments()):
+            effects, row = walk(dynamics_of(run, segment_of(ledger)), row)
+            scores = torch.stack(effects).sum(0)[:, 0].tolist() + scores
+        found[stage] = scores
+    assert row[0].shape[1] == slots
+    return found
+
+
+@pytest.mark.parametrize("at_stage", ["reset", "carry"])
+@pytest.mark.parametrize("coupling", ["block", "full"])
+@pytest.mark.parametrize("index", ["flat", "sq8"])
+def test_a_query_finds_what_walking_it_back_gives(folder: Path, at_stage: str, coupling: str, index: str) -> None:
+    optimizer = {"lr": 0.2, "momentum": 0.5, "weight_decay": 0.01, "at_stage": at_stage}
+    name = f"{at_stage}-{coupling}-{index}"
+    plan = small_plan(
+        folder, run=name, optimizer=optimizer, curvature={"coupling": coupling}, index=index, dtype="float64"
+    )
+    run = curate(plan)
+    gradient = target_gradients(run.folder.stage(1).targets, "clean").mean(0, keepdim=True)
+    expected = walked(run, gradient, at_stage == "carry")
+    for stage in (0, 1):
+        rows = stage_scores(run, stage).with_columns(score=pl.Series(expected[stage]))
+        for harmful in (False, True):
+            for window in (None, 0):
+                among = rows if window is None else rows.filter(pl.col("window") == window)
+                ordered = among.sort("score", descending=not harmful).unique("key", keep="first", maintain_order=True)
+                hits = search.fn(run.url, "clean", None, 7, harmful, stage, window)
+                assert [hit.key for hit in hits] == ordered["key"][:7].to_list()
+                assert [hit.score for hit in hits] == pytest.approx(ordered["score"][:7].to_list(), rel=1e-4)
+    merged = pl.concat([stage_scores(run, s).with_columns(score=pl.Series(expected[s])) for s in (0, 1)])
+    best = merged.sort("score", descending=True).unique("key", keep="first", maintain_order=True)["key"][:5].to_list()
+    assert [hit.key for hit in search.fn(run.url, "clean", top=5)] == best
+
+
+def test_asking_about_one_sample_is_asking_with_its_gradient(run: Run) -> None:
+    mine = search.fn(run.url, sample="digit-0203", top=3)
+    gradient = target_gradients(run.folder.stage(1).targets, "clean")[3:4]
+    expected = walked(run, gradient, False)
+    best = max(max(expected[0]), max(expected[1]))
+    assert mine[0].score == pytest.approx(best, rel=1e-4)
+
+
+@pytest.mark.parametrize("horizon", [0, 3, 100, "stage"])
+def test_horizons(folder: Path, horizon: int | str) -> None:
+    """A horizon beyond the stage's end is the stage's end; 0 leaves out the learning rate."""
+    plain = {"lr": 0.2, "momentum": 0.5}
+    make = lambda h: curate(  # noqa: E731
+        small_plan(
+            folder, run=f"h{h}", optimizer=plain, score={"horizon": h, "aggregate": "mean"}, dtype="float64", seed=2
+        )
+    )
+    found = stage_scores(make(horizon), 0)
+    end = stage_scores(make("stage"), 0)
+    last = pl.col("step") == 20
+    if horizon in (100, "stage"):
+        assert found["score_clean"].to_list() == pytest.approx(end["score_clean"].to_list(), rel=1e-9)
+    elif horizon == 0:
+        scaled = found.filter(last)["score_clean"] * 0.2
+        assert scaled.to_list() == pytest.approx(end.filter(last)["score_clean"].to_list(), rel=1e-9)
+    else:
+        late, early = pl.col("step") >= 18, pl.col("step") < 16
+        assert found.filter(late)["score_clean"].to_list() == pytest.approx(end.filter(late)["score_clean"].to_list())
+        assert found.filter(early)["score_clean"].to_list() != pytest.approx(end.filter(early)["score_clean"].to_list())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "token_mean"])
+def test_reductions_and_accumulation_train_alike(folder: Path, reduction: str) -> None:
+    """Micro-batches change nothing but rounding; the recorder holds every step's contributions to the gradient."""
+    ends = []
+    for parts in (1, 4):
+        stages = [{"steps": 6, "batch_size": 20, "accumulate": parts}]
+        task = {"factory": "tests.tasks.small:Digits", "reduction": reduction}
+        model = {"factory": "tests.tasks.small:network", "args": {"dropout": 0.0}}
+        optimizer = {"lr": 0.01}
+        plan = small_plan(
+            folder,
+            run=f"{reduction}{parts}",
+            stages=stages,
+            task=task,
+            model=model,
+            dtype="float64",
+            optimizer=optimizer,
+        )
+        run = curate(plan)
+        ends.append((read_checkpoint(run.folder.stage(0).segment(0)), segment_of(run.folder.stage(0).segment(0))))
+    (one, whole), (other, parted) = ends
+    for name in one:
+        torch.testing.assert_close(one[name], other[name])
+    torch.testing.assert_close(whole.contributions.abs(), parted.contributions.abs(), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(whole.weights, parted.weights)
+
+
+def test_stages_without_a_policy_pass_all_data_on(folder: Path) -> None:
+    stages = [{"steps": 4, "batch_size": 20}, {"steps": 4, "batch_size": 20}]
+    run = curate(small_plan(folder, run="through", stages=stages))
+    assert len(stage_samples(run, 1)) == 140
