@@ -104,7 +104,7 @@ class Coordinates(Basis):
 
     elementwise = True
 
-    def __init__(self, blocks: Sequence[Block], entries: Sequence[Int[Tensor, _]]) -> None:
+    def __init__(self, blocks: Sequence[Block], entries: Sequence[Int[Tensor, " _"]]) -> None:
         super().__init__(blocks, [len(e) for e in entries])
         self.entries = list(entries)
         self._views: dict[str, tuple[Tensor, Tensor, Tensor]] = {}

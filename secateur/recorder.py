@@ -38,7 +38,7 @@ class _Steps:
     scales: list[float] = field(default_factory=list)
     hyper: list[list[list[float]]] = field(default_factory=list)
     gradients: list[Tensor] = field(default_factory=list)
-    slots: list[Tensor] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)
     fisher: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)
 
 
@@ -147,7 +147,7 @@ class Recorder:
             scales=torch.tensor(steps.scales, dtype=torch.float64),
             hyper=torch.tensor(steps.hyper, dtype=torch.float64),
             gradients=torch.stack(steps.gradients).cpu() if steps.gradients else numbers,
-            slots=torch.stack(steps.slots).cpu() if steps.slots else numbers[:, None].expand(0, 0, width),
+            states=torch.stack(steps.states).cpu() if steps.states else numbers[:, None].expand(0, 0, width),
             groups=self._groups,
             fisher=torch.cat([numbers, *(f[0].cpu() for f, _ in fisher)]),
             fisher_steps=torch.cat([ids, *(s for _, s in fisher)]),
@@ -181,7 +181,8 @@ class Recorder:
         steps.hyper.append([self._settings(group) for group in self._optimizer.param_groups])
         if not self.linearised.linear:
             steps.gradients.append(received)
-            steps.slots.append(torch.stack([self._slot(name) for name in self.linearised.slots]))
+            theta = self._basis.project_all({n: p.detach() for n, p in self._parameters.items()})
+            steps.states.append(torch.stack([theta, *(self._slot(name) for name in self.linearised.slots)]))
         self._pending, self._pending_fisher = [], None
 
     def _scale(self, received: Float[Tensor, " p"]) -> float:

@@ -31,7 +31,7 @@ class Segment:
         scales: factor between the loss's gradient and the one the optimizer received (clipping by norm).
         hyper: each parameter group's settings, columns as the optimizer's `hyper` names them.
         gradients: the gradient received; empty `0 p` where the optimizer's Jacobian does not depend on it.
-        slots: optimizer state before the step, one row a slot; empty where the Jacobian does not depend on it.
+        states: theta and the optimizer's slots before the step; empty where the Jacobian does not depend on them.
         groups: parameter group of each of the p numbers.
         fisher: contributions with labels sampled from the model (`curvature: fisher`), `fisher_steps` their steps and
             `fisher_weights` their weights; empty otherwise.
@@ -49,7 +49,7 @@ class Segment:
     scales: Float[Tensor, " steps"]
     hyper: Float[Tensor, "steps groups names"]
     gradients: Float[Tensor, "rows p"]
-    slots: Float[Tensor, "rows slots p"]
+    states: Float[Tensor, "rows S p"]
     groups: Int[Tensor, " p"]
     fisher: Float[Tensor, "fisher_records p"]
     fisher_steps: Int[Tensor, " fisher_records"]

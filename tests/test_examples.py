@@ -14,7 +14,12 @@ def example(folder: Path, name: str) -> str:
     """What an example prints."""
     (folder / "examples").symlink_to(Path("examples").resolve())
     done = subprocess.run(
-        [sys.executable, "-m", f"examples.{name}.run"], cwd=folder, capture_output=True, text=True, check=False, timeout=600
+        [sys.executable, "-m", f"examples.{name}.run"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
