@@ -114,7 +114,7 @@ def recursion(repeats: int, folder: str) -> None:
         {
             "run": "speed", "root": folder, "data": data, "targets": {"same": data},
             "model": {"factory": "benchmarks.speed:Chain"}, "task": {"factory": "benchmarks.speed:Vectors"},
-            "optimizer": {"lr": 0.01}, "stages": [{"epochs": 1, "batch_size": BATCH}],
+            "optimizer": {"kind": "sgd", "lr": 0.01}, "stages": [{"epochs": 1, "batch_size": BATCH}],
             "basis": {"kind": "kronecker", "method": "random", "rank": WIDTH},
         }
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -15,7 +15,7 @@ from secateur.bindings import Bindings
 from secateur.errors import SecateurError
 from secateur.optimizers import Linearised, linearise
 from secateur.segment import Segment
-from secateur.tap import Reducer, tap
+from secateur.tap import Reducer, contributions, tap
 
 
 @dataclass
@@ -39,7 +39,8 @@ class _Steps:
     hyper: list[list[list[float]]] = field(default_factory=list)
     gradients: list[Tensor] = field(default_factory=list)
     states: list[Tensor] = field(default_factory=list)
-    fisher: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)
+    fisher: list[list[tuple[Tensor, Tensor]]] = field(default_factory=list)
+    hessian: list[tuple[int, Tensor]] = field(default_factory=list)
 
 
 class Recorder:
@@ -78,7 +79,7 @@ class Recorder:
         tolerance: float = 1e-3,
     ) -> None:
         self.linearised: Linearised = linearise(optimizer)
-        self._optimizer, self._bindings, self._basis, self._tolerance = optimizer, bindings, basis, tolerance
+        self._optimizer, self._bindings, self.basis, self._tolerance = optimizer, bindings, basis, tolerance
         self._parameters = {n: p for n, p in model.named_parameters() if any(n in b.parameters for b in basis.blocks)}
         self._groups = self._group_of_numbers()
         if not (self.linearised.linear or basis.elementwise):
@@ -88,7 +89,8 @@ class Recorder:
             )
         self._pending: list[Batch] = []
         self._stride = 0.0
-        self._pending_fisher: tuple[Tensor, Tensor] | None = None
+        self._scale_before = 1.0
+        self._pending_fisher: list[tuple[Tensor, Tensor]] = []
         self._first_step, self._steps = 0, _Steps()
         self._handle = optimizer.register_step_pre_hook(self._before_step)
 
@@ -116,23 +118,37 @@ class Recorder:
         if weights is None:
             weights = torch.full((len(samples),), 1.0 / len(samples), dtype=torch.float64)
         batch = Batch(samples, weights, window)
-        reducer = Reducer(self._basis, len(samples), first.dtype, first.device)
+        reducer = Reducer(self.basis, len(samples), first.dtype, first.device)
         with tap(self._bindings, reducer):
             yield batch
         batch.numbers = reducer.numbers
         self._pending.append(batch)
         self._stride = stride
 
+    def sampled(self, losses: Callable[[], Float[Tensor, " batch"]], weights: Float[Tensor, " batch"]) -> None:
+        """Records the coming step's contributions under labels drawn from the model, for `curvature: fisher`.
+
+        Args:
+            losses: runs the forward pass and returns one loss a sample, against drawn labels.
+            weights: as in `batch`.
+        """
+        numbers, _ = contributions(losses, len(weights), self._bindings, self.basis)
+        self._pending_fisher.append((numbers * weights.to(numbers)[:, None], weights))
+
+    def hessian(self, flattened: Float[Tensor, " entries"]) -> None:
+        """Records the Hessian before the coming step, as `secateur.hessian.hessian` gives it."""
+        self._steps.hessian.append((self._first_step + len(self._steps.strides), flattened))
+
     def take(self) -> Segment:
         """The segment recorded since the last `take`, on the CPU; the next one starts empty."""
-        steps, first, width = self._steps, self._first_step, self._basis.size
+        steps, first, width = self._steps, self._first_step, self.basis.size
         self._steps, self._first_step = _Steps(), first + len(steps.strides)
         batches = [batch for one_step in steps.batches for batch in one_step]
         lengths = [sum(len(b.samples) for b in one_step) for one_step in steps.batches]
         numbered = torch.arange(first, first + len(lengths))
         ids = torch.empty(0, dtype=torch.int64)
         none = torch.empty(0, dtype=torch.float64)
-        fisher = [(f, numbered[i].expand(len(f[0]))) for i, f in enumerate(steps.fisher) if f is not None]
+        fisher = [(f, numbered[i].expand(len(f[0]))) for i, drawn in enumerate(steps.fisher) for f in drawn]
         numbers = torch.empty(0, width, dtype=next(iter(self._parameters.values())).dtype)
         return Segment(
             contributions=torch.cat([numbers, *(b.numbers.cpu() for b in batches if b.numbers is not None)]),
@@ -152,6 +168,8 @@ class Recorder:
             fisher=torch.cat([numbers, *(f[0].cpu() for f, _ in fisher)]),
             fisher_steps=torch.cat([ids, *(s for _, s in fisher)]),
             fisher_weights=torch.cat([none, *(f[1].cpu().double() for f, _ in fisher)]),
+            hessian=torch.stack([h.cpu() for _, h in steps.hessian]) if steps.hessian else numbers,
+            hessian_steps=torch.tensor([step for step, _ in steps.hessian], dtype=torch.int64),
         )
 
     def start_at(self, step: int) -> None:
@@ -166,8 +184,8 @@ class Recorder:
                 f"parameter {missing[0]} got no gradient at step {self._first_step + len(self._steps.strides)}; leave it "
                 f"out of the model, freeze it, or list it under `uncaptured`"
             )
-        received = self._basis.project_all({n: p.grad for n, p in self._parameters.items() if p.grad is not None})
-        scale = self._scale(received) if self._pending else 1.0
+        received = self.basis.project_all({n: p.grad for n, p in self._parameters.items() if p.grad is not None})
+        scale = self._scale_before = self._scale(received) if self._pending else self._scale_before
         for batch in self._pending:
             if batch.losses is None:
                 batch.losses = torch.full((len(batch.samples),), float("nan"))
@@ -177,13 +195,13 @@ class Recorder:
         steps.batches.append(self._pending)
         steps.strides.append(self._stride if self._pending else 0.0)
         steps.scales.append(scale)
-        steps.fisher.append(self._pending_fisher)
+        steps.fisher.append([(numbers * scale, weights * scale) for numbers, weights in self._pending_fisher])
         steps.hyper.append([self._settings(group) for group in self._optimizer.param_groups])
         if not self.linearised.linear:
             steps.gradients.append(received)
-            theta = self._basis.project_all({n: p.detach() for n, p in self._parameters.items()})
+            theta = self.basis.project_all({n: p.detach() for n, p in self._parameters.items()})
             steps.states.append(torch.stack([theta, *(self._slot(name) for name in self.linearised.slots)]))
-        self._pending, self._pending_fisher = [], None
+        self._pending, self._pending_fisher = [], []
 
     def _scale(self, received: Float[Tensor, " p"]) -> float:
         """What the gradient was multiplied by between the backward pass and the optimizer's step.
@@ -200,7 +218,7 @@ class Recorder:
         distance = float((received - scale * total).norm())
         if distance > self._tolerance * max(float(received.norm()), scale * power**0.5):
             worst = max(
-                zip(self._basis.blocks, self._basis.spans, strict=True),
+                zip(self.basis.blocks, self.basis.spans, strict=True),
                 key=lambda pair: float((received[pair[1]] - scale * total[pair[1]]).norm()),
             )
             raise SecateurError(
@@ -218,7 +236,7 @@ class Recorder:
     def _slot(self, name: str) -> Float[Tensor, " p"]:
         """One slot of the optimizer's state in the numbers of the basis; zero before the first step."""
         held = {n: self._optimizer.state.get(p, {}).get(name) for n, p in self._parameters.items()}
-        return self._basis.project_all(
+        return self.basis.project_all(
             {n: torch.zeros_like(self._parameters[n]) if v is None else v for n, v in held.items()}
         )
 
@@ -233,11 +251,11 @@ class Recorder:
         absent = [n for n, p in self._parameters.items() if id(p) not in groups]
         if absent:
             raise SecateurError(f"the optimizer does not train {absent[0]}; freeze it with requires_grad_(False)")
-        if self._basis.elementwise:
+        if self.basis.elementwise:
             named = {n: torch.full_like(p, groups[id(p)]) for n, p in self._parameters.items()}
-            return self._basis.project_all(named).long().cpu()
-        numbers = torch.empty(self._basis.size, dtype=torch.int64)
-        for block, span in zip(self._basis.blocks, self._basis.spans, strict=True):
+            return self.basis.project_all(named).long().cpu()
+        numbers = torch.empty(self.basis.size, dtype=torch.int64)
+        for block, span in zip(self.basis.blocks, self.basis.spans, strict=True):
             own = {groups[id(self._parameters[name])] for name in block.parameters}
             if len(own) > 1:
                 raise SecateurError(

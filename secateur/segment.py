@@ -35,6 +35,8 @@ class Segment:
         groups: parameter group of each of the p numbers.
         fisher: contributions with labels sampled from the model (`curvature: fisher`), `fisher_steps` their steps and
             `fisher_weights` their weights; empty otherwise.
+        hessian: evaluations of the Hessian (`curvature: hessian`), each span's matrix flattened after the other, and
+            `hessian_steps` the steps they were made before; empty otherwise.
     """
 
     contributions: Float[Tensor, "records p"]
@@ -54,6 +56,8 @@ class Segment:
     fisher: Float[Tensor, "fisher_records p"]
     fisher_steps: Int[Tensor, " fisher_records"]
     fisher_weights: Float[Tensor, " fisher_records"]
+    hessian: Float[Tensor, "evaluations entries"]
+    hessian_steps: Int[Tensor, " evaluations"]
 
     @property
     def length(self) -> int:

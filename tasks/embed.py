@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from prefect import task
 from torch import Tensor
 
-from secateur.curvature import EmpiricalFisher, NoCurvature
-from secateur.optimizers import SGD, Linearised
+from secateur.curvature import Curvature, EmpiricalFisher, Fisher, Hessian, NoCurvature
 from secateur.recursion import Dynamics, Transition, carry, compose, identity, walk
 from secateur.segment import Segment
 from storage.ledger import read_ledger
 from storage.manifest import Artefact
 from storage.tensors import read_tensors, write_tensors
-from tasks.plan import Plan
+from tasks.optimizer import linearised
 from tasks.progress import track
 from tasks.run import Run
 from tasks.train import end_checkpoint
@@ -28,7 +29,7 @@ def embed_segment(run_url: str, stage: int, number: int) -> None:
     if artefact.committed:
         return
     segment = segment_of(folder.segment(number))
-    start = identity(spans_of(run), len(linearised(run.plan).slots) + 1, segment.contributions.dtype)
+    start = identity(spans_of(run), len(linearised(run.plan.optimizer).slots) + 1, segment.contributions.dtype)
     embeddings, transition = walk(dynamics_of(run, segment), start)
     with artefact.attempt("local embeddings", {"segment": folder.segment(number).fingerprint}) as attempt:
         write_tensors(attempt, "embeddings.safetensors", _numbered(embeddings), {})
@@ -46,7 +47,7 @@ def compose_stage(run_url: str, stage: int) -> int:
     folder = run.folder.stage(stage)
     if not folder.embeddings.committed:
         end_checkpoint(run, stage)
-        optimizer, count = linearised(run.plan), len(folder.segments())
+        optimizer, count = linearised(run.plan.optimizer), len(folder.segments())
         inputs = {"basis": run.folder.basis.fingerprint}
         with folder.embeddings.attempt("embeddings", inputs) as attempt:
             theta_only = run.plan.optimizer.at_stage == "reset"
@@ -84,15 +85,16 @@ def spans_of(run: Run) -> list[slice]:
     return [slice(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
 
 
-def linearised(plan: Plan) -> Linearised:
-    """The linearised form of the plan's optimizer."""
-    return SGD(momentum=plan.optimizer.momentum > 0)
-
-
 def dynamics_of(run: Run, segment: Segment) -> Dynamics:
     """A segment with the plan's optimizer, curvature and coupling."""
-    curvature = EmpiricalFisher(segment) if run.plan.curvature.kind == "empirical_fisher" else NoCurvature()
-    return Dynamics.of(segment, linearised(run.plan), curvature, spans_of(run))
+    spans = spans_of(run)
+    curvature: dict[str, Callable[[], Curvature]] = {
+        "empirical_fisher": lambda: EmpiricalFisher(segment),
+        "fisher": lambda: Fisher(segment),
+        "hessian": lambda: Hessian(segment, spans),
+        "none": NoCurvature,
+    }
+    return Dynamics.of(segment, linearised(run.plan.optimizer), curvature[run.plan.curvature.kind](), spans)
 
 
 def segment_of(artefact: Artefact) -> Segment:

@@ -6,7 +6,7 @@ from pydantic import BaseModel
 
 from secateur.bindings import Bindings
 from storage.shards import expand, index_shards
-from tasks.embed import linearised
+from tasks.optimizer import linearised
 from tasks.order import Order
 from tasks.plan import Coordinates, Plan
 from tasks.run import Run
@@ -51,7 +51,7 @@ def estimate(plan: Plan) -> Estimate:
     bindings = run.bindings(model)
     blocks = _numbers(plan, bindings)
     samples = len(index_shards(expand(plan.data.shards)))
-    slots = len(linearised(plan).slots) + 1 if plan.optimizer.at_stage == "carry" else 1
+    slots = len(linearised(plan.optimizer).slots) + 1 if plan.optimizer.at_stage == "carry" else 1
     parameters = sum(p.numel() for p in model.parameters())
     stages: list[StageEstimate] = []
     for number, stage in enumerate(plan.stages):
@@ -60,7 +60,7 @@ def estimate(plan: Plan) -> Estimate:
     itemsize = 4 if plan.dtype == "float32" else 8
     widest = max(blocks.values()) if plan.curvature.coupling == "block" else sum(blocks.values())
     batch = max(stage.batch_size for stage in plan.stages)
-    inner = len(linearised(plan).slots) + 1
+    inner = len(linearised(plan.optimizer).slots) + 1
     walking = plan.segment_steps * batch * sum(blocks.values()) * (1 + inner) + 3 * (inner * widest) ** 2
     return Estimate(
         run=run.url,
@@ -81,7 +81,7 @@ def _stage(plan: Plan, number: int, samples: int, width: int, slots: int, parame
     recorded = inside + (order.steps - inside) // order.stage.stride
     batch = min(order.stage.batch_size, samples)
     embeddings = inside * batch * width * slots * itemsize
-    state = 1 + len(linearised(plan).slots)
+    state = 1 + len(linearised(plan.optimizer).slots)
     return StageEstimate(
         stage=number,
         samples=samples,
@@ -96,7 +96,7 @@ def _stage(plan: Plan, number: int, samples: int, width: int, slots: int, parame
 
 def _numbers(plan: Plan, bindings: Bindings) -> dict[str, int]:
     """Numbers a block in the plan's basis."""
-    spec = plan.basis
+    spec = plan.numbers
     if isinstance(spec, Coordinates):
         total = sum(block.size for block in bindings.blocks)
         share = 1.0 if spec.numbers is None else min(1.0, spec.numbers / total)

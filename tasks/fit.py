@@ -28,14 +28,14 @@ def fit_basis(run_url: str) -> int:
     if not artefact.committed:
         basis = _fit(run)
         with artefact.attempt("basis", {}) as attempt:
-            write_tensors(attempt, "basis.safetensors", basis.tensors(), {"kind": run.plan.basis.kind})
+            write_tensors(attempt, "basis.safetensors", basis.tensors(), {"kind": run.plan.numbers.kind})
             attempt.facts["numbers"] = basis.size
             attempt.facts["blocks"] = {b.name: s.stop - s.start for b, s in zip(basis.blocks, basis.spans, strict=True)}
     return int(artefact.manifest.facts["numbers"])
 
 
 def _fit(run: Run):  # type: ignore[no-untyped-def]
-    spec, dtype = run.plan.basis, getattr(torch, run.plan.dtype)
+    spec, dtype = run.plan.numbers, getattr(torch, run.plan.dtype)
     loop = Loop(run, 0, stage_samples(run, 0))
     bindings = run.bindings(loop.model)
     if isinstance(spec, Kronecker):

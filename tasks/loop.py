@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,11 +14,20 @@ from torch import Tensor, nn
 from secateur.recorder import Recorder
 from storage.shards import Samples
 from tasks.errors import PlanError
+from tasks.optimizer import make_optimizer
 from tasks.order import Order
-from tasks.plan import Optimizer
 from tasks.run import Run, Task
 
 Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Samples that go through the model at once: their rows, tensors, and weights in the step's loss."""
+
+    rows: Int[Tensor, " batch"]
+    tensors: Tensors
+    weights: Float[Tensor, " batch"]
 
 
 class Loop:
@@ -40,7 +50,7 @@ class Loop:
         """
         self.backward(step, recording)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.order.rate(step)
+            group["lr"] = group["initial_lr"] * self.order.rate(step)
         if self.run.plan.optimizer.clip_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.run.plan.optimizer.clip_norm)
         self.optimizer.step()
@@ -50,20 +60,23 @@ class Loop:
         """The gradients of a step, left in `.grad`."""
         torch.manual_seed(self.order.seed(step))
         self.optimizer.zero_grad(set_to_none=True)
+        losses = []
+        for part in self.micro_batches(step):
+            with recording(part.rows, part.weights) if recording else _nothing() as record:
+                losses.append(self._checked(self.task.losses(self.model, part.tensors), part.rows, step))
+                (losses[-1] * part.weights.to(losses[-1])).sum().backward()
+                if record is not None:
+                    record.losses = losses[-1].detach()
+        self._losses = torch.cat([loss.detach() for loss in losses])
+
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        """What a step trains on."""
         rows = self.order.batch(step)
         parts = rows.chunk(min(self.order.stage.accumulate, len(rows)))
         batches = [self.batch(part) for part in parts]
         sizes = [self.sizes(batch, len(part)) for batch, part in zip(batches, parts, strict=True)]
-        total = torch.cat(sizes).sum()
-        losses = []
-        for part, batch, size in zip(parts, batches, sizes, strict=True):
-            weights = size if self.run.plan.task.reduction == "sum" else size / total
-            with recording(part, weights) if recording else _nothing() as record:
-                losses.append(self._checked(self.task.losses(self.model, batch), part, step))
-                (losses[-1] * weights.to(losses[-1])).sum().backward()
-                if record is not None:
-                    record.losses = losses[-1].detach()
-        self._losses = torch.cat([loss.detach() for loss in losses])
+        total = 1.0 if self.run.plan.task.reduction == "sum" else torch.cat(sizes).sum()
+        return [MicroBatch(*fields) for fields in zip(parts, batches, (size / total for size in sizes), strict=True)]
 
     def batch(self, rows: Int[Tensor, " batch"]) -> Tensors:
         """The task's tensors of some rows, on the plan's device."""
@@ -114,14 +127,6 @@ class Loop:
         """A recorder of this loop's steps in the run's basis."""
         bindings = self.run.bindings(self.model)
         return Recorder(self.model, self.optimizer, bindings, self.run.basis(bindings))
-
-
-def make_optimizer(spec: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
-    """The plan's optimizer over the model's trainable parameters."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.SGD(
-        parameters, spec.lr, momentum=spec.momentum, nesterov=spec.nesterov, weight_decay=spec.weight_decay
-    )
 
 
 def collate(task: Task, samples: Samples, rows: Int[Tensor, " batch"], device: str) -> Tensors:

@@ -84,12 +84,12 @@ class Order:
         return ranges
 
     def rate(self, step: int) -> float:
-        """Learning rate of a step."""
+        """Learning rate of a step, as a share of the unscheduled one."""
         schedule = self.plan.schedule
         if schedule.over == "stage":
-            return self.plan.optimizer.lr * _factor(schedule, step, self.steps)
+            return _factor(schedule, step, self.steps)
         lengths = [stage.steps or 0 for stage in self.plan.stages]
-        return self.plan.optimizer.lr * _factor(schedule, sum(lengths[: self.number]) + step, sum(lengths))
+        return _factor(schedule, sum(lengths[: self.number]) + step, sum(lengths))
 
 
 def _factor(schedule: Schedule, step: int, steps: int) -> float:

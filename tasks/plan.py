@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Strict(BaseModel):
@@ -36,16 +37,58 @@ class Data(Strict):
     shards: str | list[str] = Field(description="paths or URLs, with brace notation: `train-{000000..000003}.tar`")
 
 
-class Optimizer(Strict):
-    """The optimizer, the same for every stage."""
+class ParameterGroup(Strict):
+    """Parameters with settings of their own."""
 
-    kind: Literal["sgd"] = "sgd"
+    parameters: list[str] = Field(min_length=1, description="name patterns: `*.bias`")
+    lr: PositiveFloat | None = Field(None, description="the optimizer's if null")
+    weight_decay: Annotated[float, Field(ge=0)] | None = Field(None, description="the optimizer's if null")
+
+
+class OptimizerBase(Strict):
+    """What all optimizers have; one serves every stage."""
+
     lr: PositiveFloat
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    nesterov: bool = False
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    groups: list[ParameterGroup] = Field(default_factory=list, description="the first that matches a name holds")
     clip_norm: PositiveFloat | None = Field(None, description="largest norm of a step's gradient")
     at_stage: Literal["reset", "carry"] = Field("reset", description="the optimizer's state at a stage boundary")
+
+
+class SGD(OptimizerBase):
+    """Stochastic gradient descent."""
+
+    kind: Literal["sgd"] = "sgd"
+    momentum: Share = 0.0
+    nesterov: bool = False
+
+
+class AdamW(OptimizerBase):
+    """Adam with decoupled weight decay."""
+
+    kind: Literal["adamw"] = "adamw"
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+
+
+class Adam(OptimizerBase):
+    """Adam; weight decay is part of the gradient."""
+
+    kind: Literal["adam"] = "adam"
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+
+
+class RMSprop(OptimizerBase):
+    """RMSProp."""
+
+    kind: Literal["rmsprop"] = "rmsprop"
+    alpha: Share = 0.99
+    eps: PositiveFloat = 1e-8
+    momentum: Share = 0.0
+
+
+Optimizer = Annotated[SGD | AdamW | Adam | RMSprop, Field(discriminator="kind")]
 
 
 class Schedule(Strict):
@@ -157,11 +200,39 @@ class Coordinates(Strict):
     fit_steps: PositiveInt = Field(10, description="steps the basis is fitted on, then rewound")
 
 
-class Curvature(Strict):
+class CurvatureBase(Strict):
     """How the gradient answers a change of the parameters."""
 
-    kind: Literal["empirical_fisher", "none"] = "empirical_fisher"
     coupling: Literal["block", "full"] = Field("block", description="whether blocks answer one another")
+
+
+class EmpiricalFisher(CurvatureBase):
+    """From the recorded contributions; nothing more is computed."""
+
+    kind: Literal["empirical_fisher"] = "empirical_fisher"
+
+
+class Fisher(CurvatureBase):
+    """From labels drawn from the model, one more pass a recorded step; the task needs `sampled(model, batch)`."""
+
+    kind: Literal["fisher"] = "fisher"
+
+
+class Hessian(CurvatureBase):
+    """Exact in the basis, by Hessian-vector products."""
+
+    kind: Literal["hessian"] = "hessian"
+    every: PositiveInt = Field(20, description="steps that one evaluation stands for")
+    samples: PositiveInt = Field(512, description="at most so many of those steps' samples, evenly taken")
+
+
+class NoCurvature(CurvatureBase):
+    """The gradient does not answer."""
+
+    kind: Literal["none"] = "none"
+
+
+Curvature = Annotated[EmpiricalFisher | Fisher | Hessian | NoCurvature, Field(discriminator="kind")]
 
 
 class Score(Strict):
@@ -192,9 +263,11 @@ class Plan(Strict):
     schedule: Schedule = Schedule()
     stages: list[Stage] = Field(min_length=1)
     segment_steps: PositiveInt = Field(50, description="steps between checkpoints, and a ledger file each")
-    basis: Annotated[Kronecker | Coordinates, Field(discriminator="kind")] = Kronecker()
+    basis: Annotated[Kronecker | Coordinates, Field(discriminator="kind")] | None = Field(
+        None, description="null for the optimizer's own: kronecker for sgd, coordinates for the others"
+    )
     uncaptured: list[str] = Field(default_factory=list, description="parameters left out, as name patterns")
-    curvature: Curvature = Curvature()
+    curvature: Curvature = EmpiricalFisher()
     score: Score = Score()
     index: Literal["flat", "fp16", "sq8"] = "flat"
 
@@ -202,11 +275,21 @@ class Plan(Strict):
     def _consistent(self) -> Plan:
         if self.score.target is not None and self.score.target not in self.targets:
             raise ValueError(f"score.target {self.score.target} is none of the targets {', '.join(self.targets)}")
+        if isinstance(self.basis, Kronecker) and not isinstance(self.optimizer, SGD):
+            raise ValueError(
+                f"a kronecker basis cannot follow {self.optimizer.kind}, which treats every parameter by its own history; "
+                f"set `basis: {{kind: coordinates}}`"
+            )
         if self.schedule.over == "run" and any(stage.steps is None for stage in self.stages):
             raise ValueError(
                 "a schedule over the run needs `steps` in every stage, for epochs shrink as data is pruned"
             )
         return self
+
+    @property
+    def numbers(self) -> Kronecker | Coordinates:
+        """The basis: the plan's, or the optimizer's own."""
+        return self.basis or (Kronecker() if isinstance(self.optimizer, SGD) else Coordinates())
 
     @property
     def target(self) -> str:

@@ -61,6 +61,8 @@ def _sentence(error: ValidationError) -> str:
         near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
         hint = f"did you mean `{near[0]}`?" if near else f"known are {', '.join(sorted(known))}"
         message = f"unknown key `{where}`; {hint}"
+    elif first["type"] == "union_tag_not_found":
+        message = f"`{where}` needs {first['ctx']['discriminator'].replace(chr(39), '`')}; see docs/plan.md for which there are"
     else:
         message = f"`{where}`: {first['msg'].removeprefix('Value error, ')}"
     return message + (f" (and {rest} more)" if rest else "")

@@ -106,7 +106,7 @@ class Run:
         """The basis that was fitted for the run."""
         artefact = self.folder.basis
         tensors = {name: t.to(self.plan.device) for name, t in read_tensors(artefact, "basis.safetensors").items()}
-        return restore(self.plan.basis.kind, bindings.blocks, tensors)
+        return restore(self.plan.numbers.kind, bindings.blocks, tensors)
 
 
 def build(factory: Factory, role: str) -> Any:

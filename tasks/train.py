@@ -13,6 +13,7 @@ from torch import Tensor
 from secateur.recorder import Recorder
 from storage.ledger import read_checkpoint, write_checkpoint, write_ledger
 from storage.manifest import Artefact
+from tasks.curvature import record_curvature
 from tasks.errors import PlanError
 from tasks.loop import Loop
 from tasks.order import Order
@@ -52,7 +53,9 @@ def train(run_url: str, stage: int) -> Trained:
             recorder.start_at(steps.start)
             label = f"stage {stage}, segment {number + 1} of {len(bounds)}"
             for step in track(steps, label, len(steps)):
-                loop.step(step, recording_of(recorder, order, step))
+                recording = recording_of(recorder, order, step)
+                record_curvature(recorder, loop, range(step, steps.stop), (step - steps.start), recording is not None)
+                loop.step(step, recording)
             with folder.segment(number).attempt("segment", {"basis": run.folder.basis.fingerprint}) as attempt:
                 segment = recorder.take()
                 write_ledger(attempt, segment.tensors(), segment.first_step)

@@ -27,7 +27,7 @@ OPTIMIZER = {"kind": "sgd", "lr": 0.1}
     [
         ({"modle": 1}, r"unknown key `modle`; did you mean `model`\?"),
         ({"stages": [STAGE | {"batchsize": 2}]}, r"unknown key `stages\.0\.batchsize`; did you mean `batch_size`\?"),
-        ({"optimizer": OPTIMIZER | {"momentun": 0.5}}, r"`optimizer\.momentun`; did you mean `momentum`\?"),
+        ({"optimizer": OPTIMIZER | {"momentun": 0.5}}, r"`optimizer\.sgd\.momentun`; did you mean `momentum`\?"),
         (
             {"stages": [STAGE | {"prune": {"policy": "top", "keep": 0.5, "kep": 1}}]},
             r"`stages\.0\.prune\.top\.kep`; did you mean `keep`\?",
@@ -48,7 +48,10 @@ OPTIMIZER = {"kind": "sgd", "lr": 0.1}
         ({"seed": -1}, "`seed`"),
         ({"run": "a/b"}, "`run`"),
         ({"model": {"factory": "os.system"}}, "`model.factory`"),
-        ({"optimizer": {"kind": "adagrad", "lr": 0.1}}, "`optimizer"),
+        ({"optimizer": {"kind": "adagrad", "lr": 0.1}}, "'sgd', 'adamw', 'adam', 'rmsprop'"),
+        ({"optimizer": {"lr": 0.1}}, "`optimizer` needs `kind`"),
+        ({"optimizer": {"kind": "adamw", "lr": 0.1}}, "a kronecker basis cannot follow adamw"),
+        ({"curvature": {"kind": "none", "every": 2}}, "unknown key `curvature.none.every`"),
         (
             {"schedule": {"over": "run"}, "stages": [{"epochs": 1, "batch_size": 2}]},
             "a schedule over the run needs `steps`",

@@ -177,10 +177,15 @@ def walked(run: Run, gradient: torch.Tensor, carried: bool) -> dict[int, list[fl
 @pytest.mark.parametrize("coupling", ["block", "full"])
 @pytest.mark.parametrize("index", ["flat", "sq8"])
 def test_a_query_finds_what_walking_it_back_gives(folder: Path, at_stage: str, coupling: str, index: str) -> None:
-    optimizer = {"lr": 0.2, "momentum": 0.5, "weight_decay": 0.01, "at_stage": at_stage}
+    optimizer = {"kind": "sgd", "lr": 0.2, "momentum": 0.5, "weight_decay": 0.01, "at_stage": at_stage}
     name = f"{at_stage}-{coupling}-{index}"
     plan = small_plan(
-        folder, run=name, optimizer=optimizer, curvature={"coupling": coupling}, index=index, dtype="float64"
+        folder,
+        run=name,
+        optimizer=optimizer,
+        curvature={"kind": "empirical_fisher", "coupling": coupling},
+        index=index,
+        dtype="float64",
     )
     run = curate(plan)
     gradient = target_gradients(run.folder.stage(1).targets, "clean").mean(0, keepdim=True)
@@ -210,7 +215,7 @@ def test_asking_about_one_sample_is_asking_with_its_gradient(run: Run) -> None:
 @pytest.mark.parametrize("horizon", [0, 3, 100, "stage"])
 def test_horizons(folder: Path, horizon: int | str) -> None:
     """A horizon beyond the stage's end is the stage's end; 0 leaves out the learning rate."""
-    plain = {"lr": 0.2, "momentum": 0.5}
+    plain = {"kind": "sgd", "lr": 0.2, "momentum": 0.5}
     make = lambda h: curate(  # noqa: E731
         small_plan(
             folder, run=f"h{h}", optimizer=plain, score={"horizon": h, "aggregate": "mean"}, dtype="float64", seed=2
@@ -238,7 +243,7 @@ def test_reductions_and_accumulation_train_alike(folder: Path, reduction: str) -
         stages = [{"steps": 6, "batch_size": 20, "accumulate": parts}]
         task = {"factory": "tests.tasks.small:Digits", "reduction": reduction}
         model = {"factory": "tests.tasks.small:network", "args": {"dropout": 0.0}}
-        optimizer = {"lr": 0.01}
+        optimizer = {"kind": "sgd", "lr": 0.01}
         plan = small_plan(
             folder,
             run=f"{reduction}{parts}",
