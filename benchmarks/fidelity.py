@@ -5,20 +5,21 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
 from scipy.stats import pearsonr, spearmanr
-from torch import Tensor
+from torch import Tensor, nn
 
-from benchmarks.workloads import Trained, Workload, digits
+from benchmarks.workloads import Workload, digits
 from secateur.basis import Basis, Kronecker
 from secateur.bindings import bind
-from secateur.curvature import EmpiricalFisher
+from secateur.curvature import EmpiricalFisher, Hessian
 from secateur.fitting import EnergyFit, MomentFit, random_kronecker
-from secateur.optimizers import linearise
+from secateur.hessian import hessian
 from secateur.recorder import Recorder
 from secateur.recursion import Dynamics, walk
 from secateur.tap import contributions, tap
@@ -39,6 +40,15 @@ class Row:
     cost: float
 
 
+@dataclass(frozen=True)
+class Embeddings:
+    """A setting of the embeddings: basis, coupling, and the steps that one Hessian stands for (0: empirical Fisher)."""
+
+    basis: Callable[[Workload, int], Basis]
+    coupling: str
+    every: int = 0
+
+
 def pca(workload: Workload, seed: int) -> Basis:
     """A PCA Kronecker basis of 16 x 16 a layer."""
     return _fitted(workload, lambda bindings: MomentFit(bindings), lambda fit: fit.basis(16, torch.float64))
@@ -47,6 +57,11 @@ def pca(workload: Workload, seed: int) -> Basis:
 def random(workload: Workload, seed: int) -> Basis:
     """A random Kronecker basis of 16 x 16 a layer."""
     return random_kronecker(bind(workload.model()), 16, seed, torch.float64)
+
+
+def few(workload: Workload, seed: int) -> Basis:
+    """The 416 coordinates of most energy."""
+    return _fitted(workload, lambda bindings: EnergyFit(bindings), lambda fit: fit.basis(416))
 
 
 def full(workload: Workload, seed: int) -> Basis:
@@ -64,35 +79,49 @@ def _fitted(workload: Workload, make: Callable, finish: Callable) -> Basis:
     return finish(fit)
 
 
-ESTIMATORS: dict[str, tuple[Callable[[Workload, int], Basis], str]] = {
-    "random-kronecker empirical_fisher block": (random, "block"),
-    "pca-kronecker empirical_fisher block": (pca, "block"),
-    "pca-kronecker empirical_fisher full": (pca, "full"),
-    "all-coordinates empirical_fisher full": (full, "full"),
+ESTIMATORS = {
+    "random empirical_fisher block": Embeddings(random, "block"),
+    "pca empirical_fisher block": Embeddings(pca, "block"),
+    "pca empirical_fisher full": Embeddings(pca, "full"),
+    "pca hessian/20 full": Embeddings(pca, "full", 20),
+    "pca hessian/1 block": Embeddings(pca, "block", 1),
+    "pca hessian/1 full": Embeddings(pca, "full", 1),
+    "coordinates empirical_fisher full": Embeddings(few, "full"),
+    "coordinates hessian/5 full": Embeddings(few, "full", 5),
+    "coordinates hessian/1 full": Embeddings(few, "full", 1),
+    "all empirical_fisher full": Embeddings(full, "full"),
+    "all hessian/5 full": Embeddings(full, "full", 5),
 }
 
 
-def embedding_scores(workload: Workload, basis: Basis, coupling: str) -> tuple[Trained, Tensor]:
-    """A recorded run, and the score of every removal by its embedding, from one walk of the target's gradient."""
-    trained = workload.train(lambda model, optimizer: Recorder(model, optimizer, bind(model), basis))
+def embedding_scores(workload: Workload, basis: Basis, setting: Embeddings) -> Tensor:
+    """The score of every removal by its embedding, from a recorded run and one walk of the target's gradient."""
+    spans = list(basis.spans) if setting.coupling == "block" else [slice(0, basis.size)]
+
+    def evaluate(step: int, model: nn.Module, recorder: Recorder) -> None:
+        if step % setting.every == 0:
+            ids = torch.cat(workload.batches[step : step + setting.every])
+            recorder.hessian(hessian([lambda: workload.losses(model, ids).mean()], model, basis, spans))
+
+    trained = workload.train(
+        lambda model, optimizer: Recorder(model, optimizer, bind(model), basis), evaluate if setting.every else None
+    )
     assert trained.recorder is not None
     segment = trained.recorder.take()
-    spans = basis.spans if coupling == "block" else [slice(0, basis.size)]
-    optimizer = linearise(trained.optimizer)
-    dynamics = Dynamics.of(segment, optimizer, EmpiricalFisher(segment), spans)
+    curvature = Hessian(segment, spans) if setting.every else EmpiricalFisher(segment)
+    dynamics = Dynamics.of(segment, trained.recorder.linearised, curvature, spans)
     count = len(workload.target_losses(trained.model))
     rows, _ = contributions(lambda: workload.target_losses(trained.model), count, bind(trained.model), basis)
-    gradient = rows.mean(0)
-    slots = len(optimizer.slots) + 1
+    slots = len(trained.recorder.linearised.slots) + 1
     query = []
     for span in spans:
-        start = torch.zeros(1, slots, span.stop - span.start, dtype=torch.float64)
-        start[0, 0] = gradient[span]
+        start = torch.zeros(1, slots, span.stop - span.start, dtype=segment.contributions.dtype)
+        start[0, 0] = rows.mean(0)[span]
         query.append(start)
     effects, _ = walk(dynamics, query)
     scores = torch.cat(effects, 1).sum(1)
     size = len(workload.batches[0])
-    return trained, scores[torch.tensor([step * size + place for step, place in workload.removals])]
+    return scores[torch.tensor([step * size + place for step, place in workload.removals])]
 
 
 def measure(name: str, seed: int, chosen: list[str]) -> list[Row]:
@@ -104,12 +133,13 @@ def measure(name: str, seed: int, chosen: list[str]) -> list[Row]:
     truth = workload.truth(plain)
     rows = []
     for estimator in chosen:
-        make, coupling = ESTIMATORS[estimator]
-        basis = make(workload, seed)
+        setting = ESTIMATORS[estimator]
+        basis = setting.basis(workload, seed)
         if isinstance(basis, Kronecker) and name in "CD":
             continue  # a kronecker basis cannot follow AdamW
+        print(f"{name} seed {seed}: {estimator}", file=sys.stderr)
         started = time.perf_counter()
-        _, scores = embedding_scores(workload, basis, coupling)
+        scores = embedding_scores(workload, basis, setting)
         cost = (time.perf_counter() - started) / training
         rho, r = spearmanr(scores, truth).statistic, pearsonr(scores, truth).statistic
         rows.append(Row(name, estimator, basis.size, seed, float(rho), float(r), cost))
@@ -119,7 +149,7 @@ def measure(name: str, seed: int, chosen: list[str]) -> list[Row]:
 def main() -> None:
     """Prints a table, or one JSON list."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--workload", nargs="+", default=["A", "B"], choices=["A", "B"])
+    parser.add_argument("--workload", nargs="+", default=list("ABCD"), choices=list("ABCD"))
     parser.add_argument("--estimator", nargs="+", default=list(ESTIMATORS), choices=list(ESTIMATORS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--json", action="store_true")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,14 +36,20 @@ class Workload:
     target_losses: Callable[[nn.Module], Tensor]
     removals: list[tuple[int, int]]
 
-    def train(self, recorder: Callable[[nn.Module, torch.optim.Optimizer], Recorder] | None = None) -> Trained:
-        """Trains to the end, keeping every state, recorded where `recorder` makes one."""
+    def train(
+        self,
+        recorder: Callable[[nn.Module, torch.optim.Optimizer], Recorder] | None = None,
+        before: Callable[[int, nn.Module, Recorder], None] | None = None,
+    ) -> Trained:
+        """Trains to the end, keeping every state; recorded where `recorder` makes one, calling `before` each step."""
         model = self.model()
         optimizer = self.optimizer(model)
         recording = recorder(model, optimizer) if recorder else None
         states = []
         for step in range(len(self.batches)):
             states.append(_copy(model, optimizer))
+            if recording and before:
+                before(step, model, recording)
             self.step(model, optimizer, step, None, recording)
         return Trained(model, optimizer, states, recording)
 
@@ -73,7 +80,7 @@ class Workload:
 
     def truth(self, trained: Trained) -> Tensor:
         """What leaving each of `removals` out did to the target's loss at the end, by retraining from its step."""
-        base = float(self.target_losses(trained.model).mean())
+        base = float(self.target_losses(trained.model).detach().mean())
         changes = []
         for step, place in self.removals:
             model, optimizer = self.model(), None
@@ -83,7 +90,7 @@ class Workload:
                 self.step(model, optimizer, later, place if later == step else None)
             with torch.no_grad():
                 changes.append(float(self.target_losses(model).mean()) - base)
-        return torch.tensor(changes)
+        return torch.tensor(changes, dtype=torch.float64)
 
 
 @dataclass
@@ -147,4 +154,4 @@ def _restore(
     model: nn.Module, optimizer: torch.optim.Optimizer, state: tuple[dict[str, Tensor], dict[str, object]]
 ) -> None:
     model.load_state_dict(state[0])
-    optimizer.load_state_dict(state[1])
+    optimizer.load_state_dict(copy.deepcopy(state[1]))  # it would train on the tensors given

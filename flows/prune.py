@@ -8,6 +8,7 @@ from tasks.embed import compose_stage, embed_segment
 from tasks.index import index_stage
 from tasks.plan import Policy
 from tasks.prune import Pruned, prune_stage
+from tasks.replay import replay
 from tasks.run import Run
 from tasks.score import score
 from tasks.targets import differentiate_targets
@@ -41,4 +42,6 @@ def appraise(run_url: str, stage: int) -> None:
     compose_stage(run_url, stage)
     index_stage(run_url, stage)
     differentiate_targets(run_url, stage)
+    if run.plan.score.estimate == "replay":
+        replay(run_url, stage)
     score(run_url, stage)

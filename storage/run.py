@@ -1,7 +1,8 @@
 """Room `storage`: where the artefacts of a run are.
 
 <root>/<run>/plan, basis
-<root>/<run>/stages/00/samples, start, ledger/seg-00000, local/seg-00000, embeddings, index, targets, scores, prune/<name>
+<root>/<run>/stages/00/samples, start, ledger/seg-00000, local/seg-00000, embeddings, index, targets, scores, replay/seg-00000,
+removals/seg-00000, audit, trial, prune/<name>
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ class StageFolder:
         self.index = self._artefact("index")
         self.targets = self._artefact("targets")
         self.scores = self._artefact("scores")
+        self.audit = self._artefact("audit")
+        self.trial = self._artefact("trial")
 
     def segment(self, number: int) -> Artefact:
         """Ledger of a segment and the checkpoint at its end, committed together."""
@@ -36,6 +39,14 @@ class StageFolder:
     def local(self, number: int) -> Artefact:
         """A segment's embeddings as of its own end, and its transition; gone once the stage's are composed."""
         return self._artefact(f"local/seg-{number:05d}")
+
+    def replay(self, number: int) -> Artefact:
+        """A segment's scores by replay, and the adjoint at its start."""
+        return self._artefact(f"replay/seg-{number:05d}")
+
+    def removals(self, number: int) -> Artefact:
+        """What leaving samples out of a segment's steps did, for an audit."""
+        return self._artefact(f"removals/seg-{number:05d}")
 
     def prune(self, name: str) -> Artefact:
         """Decisions and pruned shards under one policy; `plan` is the plan's own."""

@@ -31,12 +31,18 @@ class MicroBatch:
 
 
 class Loop:
-    """Model, optimizer and data of one stage; every step depends on its number and the weights alone."""
+    """Model, optimizer and data of one stage; every step depends on its number and the weights alone.
+
+    Attributes:
+        scale: what clipping multiplied the last step's gradient by.
+        left_out: a step and a sample's row; in that step the sample weighs nothing.
+    """
 
     def __init__(self, run: Run, number: int, samples: Samples) -> None:
         if run.plan.threads:
             torch.set_num_threads(run.plan.threads)
         self.run, self.samples = run, samples
+        self.scale, self.left_out = 1.0, (-1, -1)
         self.order = Order(run.plan, number, len(samples))
         self.task: Task = run.task()
         self.model = run.model()
@@ -51,8 +57,9 @@ class Loop:
         self.backward(step, recording)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.order.rate(step)
-        if self.run.plan.optimizer.clip_norm:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.run.plan.optimizer.clip_norm)
+        if largest := self.run.plan.optimizer.clip_norm:
+            norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), largest))
+            self.scale = min(1.0, largest / (norm + 1e-6))  # as torch clips
         self.optimizer.step()
         return self._losses
 
@@ -76,11 +83,14 @@ class Loop:
         batches = [self.batch(part) for part in parts]
         sizes = [self.sizes(batch, len(part)) for batch, part in zip(batches, parts, strict=True)]
         total = 1.0 if self.run.plan.task.reduction == "sum" else torch.cat(sizes).sum()
-        return [MicroBatch(*fields) for fields in zip(parts, batches, (size / total for size in sizes), strict=True)]
+        weights = [size / total for size in sizes]
+        if self.left_out[0] == step:
+            weights = [torch.where(part == self.left_out[1], 0, w) for part, w in zip(parts, weights, strict=True)]
+        return [MicroBatch(*fields) for fields in zip(parts, batches, weights, strict=True)]
 
-    def batch(self, rows: Int[Tensor, " batch"]) -> Tensors:
-        """The task's tensors of some rows, on the plan's device."""
-        return collate(self.task, self.samples, rows, self.run.plan.device)
+    def batch(self, rows: Int[Tensor, " batch"], samples: Samples | None = None) -> Tensors:
+        """The task's tensors of some rows, of the stage's samples or others, on the plan's device."""
+        return collate(self.task, samples or self.samples, rows, self.run.plan.device)
 
     def sizes(self, batch: Tensors, count: int) -> Float[Tensor, " batch"]:
         """What each sample counts for in the reduction."""
@@ -120,7 +130,7 @@ class Loop:
         for name, tensor in tensors.items() if optimizer else ():
             if name.startswith("optimizer."):
                 _, index, key = name.split(".", 2)
-                state.setdefault(int(index), {})[key] = tensor
+                state.setdefault(int(index), {})[key] = tensor.clone()  # torch would train on it
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
     def recorder(self) -> Recorder:

@@ -243,7 +243,43 @@ class Score(Strict):
         0, description="steps after its use at which a sample's effect is read: 0 for the contribution itself"
     )
     aggregate: Literal["mean", "nearest"] = "nearest"
+    estimate: Literal["embedding", "replay"] = Field(
+        "embedding", description="`replay` runs training backwards for each target: no basis, no approximate curvature"
+    )
     nearest: PositiveInt = Field(10, description="target samples each sample is compared with, for `nearest`")
+
+
+class Replay(Strict):
+    """How training is run backwards (`score.estimate: replay`, and audits)."""
+
+    method: Literal["central", "jvp"] = Field(
+        "central", description="central differences, for any kernel; or forward mode, exact, where kernels have one"
+    )
+
+
+class Audit(Strict):
+    """True leave-one-out retraining of a few samples, to say how far scores can be trusted."""
+
+    removals: Annotated[int, Field(ge=4)] = Field(32, description="samples left out, one at a time")
+    stages: list[NonNegativeInt] | None = Field(None, description="the stages audited; all if null")
+    budget: PositiveFloat = Field(50.0, description="what an audit may cost, in trainings of its stage")
+
+
+class Trial(Strict):
+    """A short training on what a policy keeps, against as many samples at random."""
+
+    steps: PositiveInt = Field(50, description="steps of each, from the stage's checkpoint")
+    draws: PositiveInt = Field(3, description="random choices it is held against")
+
+
+class Trust(Strict):
+    """What must hold before a stage is pruned."""
+
+    min_fidelity: Annotated[float, Field(ge=-1, le=1)] | None = Field(
+        None, description="least Spearman correlation of the scores with an audit"
+    )
+    trial: Trial | None = None
+    otherwise: Literal["keep_all", "fail"] = Field("keep_all", description="what happens where it does not hold")
 
 
 class Plan(Strict):
@@ -269,6 +305,9 @@ class Plan(Strict):
     uncaptured: list[str] = Field(default_factory=list, description="parameters left out, as name patterns")
     curvature: Curvature = EmpiricalFisher()
     score: Score = Score()
+    replay: Replay = Replay()
+    audit: Audit | None = None
+    trust: Trust = Trust()
     index: Literal["flat", "fp16", "sq8"] = "flat"
 
     @model_validator(mode="after")
@@ -284,6 +323,24 @@ class Plan(Strict):
             raise ValueError(
                 "a schedule over the run needs `steps` in every stage, for epochs shrink as data is pruned"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _answerable(self) -> Plan:
+        tsloo = self.score.horizon == "stage" and self.score.aggregate == "mean"
+        if self.score.estimate == "replay" and not tsloo:
+            raise ValueError(
+                "`score.estimate: replay` gives effects on a target's mean loss at the stage's end; set `horizon: stage, "
+                "aggregate: mean` beside it"
+            )
+        if self.trust.min_fidelity is not None and not tsloo:
+            raise ValueError(
+                "`trust.min_fidelity` holds scores against retraining without a sample, which only `horizon: stage, "
+                "aggregate: mean` estimate; use `trust.trial` for other scores"
+            )
+        for stage in (self.audit and self.audit.stages) or []:
+            if stage >= len(self.stages):
+                raise ValueError(f"audit.stages names stage {stage}; the last is {len(self.stages) - 1}")
         return self
 
     @property

@@ -16,6 +16,7 @@ from storage.frames import read_frame, write_frame
 from storage.index import build_index, search_index
 from tasks.embed import dynamics_of, segment_of, spans_of, stage_embeddings
 from tasks.progress import track
+from tasks.replay import replay_scores
 from tasks.run import Run
 from tasks.samples import stage_samples
 from tasks.targets import target_gradients
@@ -42,12 +43,10 @@ def score(run_url: str, stage: int) -> int:
         inputs = {"embeddings": folder.embeddings.fingerprint, "targets": folder.targets.fingerprint}
         with folder.scores.attempt("scores", inputs) as attempt:
             count = len(folder.segments())
+            scored = _replayed(run, stage) if run.plan.score.estimate == "replay" else _aggregated(run, stage, targets)
             parts = [
-                _frame(segment).with_columns(
-                    pl.Series(f"score_{name}", aggregate(run, vectors, gradients))
-                    for name, gradients in targets.items()
-                )
-                for segment, vectors in track(scored_vectors(run, stage), f"stage {stage}, scoring", count)
+                _frame(segment).with_columns(pl.Series(f"score_{name}", values) for name, values in found.items())
+                for segment, found in track(scored, f"stage {stage}, scoring", count)
             ]
             shards = pl.DataFrame(
                 {"shard": range(len(listed.urls)), "url": listed.urls}, schema_overrides={"shard": pl.UInt32}
@@ -83,6 +82,18 @@ def scored_vectors(run: Run, stage: int) -> Iterator[tuple[Segment, Tensor]]:
             reach = 1 + -(-horizon // run.plan.segment_steps)
             following = [segment_of(later) for later in ledgers[number + 1 : number + reach]]
             yield segment, short_horizon([dynamics_of(run, s) for s in (segment, *following)], int(horizon))
+
+
+def _aggregated(run: Run, stage: int, targets: dict[str, Tensor]) -> Iterator[tuple[Segment, dict[str, np.ndarray]]]:
+    """Each segment's record, and for each target the scores of its selected records from their vectors."""
+    for segment, vectors in scored_vectors(run, stage):
+        yield segment, {name: aggregate(run, vectors, gradients) for name, gradients in targets.items()}
+
+
+def _replayed(run: Run, stage: int) -> Iterator[tuple[Segment, dict[str, np.ndarray]]]:
+    """The same from the replay of training."""
+    for number, ledger in enumerate(run.folder.stage(stage).segments()):
+        yield segment_of(ledger), {name: s.numpy() for name, s in replay_scores(run, stage, number).items()}
 
 
 def theta_of(run: Run, embeddings: Tensor) -> Tensor:

@@ -112,12 +112,17 @@ def end_checkpoint(run: Run, stage: int) -> Artefact:
 
 
 def _begin(run: Run, loop: Loop, stage: int, done: int) -> None:
-    """Brings the loop to the start of segment `done`."""
+    """Brings the loop to the start of segment `done`, whose checkpoint is made where it is the run's own beginning."""
     if stage == 0 and not run.folder.stage(0).start.committed:
         with run.folder.stage(0).start.attempt("checkpoint", {}) as attempt:
             write_checkpoint(attempt, loop.tensors())
-    if done:
-        loop.restore(read_checkpoint(run.folder.stage(stage).segment(done - 1)))
+    to_segment(run, loop, stage, done)
+
+
+def to_segment(run: Run, loop: Loop, stage: int, number: int) -> None:
+    """Gives the loop the state that a segment of a stage starts from."""
+    if number:
+        loop.restore(read_checkpoint(run.folder.stage(stage).segment(number - 1)))
     else:
         carried = run.plan.optimizer.at_stage == "carry" and stage > 0
         loop.restore(read_checkpoint(start_checkpoint(run, stage)), optimizer=carried)

@@ -19,6 +19,7 @@ from tasks.fit import fit_basis
 from tasks.index import index_stage
 from tasks.plan import Plan
 from tasks.prune import prune_stage
+from tasks.replay import replay
 from tasks.run import Run
 from tasks.samples import list_samples
 from tasks.score import score
@@ -134,4 +135,6 @@ def appraise(run: Run, stage: int) -> None:
     compose_stage.fn(run.url, stage)
     index_stage.fn(run.url, stage)
     differentiate_targets.fn(run.url, stage)
+    if run.plan.score.estimate == "replay":
+        replay.fn(run.url, stage)
     score.fn(run.url, stage)

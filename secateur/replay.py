@@ -1,0 +1,206 @@
+"""Room `secateur`: replay, the adjoint of training itself for a known target (DESIGN, section 3).
+
+With `q` the sensitivity of the target's loss to the optimizer's state after a step, and `u = -(dF/dg)^T q`, the score of
+every sample of the step is the derivative of its loss contribution along `u`, and `q` before the step is
+`(dF/ds)^T q - H u`: two ordinary passes at `theta +- eps u`, no projection, every parameter counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from secateur.errors import SecateurError
+from secateur.optimizers import Linearised, linearise
+
+# The step of the central differences, relative to the parameters' norm: balances rounding against curvature.
+STEP = {torch.float32: 1e-3, torch.float64: 1e-5}
+
+Directions = dict[str, Tensor]  # one tensor a trainable parameter
+Adjoint = dict[str, Float[Tensor, "S *shape"]]  # a sensitivity to theta and to every slot
+
+
+@dataclass(frozen=True)
+class Part:
+    """A micro-batch: a forward pass that gives one loss a sample, and the weights of these in the step's loss."""
+
+    losses: Callable[[nn.Module], Float[Tensor, " batch"]]
+    weights: Float[Tensor, " batch"]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What a step read: the optimizer's state before it, the gradient it received and its settings.
+
+    Attributes:
+        scale: what the gradient was multiplied by between the backward pass and the step (clipping by norm).
+    """
+
+    states: Adjoint
+    gradients: Directions
+    hyper: Mapping[str, Mapping[str, Tensor]]
+    scale: float
+
+
+class Tape:
+    """Keeps what every step of an optimizer reads, while training is run again.
+
+    Args:
+        scale: what the coming step's gradient was multiplied by after the backward pass.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, scale: Callable[[], float] = lambda: 1.0
+    ) -> None:
+        self.linearised: Linearised = linearise(optimizer)
+        self.moments: list[Moment] = []
+        self._optimizer, self._scale = optimizer, scale
+        self._names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+        self._handle = optimizer.register_step_pre_hook(self._before_step)
+
+    def close(self) -> None:
+        """Stops listening to the optimizer."""
+        self._handle.remove()
+
+    def _before_step(self, *_: object) -> None:
+        states, gradients, hyper = {}, {}, {}
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"]:
+                name, own = self._names[id(parameter)], self._optimizer.state.get(parameter, {})
+                slots = [_or_zero(own.get(slot), parameter) for slot in self.linearised.slots]
+                states[name] = torch.stack([parameter.detach(), *slots])
+                gradients[name] = _or_zero(parameter.grad, parameter).clone()
+                row = torch.tensor(self.linearised.settings(group, own), dtype=parameter.dtype, device=parameter.device)
+                hyper[name] = dict(zip(self.linearised.hyper, row, strict=True))
+        self.moments.append(Moment(states, gradients, hyper, self._scale()))
+
+
+def adjoint_at_end(gradients: Directions, slots: int) -> Adjoint:
+    """A loss's gradient as a sensitivity to the whole state: the optimizer's slots have no part in a loss."""
+    return {name: torch.stack([g, *[torch.zeros_like(g)] * slots]) for name, g in gradients.items()}
+
+
+def step_back(
+    model: nn.Module,
+    moment: Moment,
+    linearised: Linearised,
+    parts: Sequence[Part],
+    later: Adjoint,
+    method: str = "central",
+    reseed: Callable[[], Any] = lambda: None,
+) -> tuple[Float[Tensor, " batch"], Adjoint]:
+    """One step of the adjoint.
+
+    Args:
+        model: left with the parameters it had before the step.
+        later: sensitivity to the state after the step.
+        method: `central` differences, for any kernel, or `jvp`, exact, for kernels with a forward mode.
+        reseed: called before each pass, so that dropout falls as it did.
+
+    Returns:
+        The score of every sample of the step, and the sensitivity to the state before it.
+
+    Raises:
+        SecateurError: `jvp` is asked of a kernel that has no forward mode.
+    """
+    direction, earlier = {}, {}
+    for name, q in later.items():
+        by_state, by_gradient = linearised.pull(q, moment.states[name], moment.gradients[name], moment.hyper[name])
+        direction[name], earlier[name] = -by_gradient, by_state
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in direction:
+                parameter.copy_(moment.states[name][0])
+    scores, answer = (_jvp if method == "jvp" else _central)(model, parts, direction, reseed)
+    for name, change in answer.items():
+        earlier[name][0] -= moment.scale * change
+    return moment.scale * scores, earlier
+
+
+def _central(
+    model: nn.Module, parts: Sequence[Part], direction: Directions, reseed: Callable[[], Any]
+) -> tuple[Tensor, Directions]:
+    """Derivatives along `direction`, of every loss contribution and of the gradient, by central differences."""
+    named = {name: p for name, p in model.named_parameters() if name in direction}
+    length = torch.stack([d.norm() for d in direction.values()]).norm()
+    size = torch.stack([p.detach().norm() for p in named.values()]).norm()
+    count = sum(len(part.weights) for part in parts)
+    if not length > 0:
+        return torch.zeros(count, dtype=length.dtype), {name: torch.zeros_like(p) for name, p in named.items()}
+    step = float(STEP.get(size.dtype, 1e-3) * size / length)
+    before = {name: p.detach().clone() for name, p in named.items()}
+    found = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for name, parameter in named.items():
+                parameter.copy_(before[name] + sign * step * direction[name])
+        reseed()
+        found.append(_pass(model, parts, named))
+    with torch.no_grad():
+        for name, parameter in named.items():
+            parameter.copy_(before[name])
+    (up, gradients_up), (down, gradients_down) = found
+    change = {n: (a - b) / (2 * step) for n, a, b in zip(named, gradients_up, gradients_down, strict=True)}
+    return (up - down) / (2 * step), change
+
+
+def _pass(model: nn.Module, parts: Sequence[Part], named: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Every sample's part of the loss, and the gradient of their sum."""
+    values, total = [], [torch.zeros_like(p) for p in named.values()]
+    for part in parts:
+        losses = part.losses(model)
+        weighted = losses * part.weights.to(losses)
+        gradients = torch.autograd.grad(weighted.sum(), list(named.values()), materialize_grads=True)
+        values.append(weighted.detach().double().cpu())
+        total = [a + b for a, b in zip(total, gradients, strict=True)]
+    return torch.cat(values), total
+
+
+class _Weighted(nn.Module):
+    """A part of the loss as a module, so that its parameters can be replaced for one call."""
+
+    def __init__(self, model: nn.Module, part: Part) -> None:
+        super().__init__()
+        self.model, self.part = model, part
+
+    def forward(self) -> Tensor:
+        losses = self.part.losses(self.model)
+        return losses * self.part.weights.to(losses)
+
+
+def _jvp(
+    model: nn.Module, parts: Sequence[Part], direction: Directions, reseed: Callable[[], Any]
+) -> tuple[Tensor, Directions]:
+    """The same, exactly, by forward over reverse differentiation."""
+    names = [f"model.{name}" for name in direction]
+    values, total = [], {name: torch.zeros_like(d) for name, d in direction.items()}
+    reseed()
+    for part in parts:
+        module = _Weighted(model, part)
+        held = {name: p.detach() for name, p in module.named_parameters() if name in names}
+
+        def loss(parameters: Directions, module: nn.Module = module) -> tuple[Tensor, Tensor]:
+            weighted = torch.func.functional_call(module, parameters, ())
+            return weighted.sum(), weighted
+
+        along = {f"model.{name}": d for name, d in direction.items()}
+        try:
+            change, moved = torch.func.jvp(torch.func.grad(loss, has_aux=True), (held,), (along,))[1]
+        except (NotImplementedError, RuntimeError) as error:
+            if "forward" not in str(error):
+                raise
+            raise SecateurError(
+                f"a kernel of the model has no forward mode ({str(error).splitlines()[0]}); set `replay: {{method: central}}`"
+            ) from error
+        values.append(moved.detach().double().cpu())
+        total = {name: t + change[f"model.{name}"] for name, t in total.items()}
+    return torch.cat(values), total
+
+
+def _or_zero(value: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if value is None else value.detach()
