@@ -22,6 +22,7 @@ from secateur.fitting import EnergyFit, MomentFit, random_kronecker
 from secateur.hessian import hessian
 from secateur.recorder import Recorder
 from secateur.recursion import Dynamics, walk
+from secateur.replay import Part, Tape, adjoint_at_end, step_back
 from secateur.tap import contributions, tap
 
 FIT_STEPS = 10
@@ -79,7 +80,8 @@ def _fitted(workload: Workload, make: Callable, finish: Callable) -> Basis:
     return finish(fit)
 
 
-ESTIMATORS = {
+ESTIMATORS: dict[str, Embeddings | None] = {
+    "replay": None,
     "random empirical_fisher block": Embeddings(random, "block"),
     "pca empirical_fisher block": Embeddings(pca, "block"),
     "pca empirical_fisher full": Embeddings(pca, "full"),
@@ -90,7 +92,7 @@ ESTIMATORS = {
     "coordinates hessian/5 full": Embeddings(few, "full", 5),
     "coordinates hessian/1 full": Embeddings(few, "full", 1),
     "all empirical_fisher full": Embeddings(full, "full"),
-    "all hessian/5 full": Embeddings(full, "full", 5),
+    "all hessian/1 full": Embeddings(full, "full", 1),
 }
 
 
@@ -124,6 +126,25 @@ def embedding_scores(workload: Workload, basis: Basis, setting: Embeddings) -> T
     return scores[torch.tensor([step * size + place for step, place in workload.removals])]
 
 
+def replay_scores(workload: Workload) -> Tensor:
+    """The score of every removal by the adjoint of training."""
+    model = workload.model()
+    optimizer = workload.optimizer(model)
+    tape = Tape(model, optimizer)
+    for step in range(len(workload.batches)):
+        workload.step(model, optimizer, step)
+    tape.close()
+    named = dict(model.named_parameters())
+    gradients = torch.autograd.grad(workload.target_losses(model).mean(), list(named.values()))
+    later = adjoint_at_end(dict(zip(named, gradients, strict=True)), len(tape.linearised.slots))
+    scores: dict[int, Tensor] = {}
+    for step in reversed(range(len(workload.batches))):
+        ids = workload.batches[step]
+        part = Part(lambda m, ids=ids: workload.losses(m, ids), torch.full((len(ids),), 1 / len(ids)))
+        scores[step], later = step_back(model, tape.moments.pop(), tape.linearised, [part], later)
+    return torch.stack([scores[step][place] for step, place in workload.removals])
+
+
 def measure(name: str, seed: int, chosen: list[str]) -> list[Row]:
     """All estimators on one workload and seed, held against the same retrainings."""
     workload = digits(name, seed)
@@ -133,16 +154,19 @@ def measure(name: str, seed: int, chosen: list[str]) -> list[Row]:
     truth = workload.truth(plain)
     rows = []
     for estimator in chosen:
-        setting = ESTIMATORS[estimator]
-        basis = setting.basis(workload, seed)
-        if isinstance(basis, Kronecker) and name in "CD":
-            continue  # a kronecker basis cannot follow AdamW
         print(f"{name} seed {seed}: {estimator}", file=sys.stderr)
+        setting, numbers = ESTIMATORS[estimator], sum(p.numel() for p in plain.model.parameters())
         started = time.perf_counter()
-        scores = embedding_scores(workload, basis, setting)
+        if setting is None:
+            scores = replay_scores(workload)
+        else:
+            basis = setting.basis(workload, seed)
+            if isinstance(basis, Kronecker) and name in "CD":
+                continue  # a kronecker basis cannot follow AdamW
+            scores, numbers = embedding_scores(workload, basis, setting), basis.size
         cost = (time.perf_counter() - started) / training
         rho, r = spearmanr(scores, truth).statistic, pearsonr(scores, truth).statistic
-        rows.append(Row(name, estimator, basis.size, seed, float(rho), float(r), cost))
+        rows.append(Row(name, estimator, numbers, seed, float(rho), float(r), cost))
     return rows
 
 

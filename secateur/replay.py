@@ -109,8 +109,8 @@ def step_back(
         SecateurError: `jvp` is asked of a kernel that has no forward mode.
     """
     direction, earlier = {}, {}
-    for name, q in later.items():
-        by_state, by_gradient = linearised.pull(q, moment.states[name], moment.gradients[name], moment.hyper[name])
+    for name in moment.states:  # one order always: sums then round alike
+        by_state, by_gradient = linearised.pull(later[name], moment.states[name], moment.gradients[name], moment.hyper[name])
         direction[name], earlier[name] = -by_gradient, by_state
     with torch.no_grad():
         for name, parameter in model.named_parameters():

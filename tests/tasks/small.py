@@ -47,6 +47,16 @@ class Digits:
         x = batch["x"].to(next(model.parameters()).dtype)
         return {"accuracy": (model(x).argmax(1) == batch["y"]).float()}
 
+    def sampled(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        x = batch["x"].to(next(model.parameters()).dtype)
+        return batch | {"y": torch.distributions.Categorical(logits=model(x)).sample().float()}
+
+
+class Plain(Digits):
+    """Cannot draw labels."""
+
+    sampled = None  # type: ignore[assignment]
+
 
 class Averaged(Digits):
     """Gives one loss a batch, which is not what a task must give."""
@@ -55,9 +65,9 @@ class Averaged(Digits):
         return super().losses(model, batch).mean()
 
 
-def network(dropout: float = 0.1, uncaptured: bool = False) -> nn.Module:
+def network(dropout: float = 0.1, uncaptured: bool = False, width: int = 12) -> nn.Module:
     """64-12-10, with dropout so that random draws within a step count too."""
-    layers = [nn.Linear(64, 12), nn.Tanh(), nn.Dropout(dropout), nn.Linear(12, 10)]
+    layers = [nn.Linear(64, width), nn.Tanh(), nn.Dropout(dropout), nn.Linear(width, 10)]
     return nn.Sequential(*layers, *([nn.PReLU()] if uncaptured else []))
 
 
