@@ -22,7 +22,7 @@ from secateur.optimizers import Linearised, linearise
 STEP = {torch.float32: 1e-3, torch.float64: 1e-5}
 
 Directions = dict[str, Tensor]  # one tensor a trainable parameter
-Adjoint = dict[str, Float[Tensor, "S *shape"]]  # a sensitivity to theta and to every slot
+Adjoint = dict[str, Float[Tensor, "S ..."]]  # a sensitivity to theta and to every slot
 
 
 @dataclass(frozen=True)
