@@ -188,7 +188,7 @@ def _jvp(
             weighted = torch.func.functional_call(module, parameters, ())
             return weighted.sum(), weighted
 
-        along = {f"model.{name}": d for name, d in direction.items()}
+        along = {name: direction[name.removeprefix("model.")] for name in held}
         try:
             change, moved = torch.func.jvp(torch.func.grad(loss, has_aux=True), (held,), (along,))[1]
         except (NotImplementedError, RuntimeError) as error:
