@@ -100,6 +100,26 @@ def prune(
 
 
 @app.command()
+def audit(
+    run: RunUrl,
+    stage: Annotated[int, typer.Option(help="the stage to audit")],
+    removals: Annotated[
+        int | None, typer.Option(min=4, help="samples left out, one at a time; the plan's number")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Retrains a stage without a few samples, one at a time, and says how far its scores can be trusted."""
+    from flows import tables
+    from flows.audit import audit as audit_flow
+    from tasks.estimate import audit_cost
+
+    cost = audit_cost(run, stage, removals)
+    print(f"the audit will cost about {cost:.1f} trainings of stage {stage}", file=sys.stderr)
+    found = audit_flow(run, stage, removals)
+    _show(found, as_json, lambda: tables.audited([found]))
+
+
+@app.command()
 def schema() -> None:
     """Prints the JSON schema of a plan, for editors."""
     sys.stdout.write(plan_schema())

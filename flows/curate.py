@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from prefect import flow
 
-from flows.prune import appraise
+from flows.prune import appraise, cut
 from tasks.fit import fit_basis
 from tasks.plan import Plan
-from tasks.prune import prune_stage
 from tasks.reading import read_plan
 from tasks.run import Run
 from tasks.samples import list_samples
@@ -33,7 +32,7 @@ def curate(plan: Plan) -> list[StageSummary]:
         train(run.url, stage)
         appraise(run.url, stage)
         if spec.prune is not None:
-            prune_stage(run.url, stage)
+            cut(run.url, stage)
     return summarise(run.url)
 
 

@@ -8,6 +8,7 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
+from tasks.audit import Audited
 from tasks.estimate import Estimate
 from tasks.prune import Pruned
 from tasks.search import Hit
@@ -24,6 +25,8 @@ def stages(where: str, summary: list[StageSummary]) -> None:
         losses = (f"{stage.targets[name]['loss']:.4f}" for name in targets)
         table.add_row(str(stage.stage), str(stage.samples), *kept, *losses)
     show(table)
+    if audits := [stage.audited for stage in summary if stage.audited]:
+        audited(audits)
 
 
 def reasons(result: Pruned) -> str:
@@ -48,6 +51,19 @@ def hits(found: list[Hit]) -> None:
     show(table)
 
 
+def audited(found: list[Audited]) -> None:
+    """How far scores can be trusted."""
+    table = Table("stage", "target", "removals", "estimate", "Spearman (95%)", "Pearson (95%)")
+    for one in found:
+        for name, f in one.fidelity.items():
+            interval = "{:.2f} ({:.2f} to {:.2f})".format
+            figures = interval(f.spearman, *f.spearman_interval), interval(f.pearson, *f.pearson_interval)
+            table.add_row(str(one.stage), one.target, str(one.removals), name, *figures)
+    show(table)
+    for one in found:
+        print(one.plot)
+
+
 def estimate(found: Estimate) -> None:
     """What a plan would do."""
     table = Table(
@@ -65,6 +81,10 @@ def estimate(found: Estimate) -> None:
     show(blocks)
     targets = ", ".join(f"{name} ({count} samples)" for name, count in found.targets.items())
     print(f"{found.parameters} parameters in {found.numbers} numbers a sample; targets: {targets}")
+    for stage, trainings in found.audits.items():
+        print(f"the audit of stage {stage} costs about {trainings:.1f} trainings of that stage")
+    for stage, steps in found.trials.items():
+        print(f"the trial of stage {stage} trains {steps} steps")
     print(f"about {_bytes(found.disk_bytes)} on disk and {_bytes(found.memory_bytes)} of memory; nothing was trained")
 
 

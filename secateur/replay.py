@@ -110,7 +110,9 @@ def step_back(
     """
     direction, earlier = {}, {}
     for name in moment.states:  # one order always: sums then round alike
-        by_state, by_gradient = linearised.pull(later[name], moment.states[name], moment.gradients[name], moment.hyper[name])
+        by_state, by_gradient = linearised.pull(
+            later[name], moment.states[name], moment.gradients[name], moment.hyper[name]
+        )
         direction[name], earlier[name] = -by_gradient, by_state
     with torch.no_grad():
         for name, parameter in model.named_parameters():

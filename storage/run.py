@@ -2,7 +2,7 @@
 
 <root>/<run>/plan, basis
 <root>/<run>/stages/00/samples, start, ledger/seg-00000, local/seg-00000, embeddings, index, targets, scores, replay/seg-00000,
-removals/seg-00000, audit, trial, prune/<name>
+removals/<step>-<sample>, audit/<removals>, trial/<name>, prune/<name>
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ class StageFolder:
         self.index = self._artefact("index")
         self.targets = self._artefact("targets")
         self.scores = self._artefact("scores")
-        self.audit = self._artefact("audit")
-        self.trial = self._artefact("trial")
 
     def segment(self, number: int) -> Artefact:
         """Ledger of a segment and the checkpoint at its end, committed together."""
@@ -44,9 +42,17 @@ class StageFolder:
         """A segment's scores by replay, and the adjoint at its start."""
         return self._artefact(f"replay/seg-{number:05d}")
 
-    def removals(self, number: int) -> Artefact:
-        """What leaving samples out of a segment's steps did, for an audit."""
-        return self._artefact(f"removals/seg-{number:05d}")
+    def removal(self, step: int, sample: int) -> Artefact:
+        """What leaving a sample out of a step did, for an audit."""
+        return self._artefact(f"removals/{step:07d}-{sample}")
+
+    def audit(self, removals: int) -> Artefact:
+        """An audit of so many removals."""
+        return self._artefact(f"audit/{removals}")
+
+    def trial(self, name: str) -> Artefact:
+        """The trial of a pruning, under the pruning's name."""
+        return self._artefact(f"trial/{name}")
 
     def prune(self, name: str) -> Artefact:
         """Decisions and pruned shards under one policy; `plan` is the plan's own."""

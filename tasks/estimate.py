@@ -6,11 +6,13 @@ from pydantic import BaseModel
 
 from secateur.bindings import Bindings
 from storage.shards import expand, index_shards
+from tasks.audit import expected_cost, wanted
 from tasks.optimizer import linearised
 from tasks.order import Order
 from tasks.plan import Coordinates, Plan
 from tasks.run import Run
-from tasks.samples import target_samples
+from tasks.samples import stage_samples, target_samples
+from tasks.train import end_checkpoint
 
 
 class StageEstimate(BaseModel):
@@ -27,7 +29,7 @@ class StageEstimate(BaseModel):
 
 
 class Estimate(BaseModel):
-    """What a plan would do."""
+    """What a plan would do; `audits` in trainings of their stage, `trials` in steps."""
 
     run: str
     blocks: dict[str, int]
@@ -36,6 +38,8 @@ class Estimate(BaseModel):
     numbers: int
     targets: dict[str, int]
     stages: list[StageEstimate]
+    audits: dict[int, float]
+    trials: dict[int, int]
     disk_bytes: int
     memory_bytes: int
 
@@ -57,6 +61,7 @@ def estimate(plan: Plan) -> Estimate:
     for number, stage in enumerate(plan.stages):
         stages.append(_stage(plan, number, samples, sum(blocks.values()), slots, parameters))
         samples = round(samples * getattr(stage.prune, "keep", 1.0)) if stage.prune else samples
+    trial = plan.trust.trial
     itemsize = 4 if plan.dtype == "float32" else 8
     widest = max(blocks.values()) if plan.curvature.coupling == "block" else sum(blocks.values())
     batch = max(stage.batch_size for stage in plan.stages)
@@ -68,11 +73,20 @@ def estimate(plan: Plan) -> Estimate:
         uncaptured=bindings.uncaptured,
         parameters=parameters,
         numbers=sum(blocks.values()),
+        audits={s.stage: expected_cost(plan, Order(plan, s.stage, s.samples)) for s in stages if wanted(plan, s.stage)},
+        trials={n: trial.steps * (1 + trial.draws) for n, stage in enumerate(plan.stages) if trial and stage.prune},
         targets={name: len(target_samples(run, name)) for name in plan.targets},
         stages=stages,
         disk_bytes=sum(s.ledger_bytes + 2 * s.embedding_bytes + s.index_bytes + s.checkpoint_bytes for s in stages),
         memory_bytes=(walking + 4 * parameters) * itemsize,
     )
+
+
+def audit_cost(run_url: str, stage: int, removals: int | None = None) -> float:
+    """What an audit of a trained stage will cost, in trainings of the stage."""
+    run = Run.open(run_url)
+    end_checkpoint(run, stage)
+    return expected_cost(run.plan, Order(run.plan, stage, len(stage_samples(run, stage))), removals)
 
 
 def _stage(plan: Plan, number: int, samples: int, width: int, slots: int, parameters: int) -> StageEstimate:

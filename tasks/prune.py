@@ -17,6 +17,7 @@ from tasks.plan import Policy
 from tasks.run import Run
 from tasks.samples import stage_samples
 from tasks.score import stage_scores
+from tasks.trust import apply, verdict
 
 DECISIONS = "decisions.parquet"
 DROPPED = "dropped.txt"
@@ -32,6 +33,7 @@ class Pruned(BaseModel):
     kept: int
     dropped: int
     reasons: dict[str, int]
+    trust: dict[str, Any]
     shards: list[str]
 
 
@@ -43,7 +45,7 @@ def prune_stage(run_url: str, stage: int, policy: dict[str, Any] | None = None) 
         policy: another policy than the plan's; its result stands beside the plan's own, under a name of its own.
 
     Raises:
-        PlanError: the plan has no policy for the stage.
+        PlanError: the plan has no policy for the stage, or a trust gate does not hold and the plan says to fail.
     """
     run = Run.open(run_url)
     chosen: Policy | None = TypeAdapter(Policy).validate_python(policy) if policy else run.plan.stages[stage].prune
@@ -52,7 +54,8 @@ def prune_stage(run_url: str, stage: int, policy: dict[str, Any] | None = None) 
     artefact = run.folder.stage(stage).prune(name_of(run, stage, chosen))
     if not artefact.committed:
         samples = stage_samples(run, stage)
-        decisions = decide(run.plan, stage, chosen, stage_scores(run, stage), samples)
+        gates = verdict(run, stage, name_of(run, stage, chosen))
+        decisions = apply(run, stage, decide(run.plan, stage, chosen, stage_scores(run, stage), samples), gates)
         inputs = {"scores": run.folder.stage(stage).scores.fingerprint}
         with artefact.attempt("prune", inputs) as attempt:
             write_frame(attempt, DECISIONS, decisions)
@@ -61,13 +64,13 @@ def prune_stage(run_url: str, stage: int, policy: dict[str, Any] | None = None) 
                 DROPPED, "".join(f"{k}\t{r}\n" for k, r in dropped.select("key", "reason").iter_rows()).encode()
             )
             rewrite_shards(attempt, samples.urls, samples.frame, decisions["keep"].to_numpy())
-            attempt.facts.update(counts(decisions), policy=chosen.model_dump(mode="json"))
+            attempt.facts.update(counts(decisions), policy=chosen.model_dump(mode="json"), trust=gates)
     return pruned(artefact, stage, name_of(run, stage, chosen))
 
 
 def pruned(artefact: Artefact, stage: int, name: str) -> Pruned:
     """The record of a committed pruning."""
-    facts = {k: artefact.manifest.facts[k] for k in ("samples", "kept", "dropped", "reasons")}
+    facts = {k: artefact.manifest.facts[k] for k in ("samples", "kept", "dropped", "reasons", "trust")}
     shards = [artefact.url(n) for n in artefact.names() if n.startswith("shards/")]
     return Pruned(stage=stage, name=name, shards=shards, **facts)
 

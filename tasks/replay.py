@@ -18,7 +18,7 @@ from tasks.optimizer import linearised
 from tasks.progress import track
 from tasks.run import Run
 from tasks.samples import stage_samples, target_samples
-from tasks.targets import EVALUATION_BATCH
+from tasks.targets import EVALUATION_BATCH, scoring_rows
 from tasks.train import end_checkpoint, segment_bounds, to_segment
 
 SCORES = "scores"
@@ -119,11 +119,12 @@ def _at_end(run: Run, loop: Loop, stage: int) -> dict[str, Adjoint]:
 def _gradient(run: Run, loop: Loop, target: str) -> dict[str, Tensor]:
     """The gradient of a target's mean loss."""
     samples = target_samples(run, target)
+    scoring = torch.arange(len(samples))[scoring_rows(run.plan)]
     named = {name: p for name, p in loop.model.named_parameters() if p.requires_grad}
     total = [torch.zeros_like(p) for p in named.values()]
     with evaluating(loop.model):
-        for rows in torch.arange(len(samples)).split(EVALUATION_BATCH):
-            loss = loop.task.losses(loop.model, loop.batch(rows, samples)).sum() / len(samples)
+        for rows in scoring.split(EVALUATION_BATCH):
+            loss = loop.task.losses(loop.model, loop.batch(rows, samples)).sum() / len(scoring)
             found = torch.autograd.grad(loss, list(named.values()), materialize_grads=True)
             total = [a + b for a, b in zip(total, found, strict=True)]
     return dict(zip(named, total, strict=True))

@@ -19,7 +19,7 @@ from tasks.progress import track
 from tasks.replay import replay_scores
 from tasks.run import Run
 from tasks.samples import stage_samples
-from tasks.targets import target_gradients
+from tasks.targets import scoring_rows, target_gradients
 
 SCORES = "scores.parquet"
 
@@ -38,7 +38,7 @@ def score(run_url: str, stage: int) -> int:
     folder = run.folder.stage(stage)
     if not folder.scores.committed:
         names = list(run.plan.targets)
-        targets = {name: target_gradients(folder.targets, name) for name in names}
+        targets = {name: target_gradients(folder.targets, name)[scoring_rows(run.plan)] for name in names}
         listed = stage_samples(run, stage)
         inputs = {"embeddings": folder.embeddings.fingerprint, "targets": folder.targets.fingerprint}
         with folder.scores.attempt("scores", inputs) as attempt:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from pydantic import BaseModel
 
+from tasks.audit import Audited, audited, wanted
 from tasks.prune import OWN, Pruned, pruned
 from tasks.run import Run
 
 
 class StageSummary(BaseModel):
-    """One stage: what pruning came to, if it was pruned, and every target's mean figures at the stage's end."""
+    """One stage: what pruning came to, if it was pruned, every target's mean figures at the stage's end, and its
+    audit if the plan has it audited."""
 
     stage: int
     samples: int
     targets: dict[str, dict[str, float]]
     pruned: Pruned | None
+    audited: Audited | None
 
 
 def summarise(run_url: str) -> list[StageSummary]:
@@ -22,7 +25,7 @@ def summarise(run_url: str) -> list[StageSummary]:
     run, found = Run.open(run_url), []
     for stage in range(len(run.plan.stages)):
         folder = run.folder.stage(stage)
-        if not (folder.samples.committed and folder.targets.committed):
+        if not (folder.samples.committed and folder.scores.committed):
             break
         own = folder.prune(OWN)
         found.append(
@@ -31,6 +34,7 @@ def summarise(run_url: str) -> list[StageSummary]:
                 samples=int(folder.samples.manifest.facts["samples"]),
                 targets=folder.targets.manifest.facts,
                 pruned=pruned(own, stage, OWN) if own.committed else None,
+                audited=audited(run, stage) if wanted(run.plan, stage) else None,
             )
         )
     return found

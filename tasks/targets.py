@@ -14,6 +14,7 @@ from storage.manifest import Artefact
 from storage.shards import Samples
 from storage.tensors import read_tensors, write_tensors
 from tasks.loop import Loop, collate, evaluating
+from tasks.plan import Plan
 from tasks.progress import track
 from tasks.run import Run
 from tasks.samples import stage_samples, target_samples
@@ -43,6 +44,25 @@ def differentiate_targets(run_url: str, stage: int) -> dict[str, dict[str, float
                 write_tensors(attempt, f"{name}.safetensors", {"gradients": rows}, {})
                 attempt.facts[name] = figures
     return dict(artefact.manifest.facts)
+
+
+def scoring_rows(plan: Plan) -> slice:
+    """Which of a target's samples score: all, or every other one where a trial needs the rest to judge."""
+    return slice(0, None, 2) if plan.trust.trial else slice(None)
+
+
+def judging_rows(plan: Plan) -> slice:
+    """Which of a target's samples judge a trial: those that do not score."""
+    return slice(1, None, 2)
+
+
+def target_loss(loop: Loop, samples: Samples, rows: Tensor) -> float:
+    """Mean loss of some of a target's samples with the loop's weights, averaged in float64."""
+    total = 0.0
+    with evaluating(loop.model), torch.no_grad():
+        for part in rows.split(EVALUATION_BATCH):
+            total += float(loop.task.losses(loop.model, loop.batch(part, samples)).double().sum())
+    return total / len(rows)
 
 
 def at_end(run: Run, stage: int) -> Loop:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from examples.shards import write_shards
+from tasks.audit import audit, wanted
 from tasks.embed import compose_stage, embed_segment
 from tasks.fit import fit_basis
 from tasks.index import index_stage
@@ -25,6 +26,7 @@ from tasks.samples import list_samples
 from tasks.score import score
 from tasks.targets import differentiate_targets
 from tasks.train import train
+from tasks.trust import try_kept
 
 
 class Digits:
@@ -133,6 +135,8 @@ def curate(plan: Plan) -> Run:
         train.fn(run.url, stage)
         appraise(run, stage)
         if spec.prune:
+            if plan.trust.trial:
+                try_kept.fn(run.url, stage, "plan", spec.prune.model_dump())
             prune_stage.fn(run.url, stage)
     return run
 
@@ -148,3 +152,5 @@ def appraise(run: Run, stage: int) -> None:
     if run.plan.score.estimate == "replay":
         replay.fn(run.url, stage)
     score.fn(run.url, stage)
+    if wanted(run.plan, stage):
+        audit.fn(run.url, stage)

@@ -1,0 +1,98 @@
+"""Room `tasks`: trust gates, what must hold before a stage is pruned (DESIGN, section 4)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from prefect import task
+from pydantic import TypeAdapter
+
+from storage.ledger import read_checkpoint
+from storage.shards import Samples
+from tasks.audit import audited
+from tasks.decide import decide
+from tasks.errors import PlanError
+from tasks.loop import Loop
+from tasks.order import seed_for
+from tasks.plan import Policy, Schedule
+from tasks.run import Run
+from tasks.samples import stage_samples, target_samples
+from tasks.score import stage_scores
+from tasks.targets import judging_rows, target_loss
+from tasks.train import end_checkpoint
+
+
+@task(name="try what is kept")
+def try_kept(run_url: str, stage: int, name: str, policy: dict[str, Any]) -> dict[str, Any]:
+    """Trains a few steps on what a policy keeps and on as many samples at random, from the stage's end.
+
+    Returns:
+        Loss on the judging half of the target: `kept`, `random` (one a draw), and their seeds.
+    """
+    run = Run.open(run_url)
+    artefact, spec = run.folder.stage(stage).trial(name), run.plan.trust.trial
+    if spec is None:
+        raise PlanError(f"the plan of {run_url} has no trust.trial")
+    if not artefact.committed:
+        samples = stage_samples(run, stage)
+        chosen: Policy = TypeAdapter(Policy).validate_python(policy)
+        keep = decide(run.plan, stage, chosen, stage_scores(run, stage), samples)["keep"].to_numpy()
+        seeds = [seed_for(run.plan.seed, "trial", stage, draw) for draw in range(spec.draws)]
+        draws = [np.random.default_rng(seed).permutation(keep) for seed in seeds]
+        with artefact.attempt("trial", {"scores": run.folder.stage(stage).scores.fingerprint}) as attempt:
+            losses = [_trained(run, stage, samples, flags, spec.steps) for flags in (keep, *draws)]
+            attempt.facts.update(kept=losses[0], random=losses[1:], seeds=seeds, steps=spec.steps)
+    return dict(artefact.manifest.facts)
+
+
+def verdict(run: Run, stage: int, name: str) -> dict[str, Any]:
+    """Whether the plan's gates hold for a pruning, with every figure; empty where none is asked for."""
+    found: dict[str, Any] = {}
+    if run.plan.trust.min_fidelity is not None:
+        fidelity = audited(run, stage).fidelity[run.plan.score.estimate]
+        holds = fidelity.spearman >= run.plan.trust.min_fidelity
+        found["min_fidelity"] = {
+            "holds": holds,
+            "least": run.plan.trust.min_fidelity,
+            **fidelity.model_dump(mode="json"),
+        }
+    if run.plan.trust.trial is not None:
+        facts = run.folder.stage(stage).trial(name).manifest.facts
+        found["trial"] = {"holds": facts["kept"] <= float(np.mean(facts["random"])), **facts}
+    return found
+
+
+def apply(run: Run, stage: int, decisions: pl.DataFrame, gates: dict[str, Any]) -> pl.DataFrame:
+    """The decisions, or all samples kept where a gate does not hold.
+
+    Raises:
+        PlanError: a gate does not hold, and the plan says `otherwise: fail`.
+    """
+    broken = [name for name, gate in gates.items() if not gate["holds"]]
+    if not broken:
+        return decisions
+    why = _sentence(broken[0], gates[broken[0]])
+    if run.plan.trust.otherwise == "fail":
+        raise PlanError(f"stage {stage} of {run.url} is not pruned: {why}; nothing was dropped")
+    reason = pl.when("keep").then("reason").otherwise(pl.lit(f"kept: {why}"))
+    return decisions.with_columns(reason=reason, keep=pl.lit(True))
+
+
+def _sentence(name: str, gate: dict[str, Any]) -> str:
+    if name == "min_fidelity":
+        return f"the audit's Spearman correlation is {gate['spearman']:.2f}, under the plan's {gate['least']:g}"
+    return f"the trial's loss is {gate['kept']:.4f} on what is kept and {np.mean(gate['random']):.4f} at random"
+
+
+def _trained(run: Run, stage: int, samples: Samples, keep: np.ndarray, steps: int) -> float:
+    """The target's loss after a few steps on some of a stage's samples, at the unscheduled rate."""
+    constant = Run(run.plan.model_copy(update={"schedule": Schedule()}), run.folder)
+    loop = Loop(constant, stage, Samples(samples.urls, samples.frame.filter(pl.Series(keep))))
+    loop.restore(read_checkpoint(end_checkpoint(run, stage)), optimizer=run.plan.optimizer.at_stage == "carry")
+    for step in range(steps):
+        loop.step(step)
+    target = target_samples(run, run.plan.target)
+    return target_loss(loop, target, torch.arange(len(target))[judging_rows(run.plan)])
