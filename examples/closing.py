@@ -9,7 +9,7 @@ from rich.table import Table
 
 from flows.curate import curate
 from flows.query import query
-from flows.tables import reasons, show
+from flows.tables import audited, reasons, show
 from tasks.plan import Plan, RandomControl
 from tasks.reading import read_plan
 from tasks.run import Run
@@ -18,7 +18,7 @@ from tasks.summary import StageSummary
 
 
 def with_control(path: str, **changes: Any) -> tuple[Plan, Plan]:
-    """The plan in a file, and one that differs in that each stage keeps as many samples at random."""
+    """The plan in a file, and one whose stages keep as many samples at random; the control is not audited."""
     plan = read_plan(path, changes)
     stages = [
         stage.model_copy(update={"prune": RandomControl(keep=getattr(stage.prune, "keep", 1.0))})
@@ -26,16 +26,19 @@ def with_control(path: str, **changes: Any) -> tuple[Plan, Plan]:
         else stage
         for stage in plan.stages
     ]
-    return plan, plan.model_copy(update={"run": f"{plan.run}-random", "stages": stages})
+    return plan, plan.model_copy(update={"run": f"{plan.run}-random", "stages": stages, "audit": None})
 
 
 def run_and_show(plans: tuple[Plan, Plan], describe: Callable[[dict[str, Any]], str]) -> None:
     """Runs a plan and its control, and prints the closing tables; `describe` says what a sample is."""
-    table = Table("run", "stage", "in", "kept", "dropped", *_columns(curate(plans[0])))
-    for plan in plans:
-        for stage in curate(plan):
-            table.add_row(plan.run, *_row(stage))
+    summaries = {plan.run: curate(plan) for plan in plans}
+    table = Table("run", "stage", "in", "kept", "dropped", *_columns(summaries[plans[0].run]))
+    for name, summary in summaries.items():
+        for stage in summary:
+            table.add_row(name, *_row(stage))
     show(table)
+    if audits := [stage.audited for summary in summaries.values() for stage in summary if stage.audited]:
+        audited(audits)
     run = Run.of(plans[0])
     samples = stage_samples(run, 0)
     place = {key: row for row, key in enumerate(samples.frame["key"])}
