@@ -160,3 +160,10 @@ def _rows_or_zero(matrix: Tensor, rows: Tensor) -> Tensor:
     """Rows of `matrix`, zero where the index is -1."""
     rows = rows.to(matrix.device)
     return matrix[rows.clamp(min=0)] * (rows >= 0).to(matrix.dtype)[:, None]
+
+
+def leading(moment: Float[Tensor, "n n"], rank: int) -> Float[Tensor, "n _"]:
+    """The eigenvectors of the `rank` largest eigenvalues, signs fixed so that a rerun finds the same."""
+    vectors = torch.linalg.eigh(moment).eigenvectors.flip(1)[:, :rank]
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    return vectors * largest.sign()

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
-from secateur.basis import Coordinates, Kronecker
+from secateur.basis import Coordinates, Kronecker, leading
 from secateur.bindings import Binding, Bindings
 from secateur.blocks import Block
 from secateur.captures import Capture
@@ -55,7 +54,7 @@ class MomentFit:
     def basis(self, rank: int, dtype: torch.dtype) -> Kronecker:
         """The basis of at most `rank` numbers a side."""
         pairs = zip(self._left, self._right, strict=True)
-        return Kronecker(self._blocks, [(_leading(a, rank).to(dtype), _leading(b, rank).to(dtype)) for a, b in pairs])
+        return Kronecker(self._blocks, [(leading(a, rank).to(dtype), leading(b, rank).to(dtype)) for a, b in pairs])
 
 
 class EnergyFit:
@@ -85,10 +84,3 @@ def _shares(blocks: Sequence[Block], numbers: int | None) -> list[int]:
     if numbers is None or numbers >= total:
         return [block.size for block in blocks]
     return [max(1, numbers * block.size // total) for block in blocks]
-
-
-def _leading(moment: Tensor, rank: int) -> Tensor:
-    """The eigenvectors of the `rank` largest eigenvalues, signs fixed so that a rerun finds the same."""
-    vectors = torch.linalg.eigh(moment).eigenvectors.flip(1)[:, :rank]
-    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-    return vectors * largest.sign()

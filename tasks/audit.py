@@ -11,7 +11,7 @@ from scipy import stats
 
 from secateur.pullback import query_at_end
 from storage.frames import read_frame, write_frame
-from tasks.embed import spans_of, stage_embeddings, stage_transition
+from tasks.embed import in_embeddings, spans_of, stage_embeddings, stage_transition
 from tasks.errors import PlanError
 from tasks.loop import Loop
 from tasks.order import Order, seed_for
@@ -167,7 +167,8 @@ def _embedded(run: Run, stage: int, uses: pl.DataFrame) -> list[float]:
     """The embeddings' scores of some uses, for the target's mean loss at the stage's end."""
     folder = run.folder.stage(stage)
     gradient = target_gradients(folder.targets, run.plan.target)[scoring_rows(run.plan)].mean(0, keepdim=True)
-    query = torch.cat(query_at_end(gradient, spans_of(run), stage_transition(folder.embeddings)), 1)[0]
+    whole = torch.cat(query_at_end(gradient, spans_of(run), stage_transition(folder.embeddings)), 1)
+    query = in_embeddings(run, stage, whole)[0]
     products = torch.cat([part.double() @ query.double() for part in stage_embeddings(folder.embeddings)])
     return products[uses["row"].to_list()].tolist()
 

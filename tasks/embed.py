@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from prefect import task
 from torch import Tensor
 
+from secateur.basis import leading
 from secateur.curvature import Curvature, EmpiricalFisher, Fisher, Hessian, NoCurvature
 from secateur.recursion import Dynamics, Transition, carry, compose, identity, walk
 from secateur.segment import Segment
@@ -18,6 +19,8 @@ from tasks.optimizer import linearised
 from tasks.progress import track
 from tasks.run import Run
 from tasks.train import end_checkpoint
+
+AXES = "axes.safetensors"
 
 
 @task(name="embed segment")
@@ -47,23 +50,55 @@ def compose_stage(run_url: str, stage: int) -> int:
     folder = run.folder.stage(stage)
     if not folder.embeddings.committed:
         end_checkpoint(run, stage)
-        optimizer, count = linearised(run.plan.optimizer), len(folder.segments())
+        count = len(folder.segments())
         inputs = {"basis": run.folder.basis.fingerprint}
         with folder.embeddings.attempt("embeddings", inputs) as attempt:
-            theta_only = run.plan.optimizer.at_stage == "reset"
-            later = identity(spans_of(run), len(optimizer.slots) + 1, getattr(torch, run.plan.dtype), theta_only)
+            transitions = _to_end(run, stage)
+            axes = _principal(run, stage, transitions) if run.plan.components else None
             rows = 0
-            for number in track(reversed(range(count)), f"stage {stage}, composing", count):
-                local = folder.local(number)
-                carried = carry(_listed(read_tensors(local, "embeddings.safetensors")), later)
-                write_tensors(attempt, _name(number), {"embeddings": torch.cat(carried, 1)}, {})
-                later = compose(later, _listed(read_tensors(local, "transition.safetensors")))
-                rows += len(carried[0])
-            write_tensors(attempt, "transition.safetensors", _numbered(later), {})
+            for number, carried in _carried(run, stage, transitions):
+                kept = carried if axes is None else carried @ axes
+                write_tensors(attempt, _name(number), {"embeddings": kept}, {})
+                rows += len(kept)
+            write_tensors(attempt, "transition.safetensors", _numbered(transitions[-1]), {})
+            if axes is not None:
+                write_tensors(attempt, AXES, {"axes": axes}, {})
             attempt.facts.update(rows=rows, segments=count)
         for number in range(count):
             folder.local(number).remove()
     return int(folder.embeddings.manifest.facts["rows"])
+
+
+def _to_end(run: Run, stage: int) -> list[Transition]:
+    """From the end of each segment, the last first, to the stage's end; and at last from the stage's start."""
+    folder, theta_only = run.folder.stage(stage), run.plan.optimizer.at_stage == "reset"
+    slots = len(linearised(run.plan.optimizer).slots) + 1
+    found = [identity(spans_of(run), slots, getattr(torch, run.plan.dtype), theta_only)]
+    for number in reversed(range(len(folder.segments()))):
+        found.append(compose(found[-1], _listed(read_tensors(folder.local(number), "transition.safetensors"))))
+    return found
+
+
+def _carried(run: Run, stage: int, transitions: list[Transition]) -> Iterator[tuple[int, Tensor]]:
+    """Each segment's embeddings as of the stage's end, the last segment first."""
+    folder, count = run.folder.stage(stage), len(transitions) - 1
+    for number in track(reversed(range(count)), f"stage {stage}, composing", count):
+        local = _listed(read_tensors(folder.local(number), "embeddings.safetensors"))
+        yield number, torch.cat(carry(local, transitions[count - 1 - number]), 1)
+
+
+def _principal(run: Run, stage: int, transitions: list[Transition]) -> Tensor:
+    """`width components`: the directions in which the stage's embeddings are longest, orthonormal."""
+    moment = sum(part.double().T @ part.double() for _, part in _carried(run, stage, transitions))
+    assert isinstance(moment, Tensor)
+    return leading(moment, run.plan.components or len(moment)).to(getattr(torch, run.plan.dtype))
+
+
+def in_embeddings(run: Run, stage: int, queries: Tensor) -> Tensor:
+    """Queries `m width` in the numbers that the stage's embeddings are kept in."""
+    if run.plan.components is None:
+        return queries
+    return queries @ read_tensors(run.folder.stage(stage).embeddings, AXES)["axes"].to(queries.dtype)
 
 
 def stage_embeddings(artefact: Artefact) -> list[Tensor]:

@@ -94,7 +94,8 @@ def _stage(plan: Plan, number: int, samples: int, width: int, slots: int, parame
     inside = sum(len(window) for window in order.windows())
     recorded = inside + (order.steps - inside) // order.stage.stride
     batch = min(order.stage.batch_size, samples)
-    embeddings = inside * batch * width * slots * itemsize
+    kept = min(width * slots, plan.components or width * slots)
+    embeddings = inside * batch * kept * itemsize
     state = 1 + len(linearised(plan.optimizer).slots)
     return StageEstimate(
         stage=number,
@@ -103,7 +104,7 @@ def _stage(plan: Plan, number: int, samples: int, width: int, slots: int, parame
         records=inside * batch,
         ledger_bytes=recorded * batch * (width * itemsize + 48),
         embedding_bytes=embeddings,
-        index_bytes=inside * batch * width * slots * {"flat": 4, "fp16": 2, "sq8": 1}[plan.index],
+        index_bytes=inside * batch * kept * {"flat": 4, "fp16": 2, "sq8": 1}[plan.index],
         checkpoint_bytes=-(-order.steps // plan.segment_steps) * parameters * state * itemsize,
     )
 

@@ -308,6 +308,10 @@ class Plan(Strict):
     replay: Replay = Replay()
     audit: Audit | None = None
     trust: Trust = Trust()
+    components: PositiveInt | None = Field(
+        None,
+        description="principal components that a stage's embeddings are reduced to before they are kept; all if null",
+    )
     index: Literal["flat", "fp16", "sq8"] = "flat"
 
     @model_validator(mode="after")

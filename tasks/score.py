@@ -10,11 +10,12 @@ import torch
 from prefect import task
 from torch import Tensor
 
+from secateur.pullback import query_at_end
 from secateur.recursion import short_horizon
 from secateur.segment import Segment
 from storage.frames import read_frame, write_frame
 from storage.index import build_index, search_index
-from tasks.embed import dynamics_of, segment_of, spans_of, stage_embeddings
+from tasks.embed import dynamics_of, in_embeddings, segment_of, spans_of, stage_embeddings, stage_transition
 from tasks.progress import track
 from tasks.replay import replay_scores
 from tasks.run import Run
@@ -75,7 +76,7 @@ def scored_vectors(run: Run, stage: int) -> Iterator[tuple[Segment, Tensor]]:
     for number, ledger in enumerate(ledgers):
         segment = segment_of(ledger)
         if horizon == "stage":
-            yield segment, theta_of(run, embeddings[number])
+            yield segment, embeddings[number] if run.plan.components else theta_of(run, embeddings[number])
         elif horizon == 0:
             yield segment, segment.contributions[segment.selected]
         else:
@@ -86,6 +87,10 @@ def scored_vectors(run: Run, stage: int) -> Iterator[tuple[Segment, Tensor]]:
 
 def _aggregated(run: Run, stage: int, targets: dict[str, Tensor]) -> Iterator[tuple[Segment, dict[str, np.ndarray]]]:
     """Each segment's record, and for each target the scores of its selected records from their vectors."""
+    if run.plan.score.horizon == "stage" and run.plan.components:
+        transition = stage_transition(run.folder.stage(stage).embeddings)
+        queries = {name: torch.cat(query_at_end(g, spans_of(run), transition), 1) for name, g in targets.items()}
+        targets = {name: in_embeddings(run, stage, query) for name, query in queries.items()}
     for segment, vectors in scored_vectors(run, stage):
         yield segment, {name: aggregate(run, vectors, gradients) for name, gradients in targets.items()}
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from secateur.pullback import pull_back, query_at_end
 from storage.index import read_index, search_index
 from storage.shards import Samples
-from tasks.embed import spans_of, stage_embeddings, stage_transition
+from tasks.embed import in_embeddings, spans_of, stage_embeddings, stage_transition
 from tasks.errors import PlanError
 from tasks.run import Run
 from tasks.samples import stage_samples, target_samples
@@ -100,7 +100,7 @@ def _queries(run: Run, stages: list[int], gradient: Tensor) -> list[tuple[int, n
     query = query_at_end(gradient, spans_of(run), transitions[stages[-1]])
     found = []
     for number in reversed(stages):
-        found.append((number, torch.cat(query, 1).numpy()))
+        found.append((number, in_embeddings(run, number, torch.cat(query, 1)).numpy()))
         if number > stages[0]:
             query = pull_back(query, transitions[number], [len(k) for k in transitions[number - 1]])
     return found

@@ -33,7 +33,7 @@ OPTIMIZER = {"kind": "sgd", "lr": 0.1}
             r"`stages\.0\.prune\.top\.kep`; did you mean `keep`\?",
         ),
         ({"basis": {"kind": "kronecker", "rnak": 4}}, r"`basis\.kronecker\.rnak`; did you mean `rank`\?"),
-        ({"zzz": 1}, r"unknown key `zzz`; known are basis, curvature"),
+        ({"zzz": 1}, r"unknown key `zzz`; known are audit, basis"),
         ({"stages": [STAGE | {"windows": [{"strat": 0.0}]}]}, r"windows\.0\.strat`; did you mean `start`\?"),
         ({"stages": []}, "`stages`: List should have at least 1 item"),
         ({"stages": [{"batch_size": 2}]}, "a stage has either `epochs` or `steps`"),
