@@ -23,7 +23,7 @@ from secateur.fitting import EnergyFit, MomentFit, random_kronecker
 from secateur.hessian import hessian
 from secateur.recorder import Recorder
 from secateur.recursion import Dynamics, identity, walk
-from secateur.replay import Part, Tape, adjoint_at_end, step_back
+from secateur.replay import Part, Tape, step_back
 from secateur.tap import contributions, tap
 
 FIT_STEPS = 10
@@ -143,12 +143,12 @@ def replay_scores(workload: Workload) -> Tensor:
     tape.close()
     named = dict(model.named_parameters())
     gradients = torch.autograd.grad(workload.target_losses(model).mean(), list(named.values()))
-    later = adjoint_at_end(dict(zip(named, gradients, strict=True)), len(tape.linearised.slots))
+    later = tape.groups.adjoint(dict(zip(named, gradients, strict=True)), len(tape.linearised.slots))
     scores: dict[int, Tensor] = {}
     for step in reversed(range(len(workload.batches))):
         ids = workload.batches[step]
         part = Part(lambda m, ids=ids: workload.losses(m, ids), torch.full((len(ids),), 1 / len(ids)))
-        scores[step], later = step_back(model, tape.moments.pop(), tape.linearised, [part], later)
+        scores[step], later = step_back(model, tape.groups, tape.moments.pop(), tape.linearised, [part], later)
     return torch.stack([scores[step][place] for step, place in workload.removals])
 
 

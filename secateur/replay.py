@@ -22,7 +22,7 @@ from secateur.optimizers import Linearised, linearise
 STEP = {torch.float32: 1e-3, torch.float64: 1e-5}
 
 Directions = dict[str, Tensor]  # one tensor a trainable parameter
-Adjoint = dict[str, Float[Tensor, "S ..."]]  # a sensitivity to theta and to every slot
+Adjoint = list[Float[Tensor, "S _"]]  # of each parameter group, a sensitivity to theta and to every slot
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Moment:
-    """What a step read: the optimizer's state before it, the gradient it received and its settings.
+    """What a step read, each parameter group's tensors as one vector: the optimizer's state before it, the gradient it
+    received, its settings, and what the gradient was multiplied by after the backward pass (clipping by norm)."""
 
-    Attributes:
-        scale: what the gradient was multiplied by between the backward pass and the step (clipping by norm).
-    """
-
-    states: Adjoint
-    gradients: Directions
-    hyper: Mapping[str, Mapping[str, Tensor]]
+    states: list[Float[Tensor, "S _"]]
+    gradients: list[Float[Tensor, " _"]]
+    hyper: Sequence[Mapping[str, Tensor]]
     scale: float
 
 
@@ -59,8 +56,8 @@ class Tape:
     ) -> None:
         self.linearised: Linearised = linearise(optimizer)
         self.moments: list[Moment] = []
+        self.groups = Groups(model, optimizer)
         self._optimizer, self._scale = optimizer, scale
-        self._names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
         self._handle = optimizer.register_step_pre_hook(self._before_step)
 
     def close(self) -> None:
@@ -68,25 +65,45 @@ class Tape:
         self._handle.remove()
 
     def _before_step(self, *_: object) -> None:
-        states, gradients, hyper = {}, {}, {}
+        states, gradients, hyper = [], [], []
         for group in self._optimizer.param_groups:
-            for parameter in group["params"]:
-                name, own = self._names[id(parameter)], self._optimizer.state.get(parameter, {})
-                slots = [_or_zero(own.get(slot), parameter) for slot in self.linearised.slots]
-                states[name] = torch.stack([parameter.detach(), *slots])
-                gradients[name] = _or_zero(parameter.grad, parameter).clone()
-                row = torch.tensor(self.linearised.settings(group, own), dtype=parameter.dtype, device=parameter.device)
-                hyper[name] = dict(zip(self.linearised.hyper, row, strict=True))
+            held = group["params"]
+            own = [self._optimizer.state.get(p, {}) for p in held]
+            slots = [_joined([s.get(slot) for s in own], held) for slot in self.linearised.slots]
+            states.append(torch.stack([_joined(held, held), *slots]))
+            gradients.append(_joined([p.grad for p in held], held))
+            row = torch.tensor(self.linearised.settings(group, own[0]), dtype=held[0].dtype, device=held[0].device)
+            hyper.append(dict(zip(self.linearised.hyper, row, strict=True)))
         self.moments.append(Moment(states, gradients, hyper, self._scale()))
 
 
-def adjoint_at_end(gradients: Directions, slots: int) -> Adjoint:
-    """A loss's gradient as a sensitivity to the whole state: the optimizer's slots have no part in a loss."""
-    return {name: torch.stack([g, *[torch.zeros_like(g)] * slots]) for name, g in gradients.items()}
+class Groups:
+    """The parameters of each group of an optimizer, by name, and their tensors as one vector a group."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        names = {id(p): name for name, p in model.named_parameters()}
+        self.members = [{names[id(p)]: p for p in group["params"]} for group in optimizer.param_groups]
+
+    def split(self, vectors: Sequence[Float[Tensor, " _"]]) -> Directions:
+        """One tensor a parameter."""
+        found: Directions = {}
+        for members, vector in zip(self.members, vectors, strict=True):
+            parts = vector.split([p.numel() for p in members.values()])
+            found |= {name: part.view_as(p) for (name, p), part in zip(members.items(), parts, strict=True)}
+        return found
+
+    def join(self, directions: Directions) -> list[Float[Tensor, " _"]]:
+        """One vector a group."""
+        return [torch.cat([directions[name].flatten() for name in members]) for members in self.members]
+
+    def adjoint(self, gradients: Directions, slots: int) -> Adjoint:
+        """A loss's gradient as a sensitivity to the whole state: the optimizer's slots have no part in a loss."""
+        return [torch.stack([g, *[torch.zeros_like(g)] * slots]) for g in self.join(gradients)]
 
 
 def step_back(
     model: nn.Module,
+    groups: Groups,
     moment: Moment,
     linearised: Linearised,
     parts: Sequence[Part],
@@ -108,19 +125,16 @@ def step_back(
     Raises:
         SecateurError: `jvp` is asked of a kernel that has no forward mode.
     """
-    direction, earlier = {}, {}
-    for name in moment.states:  # one order always: sums then round alike
-        by_state, by_gradient = linearised.pull(
-            later[name], moment.states[name], moment.gradients[name], moment.hyper[name]
-        )
-        direction[name], earlier[name] = -by_gradient, by_state
+    read = zip(later, moment.states, moment.gradients, moment.hyper, strict=True)
+    pulled = [linearised.pull(*place) for place in read]
+    direction = groups.split([-by_gradient for _, by_gradient in pulled])
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in direction:
-                parameter.copy_(moment.states[name][0])
+        for name, value in groups.split([state[0] for state in moment.states]).items():
+            model.get_parameter(name).copy_(value)
     scores, answer = (_jvp if method == "jvp" else _central)(model, parts, direction, reseed)
-    for name, change in answer.items():
-        earlier[name][0] -= moment.scale * change
+    earlier = [by_state for by_state, _ in pulled]
+    for q, change in zip(earlier, groups.join(answer), strict=True):
+        q[0] -= moment.scale * change
     return moment.scale * scores, earlier
 
 
@@ -204,5 +218,8 @@ def _jvp(
     return torch.cat(values), total
 
 
-def _or_zero(value: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if value is None else value.detach()
+def _joined(values: Sequence[Tensor | None], like: Sequence[Tensor]) -> Float[Tensor, " _"]:
+    """Copies of tensors as one vector, zeros where there is none."""
+    return torch.cat(
+        [(torch.zeros_like(p) if v is None else v.detach()).flatten() for v, p in zip(values, like, strict=True)]
+    )

@@ -8,7 +8,7 @@ import torch
 from prefect import task
 from torch import Tensor, nn
 
-from secateur.replay import Adjoint, Part, Tape, adjoint_at_end, step_back
+from secateur.replay import Adjoint, Groups, Part, Tape, step_back
 from storage.ledger import read_checkpoint
 from storage.manifest import Artefact
 from storage.tensors import read_tensors, write_tensors
@@ -55,7 +55,7 @@ def replay(run_url: str, stage: int) -> int:
         inputs = {"segment": folder.segment(number).fingerprint}
         with artefact.attempt("replay", inputs) as attempt:
             scores, later = _walk(run, loop, stage, number, bounds[number], later)
-            adjoints = {f"{t}/{name}": q for t in targets for name, q in later[t].items()}
+            adjoints = {f"{t}/{group:05d}": q for t in targets for group, q in enumerate(later[t])}
             write_tensors(attempt, FILE, {SCORES: scores, **adjoints}, {})
     return len(bounds)
 
@@ -84,7 +84,7 @@ def _walk(
         moment, found = tape.moments.pop(), []
         for name, q in later.items():
             scores, later[name] = step_back(
-                loop.model, moment, tape.linearised, parts, q, run.plan.replay.method, reseed
+                loop.model, tape.groups, moment, tape.linearised, parts, q, run.plan.replay.method, reseed
             )
             found.append(scores)
         if any(step in window for window in windows):
@@ -113,7 +113,8 @@ def _at_end(run: Run, loop: Loop, stage: int) -> dict[str, Adjoint]:
     """Every target's loss gradient at the stage's end, in all parameters."""
     loop.restore(read_checkpoint(end_checkpoint(run, stage)))
     slots = len(linearised(run.plan.optimizer).slots)
-    return {name: adjoint_at_end(_gradient(run, loop, name), slots) for name in run.plan.targets}
+    groups = Groups(loop.model, loop.optimizer)
+    return {name: groups.adjoint(_gradient(run, loop, name), slots) for name in run.plan.targets}
 
 
 def _gradient(run: Run, loop: Loop, target: str) -> dict[str, Tensor]:
@@ -133,7 +134,4 @@ def _gradient(run: Run, loop: Loop, target: str) -> dict[str, Tensor]:
 def _stored(artefact: Artefact, targets: list[str]) -> dict[str, Adjoint]:
     """The adjoint at the start of a segment that was replayed before."""
     tensors = read_tensors(artefact, FILE)
-    return {
-        target: {n.removeprefix(f"{target}/"): t for n, t in tensors.items() if n.startswith(f"{target}/")}
-        for target in targets
-    }
+    return {target: [tensors[n] for n in sorted(tensors) if n.startswith(f"{target}/")] for target in targets}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from secateur.errors import SecateurError
-from secateur.replay import Part, Tape, adjoint_at_end, step_back
+from secateur.replay import Part, Tape, step_back
 from tests.secateur.test_truth import OPTIMIZERS, Make
 
 STEPS, BATCH, TARGETS = 6, 4, 5
@@ -102,11 +102,13 @@ class Setting:
         model, tape = self.train()
         named = dict(model.named_parameters())
         gradients = torch.autograd.grad(self.target(model), list(named.values()))
-        q = adjoint_at_end(dict(zip(named, gradients, strict=True)), len(tape.linearised.slots))
+        q = tape.groups.adjoint(dict(zip(named, gradients, strict=True)), len(tape.linearised.slots))
         found = []
         for step in reversed(range(STEPS)):
             reseed = partial(torch.manual_seed, step)
-            scores, q = step_back(model, tape.moments[step], tape.linearised, self.parts(step), q, method, reseed)
+            scores, q = step_back(
+                model, tape.groups, tape.moments[step], tape.linearised, self.parts(step), q, method, reseed
+            )
             found.insert(0, scores)
         return torch.stack(found)
 
@@ -135,7 +137,7 @@ def test_float32_keeps_the_order() -> None:
 def test_the_model_is_left_as_it_was_before_the_step() -> None:
     setting = Setting("mlp", OPTIMIZERS["adamw"])
     model, tape = setting.train()
-    q = adjoint_at_end({n: torch.ones_like(p) for n, p in model.named_parameters()}, 2)
-    step_back(model, tape.moments[0], tape.linearised, setting.parts(0), q)
+    q = tape.groups.adjoint({n: torch.ones_like(p) for n, p in model.named_parameters()}, 2)
+    step_back(model, tape.groups, tape.moments[0], tape.linearised, setting.parts(0), q)
     for name, parameter in setting.model().named_parameters():
         assert torch.equal(dict(model.named_parameters())[name], parameter)
