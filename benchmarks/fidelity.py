@@ -15,6 +15,7 @@ from scipy.stats import pearsonr, spearmanr
 from torch import Tensor, nn
 
 from benchmarks.larger import images, text
+from benchmarks.peers import PEERS
 from benchmarks.workloads import Workload, digits
 from secateur.basis import Basis, Kronecker, leading
 from secateur.bindings import bind
@@ -174,9 +175,11 @@ def measure(name: str, seed: int, chosen: list[str]) -> list[Row]:
     rows = []
     for estimator in chosen:
         print(f"{name} seed {seed}: {estimator}", file=sys.stderr)
-        setting, numbers = ESTIMATORS[estimator], sum(p.numel() for p in plain.model.parameters())
+        setting, numbers = ESTIMATORS.get(estimator), sum(p.numel() for p in plain.model.parameters())
         started = time.perf_counter()
-        if setting is None:
+        if estimator in PEERS:
+            scores = PEERS[estimator](workload)
+        elif setting is None:
             scores = replay_scores(workload)
         else:
             basis = setting.basis(workload, seed)
@@ -193,7 +196,7 @@ def main() -> None:
     """Prints a table, or one JSON list."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workload", nargs="+", default=list("ABCD"), choices=list("ABCDEF"))
-    parser.add_argument("--estimator", nargs="+", default=list(ESTIMATORS), choices=list(ESTIMATORS))
+    parser.add_argument("--estimator", nargs="+", default=list(ESTIMATORS), choices=[*ESTIMATORS, *PEERS])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()

@@ -39,7 +39,8 @@ def images(seed: int) -> Workload:
     def losses(made: nn.Module, ids: Tensor) -> Tensor:
         return functional.cross_entropy(made(x[ids]), y[ids], reduction="none")
 
-    return _workload("E", model, batches, 0.002, losses, validation, generator)
+    data = lambda ids: (x[validation if ids is None else ids], y[validation if ids is None else ids])  # noqa: E731
+    return _workload("E", model, batches, 0.002, losses, validation, generator, data)
 
 
 def text(seed: int) -> Workload:
@@ -58,7 +59,8 @@ def text(seed: int) -> Workload:
         logits = made(samples[ids, :-1])
         return functional.cross_entropy(logits.transpose(1, 2), samples[ids, 1:], reduction="none").mean(1)
 
-    return _workload("F", model, batches, 0.002, losses, validation, generator)
+    data = lambda ids: (samples[ids, :-1], samples[ids, 1:])  # noqa: E731
+    return _workload("F", model, batches, 0.002, losses, validation, generator, data)
 
 
 def _workload(
@@ -69,6 +71,7 @@ def _workload(
     losses: Callable[[nn.Module, Tensor], Tensor],
     validation: Tensor,
     generator: torch.Generator,
+    data: Callable[[Tensor | None], tuple[Tensor, Tensor]],
 ) -> Workload:
     """AdamW with a warm-up over a tenth of the steps and a cosine to a tenth of the rate."""
     steps = len(batches)
@@ -87,4 +90,6 @@ def _workload(
          torch.randint(len(batches[0]), (REMOVALS,), generator=generator)], 1
     )  # fmt: skip
     removals = [(int(step), int(place)) for step, place in drawn]
-    return Workload(name, model, optimizer, batches, rate, losses, lambda made: losses(made, validation), removals)
+    return Workload(
+        name, model, optimizer, batches, rate, losses, lambda made: losses(made, validation), removals, data
+    )

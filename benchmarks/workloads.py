@@ -25,6 +25,7 @@ class Workload:
         losses: one loss a sample, from the model and sample ids.
         target: mean loss on the validation set.
         target_losses: one loss a validation sample.
+        data: inputs and labels of some samples, or of the validation set if None.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Workload:
     losses: Callable[[nn.Module, Tensor], Tensor]
     target_losses: Callable[[nn.Module], Tensor]
     removals: list[tuple[int, int]]
+    data: Callable[[Tensor | None], tuple[Tensor, Tensor]]
 
     def train(
         self,
@@ -140,7 +142,12 @@ def digits(name: str, seed: int, removals: int = 150) -> Workload:
         [torch.randint(steps, (removals,), generator=generator), torch.randint(64, (removals,), generator=generator)], 1
     )
     places = [(int(step), int(place)) for step, place in chosen]
-    return Workload(name, model, optimizer, batches, rate, losses, lambda made: losses(made, validation), places)
+
+    def data(ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        rows = validation if ids is None else ids
+        return images[rows], labels[rows]
+
+    return Workload(name, model, optimizer, batches, rate, losses, lambda made: losses(made, validation), places, data)
 
 
 def _copy(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, object]]:
