@@ -178,7 +178,7 @@ def measure(name: str, seed: int, chosen: list[str]) -> list[Row]:
         setting, numbers = ESTIMATORS.get(estimator), sum(p.numel() for p in plain.model.parameters())
         started = time.perf_counter()
         if estimator in PEERS:
-            scores = PEERS[estimator](workload)
+            scores, numbers = PEERS[estimator](workload), numbers if "full" in estimator else 416
         elif setting is None:
             scores = replay_scores(workload)
         else:

@@ -44,7 +44,7 @@ def appraise(run_url: str, stage: int) -> None:
     compose_stage(run_url, stage)
     index_stage(run_url, stage)
     differentiate_targets(run_url, stage)
-    if run.plan.score.estimate == "replay":
+    if run.plan.estimate == "replay":
         replay(run_url, stage)
     score(run_url, stage)
     if wanted(run.plan, stage):

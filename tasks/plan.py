@@ -243,8 +243,10 @@ class Score(Strict):
         0, description="steps after its use at which a sample's effect is read: 0 for the contribution itself"
     )
     aggregate: Literal["mean", "nearest"] = "nearest"
-    estimate: Literal["embedding", "replay"] = Field(
-        "embedding", description="`replay` runs training backwards for each target: no basis, no approximate curvature"
+    estimate: Literal["embedding", "replay"] | None = Field(
+        None,
+        description="`replay` runs training backwards for each target: no basis, no approximate curvature; null for replay "
+        "where it can answer (`horizon: stage, aggregate: mean`), and embedding elsewhere",
     )
     nearest: PositiveInt = Field(10, description="target samples each sample is compared with, for `nearest`")
 
@@ -331,7 +333,7 @@ class Plan(Strict):
 
     @model_validator(mode="after")
     def _answerable(self) -> Plan:
-        tsloo = self.score.horizon == "stage" and self.score.aggregate == "mean"
+        tsloo = _is_effect(self.score)
         if self.score.estimate == "replay" and not tsloo:
             raise ValueError(
                 "`score.estimate: replay` gives effects on a target's mean loss at the stage's end; set `horizon: stage, "
@@ -353,6 +355,16 @@ class Plan(Strict):
         return self.basis or (Kronecker() if isinstance(self.optimizer, SGD) else Coordinates())
 
     @property
+    def estimate(self) -> Literal["embedding", "replay"]:
+        """What scores are estimated by: the plan's choice, or replay where it can answer."""
+        return self.score.estimate or ("replay" if _is_effect(self.score) else "embedding")
+
+    @property
     def target(self) -> str:
         """The target pruned for."""
         return self.score.target or next(iter(self.targets))
+
+
+def _is_effect(score: Score) -> bool:
+    """Whether scores are effects on a target's mean loss at the stage's end, which replay and audits measure."""
+    return score.horizon == "stage" and score.aggregate == "mean"

@@ -44,7 +44,7 @@ def score(run_url: str, stage: int) -> int:
         inputs = {"embeddings": folder.embeddings.fingerprint, "targets": folder.targets.fingerprint}
         with folder.scores.attempt("scores", inputs) as attempt:
             count = len(folder.segments())
-            scored = _replayed(run, stage) if run.plan.score.estimate == "replay" else _aggregated(run, stage, targets)
+            scored = _replayed(run, stage) if run.plan.estimate == "replay" else _aggregated(run, stage, targets)
             parts = [
                 _frame(segment).with_columns(pl.Series(f"score_{name}", values) for name, values in found.items())
                 for segment, found in track(scored, f"stage {stage}, scoring", count)

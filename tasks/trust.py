@@ -52,7 +52,7 @@ def verdict(run: Run, stage: int, name: str) -> dict[str, Any]:
     """Whether the plan's gates hold for a pruning, with every figure; empty where none is asked for."""
     found: dict[str, Any] = {}
     if run.plan.trust.min_fidelity is not None:
-        fidelity = audited(run, stage).fidelity[run.plan.score.estimate]
+        fidelity = audited(run, stage).fidelity[run.plan.estimate]
         holds = fidelity.spearman >= run.plan.trust.min_fidelity
         found["min_fidelity"] = {
             "holds": holds,

@@ -104,6 +104,16 @@ def test_prune_by_another_policy_stands_beside_the_plans(finished: Mapping[str, 
     assert again["kept"] == json.loads(finished.stdout)[0]["pruned"]["kept"]  # type: ignore[attr-defined]
 
 
+def test_audit(finished: Mapping[str, Any], folder: Path) -> None:
+    words = ("audit", f"{folder}/runs/small", "--stage", "1", "--removals", "8")
+    done = secateur(*words, "--json")
+    found = json.loads(done.stdout)
+    assert "the audit will cost about" in done.stderr
+    assert found["fidelity"]["replay"]["spearman"] > 0.8
+    assert Path(found["plot"]).exists()
+    assert "replay" in secateur(*words).stdout
+
+
 def test_what_a_user_gets_wrong_is_one_sentence(finished: Mapping[str, Any], folder: Path) -> None:
     run = f"{folder}/runs/small"
     assert "unknown key `batchsize`" in sentence(secateur("run", write_plan(folder, run="typo", batchsize=4)))
@@ -131,4 +141,4 @@ def test_policies_that_cannot_be(words: list[str], expected: str) -> None:
 
 def test_help_names_every_command() -> None:
     done = secateur("--help")
-    assert all(command in done.stdout for command in ("run", "plan", "query", "prune", "schema"))
+    assert all(command in done.stdout for command in ("run", "plan", "query", "prune", "audit", "schema"))

@@ -149,7 +149,7 @@ def appraise(run: Run, stage: int) -> None:
     compose_stage.fn(run.url, stage)
     index_stage.fn(run.url, stage)
     differentiate_targets.fn(run.url, stage)
-    if run.plan.score.estimate == "replay":
+    if run.plan.estimate == "replay":
         replay.fn(run.url, stage)
     score.fn(run.url, stage)
     if wanted(run.plan, stage):

@@ -19,7 +19,7 @@ COMMON: dict[str, Any] = {
     "dtype": "float64",
     "optimizer": {"kind": "adamw", "lr": 0.01, "at_stage": "carry"},
     "basis": {"kind": "coordinates", "numbers": 60},
-    "score": {"horizon": "stage", "aggregate": "mean"},
+    "score": {"estimate": "embedding", "horizon": "stage", "aggregate": "mean"},
 }
 
 

@@ -141,7 +141,7 @@ def test_adamw_embeddings_with_the_hessian_agree_with_replay(folder: Path) -> No
         "curvature": {"kind": "hessian", "coupling": "full", "every": 1},
         "model": {"factory": "tests.tasks.small:network", "args": {"width": 4}},
     }  # fmt: skip
-    embedded = curate(small_plan(folder, run="he", score={"horizon": "stage", "aggregate": "mean"}, **common))
+    embedded = curate(small_plan(folder, run="he", score=REPLAYED | {"estimate": "embedding"}, **common))
     exact = curate(small_plan(folder, run="hr", score=REPLAYED, **common))
     found = stage_scores(embedded, 0)["score_clean"].to_numpy()
     expected = stage_scores(exact, 0)["score_clean"].to_numpy()

@@ -218,7 +218,12 @@ def test_horizons(folder: Path, horizon: int | str) -> None:
     plain = {"kind": "sgd", "lr": 0.2, "momentum": 0.5}
     make = lambda h: curate(  # noqa: E731
         small_plan(
-            folder, run=f"h{h}", optimizer=plain, score={"horizon": h, "aggregate": "mean"}, dtype="float64", seed=2
+            folder,
+            run=f"h{h}",
+            optimizer=plain,
+            score={"estimate": "embedding", "horizon": h, "aggregate": "mean"},
+            dtype="float64",
+            seed=2,
         )
     )
     found = stage_scores(make(horizon), 0)

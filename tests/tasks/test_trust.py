@@ -20,7 +20,7 @@ from tasks.samples import stage_samples
 from tests.tasks.small import curate, make_data, small_plan
 from tests.tasks.test_replay import loss_without
 
-TSLOO = {"horizon": "stage", "aggregate": "mean"}
+TSLOO = {"estimate": "embedding", "horizon": "stage", "aggregate": "mean"}
 AUDIT = {"removals": 12, "stages": [0]}
 PLAIN = {"kind": "sgd", "lr": 0.2, "momentum": 0.5}
 
