@@ -69,6 +69,11 @@ def few(workload: Workload, seed: int) -> Basis:
     return _fitted(workload, lambda bindings: EnergyFit(bindings), lambda fit: fit.basis(416))
 
 
+def two_thousand(workload: Workload, seed: int) -> Basis:
+    """The 2,048 coordinates of most energy."""
+    return _fitted(workload, lambda bindings: EnergyFit(bindings), lambda fit: fit.basis(2048))
+
+
 def full(workload: Workload, seed: int) -> Basis:
     """Every parameter."""
     return _fitted(workload, lambda bindings: EnergyFit(bindings), lambda fit: fit.basis(None))
@@ -95,6 +100,8 @@ ESTIMATORS: dict[str, Embeddings | None] = {
     "coordinates empirical_fisher full": Embeddings(few, "full"),
     "coordinates hessian/5 full": Embeddings(few, "full", 5),
     "coordinates hessian/1 full": Embeddings(few, "full", 1),
+    "2048 coordinates empirical_fisher block": Embeddings(two_thousand, "block"),
+    "2048 coordinates empirical_fisher full": Embeddings(two_thousand, "full"),
     "all in 416 components, hessian/2 full": Embeddings(full, "full", 2, 416),
     "all empirical_fisher full": Embeddings(full, "full"),
     "all hessian/1 full": Embeddings(full, "full", 1),

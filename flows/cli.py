@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -130,6 +131,7 @@ def main() -> None:
     sys.path.insert(0, os.getcwd())  # factories named in a plan live where the user works
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("EventsWorker").setLevel(logging.CRITICAL)  # Prefect's, which its own settings do not reach
     with _explained():
         app(standalone_mode=True)
 
