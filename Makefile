@@ -29,6 +29,7 @@ lint: $(READY)  ## formatting, lint, types, and which room imports which
 bench: $(READY)  ## every figure the README quotes
 	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.fidelity
+	$(BIN)/python -m benchmarks.cost
 	$(BIN)/python -m benchmarks.images
 
 $(READY): pyproject.toml constraints.txt
