@@ -8,7 +8,6 @@ import torch
 
 from secateur.basis import Coordinates, Kronecker, leading
 from secateur.bindings import Binding, Bindings
-from secateur.blocks import Block
 from secateur.captures import Capture
 from secateur.errors import SecateurError
 
@@ -70,17 +69,24 @@ class EnergyFit:
         self._energy[binding.block_index][:, binding.columns[here]] += capture.energy().cpu().double()[:, here]
 
     def basis(self, numbers: int | None) -> Coordinates:
-        """The basis of `numbers` entries, shared among blocks by their size; all entries where it is None."""
+        """The basis of `numbers` entries, shared equally among blocks; all entries where it is None."""
         entries = []
-        for share, energy in zip(_shares(self._blocks, numbers), self._energy, strict=True):
+        for share, energy in zip(shares([b.size for b in self._blocks], numbers), self._energy, strict=True):
             best = energy.flatten().argsort(descending=True, stable=True)[:share]
             entries.append(best.sort().values)
         return Coordinates(self._blocks, entries)
 
 
-def _shares(blocks: Sequence[Block], numbers: int | None) -> list[int]:
-    """How many of `numbers` each block gets: in proportion to its size, at least one."""
-    total = sum(block.size for block in blocks)
-    if numbers is None or numbers >= total:
-        return [block.size for block in blocks]
-    return [max(1, numbers * block.size // total) for block in blocks]
+def shares(sizes: Sequence[int], numbers: int | None) -> list[int]:
+    """How many of `numbers` each block gets: as many as any other, or all it has; all of them where it is None.
+
+    Equal shares kept more of an AdamW run's effects than shares by size or by energy over all blocks: small last
+    layers answer a loss most (benchmarks/fidelity.py, workloads C and D).
+    """
+    if numbers is None:
+        return list(sizes)
+    found, left = [0] * len(sizes), numbers
+    for rank, block in enumerate(sorted(range(len(sizes)), key=lambda b: sizes[b])):
+        found[block] = min(sizes[block], max(1, left // (len(sizes) - rank)))
+        left -= found[block]
+    return found

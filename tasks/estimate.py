@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel
 
 from secateur.bindings import Bindings
+from secateur.fitting import shares
 from storage.shards import expand, index_shards
 from tasks.audit import expected_cost, wanted
 from tasks.optimizer import linearised
@@ -113,7 +114,6 @@ def _numbers(plan: Plan, bindings: Bindings) -> dict[str, int]:
     """Numbers a block in the plan's basis."""
     spec = plan.numbers
     if isinstance(spec, Coordinates):
-        total = sum(block.size for block in bindings.blocks)
-        share = 1.0 if spec.numbers is None else min(1.0, spec.numbers / total)
-        return {block.name: max(1, int(block.size * share)) for block in bindings.blocks}
+        found = shares([block.size for block in bindings.blocks], spec.numbers)
+        return {block.name: share for block, share in zip(bindings.blocks, found, strict=True)}
     return {b.name: min(spec.rank, b.rows) * min(spec.rank, b.cols) for b in bindings.blocks}

@@ -193,7 +193,7 @@ class Kronecker(Strict):
 
 
 class Coordinates(Strict):
-    """The entries of most energy, in proportion to each block's size."""
+    """The entries of most energy, as many of each block."""
 
     kind: Literal["coordinates"] = "coordinates"
     numbers: PositiveInt | None = Field(2048, description="over all blocks; null for every parameter")

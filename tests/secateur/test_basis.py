@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from secateur.basis import Basis, kind_of, restore
 from secateur.bindings import Bindings, bind
 from secateur.errors import SecateurError
-from secateur.fitting import EnergyFit, MomentFit, random_kronecker
+from secateur.fitting import EnergyFit, MomentFit, random_kronecker, shares
 from secateur.tap import contributions, tap
 from tests.secateur.oracle import one_by_one
 from tests.secateur.test_layers import Tied, squares
@@ -79,3 +79,18 @@ def test_random_factors_differ_by_block_and_side() -> None:
 def test_pca_of_a_huge_side_is_refused() -> None:
     with pytest.raises(SecateurError, match="9000 x 2"):
         MomentFit(bind(nn.Embedding(9000, 2)))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "numbers", "expected"),
+    [
+        ([2080, 330], 416, [208, 208]),
+        ([2080, 100], 416, [316, 100]),
+        ([5, 1000, 20, 400], 225, [5, 100, 20, 100]),
+        ([5, 6], None, [5, 6]),
+        ([5, 6], 100, [5, 6]),
+        ([5, 6, 7], 2, [1, 1, 1]),
+    ],
+)
+def test_blocks_share_a_budget_equally(sizes: list[int], numbers: int | None, expected: list[int]) -> None:
+    assert shares(sizes, numbers) == expected
