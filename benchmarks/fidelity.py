@@ -102,6 +102,7 @@ ESTIMATORS: dict[str, Embeddings | None] = {
     "coordinates hessian/1 full": Embeddings(few, "full", 1),
     "2048 coordinates empirical_fisher block": Embeddings(two_thousand, "block"),
     "2048 coordinates empirical_fisher full": Embeddings(two_thousand, "full"),
+    "all in 2048 components, empirical_fisher full": Embeddings(full, "full", 0, 2048),
     "all in 416 components, hessian/2 full": Embeddings(full, "full", 2, 416),
     "all empirical_fisher full": Embeddings(full, "full"),
     "all hessian/1 full": Embeddings(full, "full", 1),
