@@ -1,0 +1,130 @@
+"""Room `tasks.plan`: the plan, one YAML file that says everything about a run, as pydantic models."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from tasks.plan.base import Data, Factory, Strict, TaskSpec
+from tasks.plan.bases import Coordinates, Curvature, EmpiricalFisher, Fisher, Hessian, Kronecker, NoCurvature
+from tasks.plan.optimizers import SGD, Adam, AdamW, Optimizer, ParameterGroup, RMSprop, Schedule
+from tasks.plan.scores import Audit, Replay, Score, Trial, Trust, is_effect
+from tasks.plan.stages import Balanced, DropHarmful, LossControl, Policy, RandomControl, Stage, Threshold, Top, Window
+
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "Audit",
+    "Balanced",
+    "Coordinates",
+    "Curvature",
+    "Data",
+    "DropHarmful",
+    "EmpiricalFisher",
+    "Factory",
+    "Fisher",
+    "Hessian",
+    "Kronecker",
+    "LossControl",
+    "NoCurvature",
+    "Optimizer",
+    "ParameterGroup",
+    "Plan",
+    "Policy",
+    "RMSprop",
+    "RandomControl",
+    "Replay",
+    "Schedule",
+    "Score",
+    "Stage",
+    "Strict",
+    "TaskSpec",
+    "Threshold",
+    "Top",
+    "Trial",
+    "Trust",
+    "Window",
+]
+
+
+class Plan(Strict):
+    """A whole run."""
+
+    run: str = Field(pattern=r"^[\w.-]+$", description="the run's name, a folder under `root`")
+    root: str = Field("runs", description="path or URL of the folder that holds runs")
+    seed: NonNegativeInt = 0
+    device: str = "cpu"
+    dtype: Literal["float32", "float64"] = "float32"
+    threads: PositiveInt | None = Field(None, description="torch's CPU threads; all cores if null")
+    model: Factory
+    task: TaskSpec
+    data: Data
+    targets: dict[Annotated[str, Field(pattern=r"^\w+$")], Data] = Field(min_length=1)
+    optimizer: Optimizer
+    schedule: Schedule = Schedule()
+    stages: list[Stage] = Field(min_length=1)
+    segment_steps: PositiveInt = Field(50, description="steps between checkpoints, and a ledger file each")
+    basis: Annotated[Kronecker | Coordinates, Field(discriminator="kind")] | None = Field(
+        None, description="null for the optimizer's own: kronecker for sgd, coordinates for the others"
+    )
+    uncaptured: list[str] = Field(default_factory=list, description="parameters left out, as name patterns")
+    curvature: Curvature = EmpiricalFisher()
+    score: Score = Score()
+    replay: Replay = Replay()
+    audit: Audit | None = None
+    trust: Trust = Trust()
+    components: PositiveInt | None = Field(
+        None,
+        description="principal components that a stage's embeddings are reduced to before they are kept; all if null",
+    )
+    index: Literal["flat", "fp16", "sq8"] = "flat"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Plan:
+        if self.score.target is not None and self.score.target not in self.targets:
+            raise ValueError(f"score.target {self.score.target} is none of the targets {', '.join(self.targets)}")
+        if isinstance(self.basis, Kronecker) and not isinstance(self.optimizer, SGD):
+            raise ValueError(
+                f"a kronecker basis cannot follow {self.optimizer.kind}, which treats every parameter by its own history; "
+                f"set `basis: {{kind: coordinates}}`"
+            )
+        if self.schedule.over == "run" and any(stage.steps is None for stage in self.stages):
+            raise ValueError(
+                "a schedule over the run needs `steps` in every stage, for epochs shrink as data is pruned"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _answerable(self) -> Plan:
+        tsloo = is_effect(self.score)
+        if self.score.estimate == "replay" and not tsloo:
+            raise ValueError(
+                "`score.estimate: replay` gives effects on a target's mean loss at the stage's end; set `horizon: stage, "
+                "aggregate: mean` beside it"
+            )
+        if self.trust.min_fidelity is not None and not tsloo:
+            raise ValueError(
+                "`trust.min_fidelity` holds scores against retraining without a sample, which only `horizon: stage, "
+                "aggregate: mean` estimate; use `trust.trial` for other scores"
+            )
+        for stage in (self.audit and self.audit.stages) or []:
+            if stage >= len(self.stages):
+                raise ValueError(f"audit.stages names stage {stage}; the last is {len(self.stages) - 1}")
+        return self
+
+    @property
+    def numbers(self) -> Kronecker | Coordinates:
+        """The basis: the plan's, or the optimizer's own."""
+        return self.basis or (Kronecker() if isinstance(self.optimizer, SGD) else Coordinates())
+
+    @property
+    def estimate(self) -> Literal["embedding", "replay"]:
+        """What scores are estimated by: the plan's choice, or replay where it can answer."""
+        return self.score.estimate or ("replay" if is_effect(self.score) else "embedding")
+
+    @property
+    def target(self) -> str:
+        """The target pruned for."""
+        return self.score.target or next(iter(self.targets))

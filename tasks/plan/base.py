@@ -1,0 +1,37 @@
+"""Room `tasks.plan`: what the parts of a plan have in common."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Strict(BaseModel):
+    """A part of the plan: unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Factory(Strict):
+    """A Python object made from an import path and arguments."""
+
+    factory: str = Field(pattern=r"^[\w.]+:\w+$", description="import path, `package.module:name`")
+    args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments it is called with")
+
+
+class TaskSpec(Factory):
+    """How a sample becomes tensors and a loss: an object with `collate(samples)` and `losses(model, batch)`."""
+
+    reduction: Literal["mean", "sum", "token_mean"] = Field(
+        "mean", description="how a batch's losses become one; `token_mean` weighs samples by the task's `sizes(batch)`"
+    )
+
+
+class Data(Strict):
+    """WebDataset shards, local or on S3."""
+
+    shards: str | list[str] = Field(description="paths or URLs, with brace notation: `train-{000000..000003}.tar`")

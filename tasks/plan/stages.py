@@ -1,0 +1,92 @@
+"""Room `tasks.plan`: stages, their windows, and the policies that prune after them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from tasks.plan.base import Fraction, Strict
+
+
+class Window(Strict):
+    """A stretch of a stage in which samples are recorded and judged."""
+
+    start: Annotated[float, Field(ge=0)] = Field(0.0, description="fraction of the stage's steps, or a step")
+    stop: Annotated[float, Field(gt=0)] = Field(1.0, description="fraction of the stage's steps, or a step")
+    unit: Literal["fraction", "steps"] = "fraction"
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Window:
+        if self.stop <= self.start:
+            raise ValueError(f"the window {self.start} to {self.stop} is empty")
+        if self.unit == "fraction" and self.stop > 1:
+            raise ValueError(f"the window {self.start} to {self.stop} lies outside its stage (0 to 1)")
+        return self
+
+
+class Top(Strict):
+    """Keeps the best-scored fraction."""
+
+    policy: Literal["top"] = "top"
+    keep: Fraction
+
+
+class Threshold(Strict):
+    """Keeps samples that score at least so much."""
+
+    policy: Literal["threshold"] = "threshold"
+    at_least: float
+
+
+class DropHarmful(Strict):
+    """Drops samples with a negative score."""
+
+    policy: Literal["drop_harmful"] = "drop_harmful"
+
+
+class Balanced(Strict):
+    """Keeps the best-scored fraction of every label or domain."""
+
+    policy: Literal["balanced"] = "balanced"
+    keep: Fraction
+    by: str = Field(description="a member of the sample (`cls`), or a field of a JSON member (`json:domain`)")
+
+
+class RandomControl(Strict):
+    """Control: keeps a random fraction."""
+
+    policy: Literal["random"] = "random"
+    keep: Fraction
+
+
+class LossControl(Strict):
+    """Control: keeps the fraction of lowest loss."""
+
+    policy: Literal["loss"] = "loss"
+    keep: Fraction
+
+
+Policy = Annotated[
+    Top | Threshold | DropHarmful | Balanced | RandomControl | LossControl, Field(discriminator="policy")
+]
+
+
+class Stage(Strict):
+    """A stretch of training on one set of shards, and how they are pruned for the next one."""
+
+    epochs: PositiveInt | None = None
+    steps: PositiveInt | None = None
+    batch_size: PositiveInt
+    accumulate: PositiveInt = Field(1, description="micro-batches a step; `batch_size` is their sum")
+    windows: list[Window] = Field(default_factory=lambda: [Window()], min_length=1)
+    stride: PositiveInt = Field(1, description="outside windows, record every n-th step for the curvature")
+    prune: Policy | None = None
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Stage:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("a stage has either `epochs` or `steps`")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} is no multiple of accumulate {self.accumulate}")
+        return self
