@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from secateur.agreement import applied_scale, groups_of_numbers
 from secateur.basis import Basis
 from secateur.bindings import Bindings
 from secateur.errors import SecateurError
@@ -81,7 +82,7 @@ class Recorder:
         self.linearised: Linearised = linearise(optimizer)
         self._optimizer, self._bindings, self.basis, self._tolerance = optimizer, bindings, basis, tolerance
         self._parameters = {n: p for n, p in model.named_parameters() if any(n in b.parameters for b in basis.blocks)}
-        self._groups = self._group_of_numbers()
+        self._groups = groups_of_numbers(optimizer, self._parameters, basis)
         if not (self.linearised.linear or basis.elementwise):
             raise SecateurError(
                 f"{type(optimizer).__name__} treats every parameter by its own history, which a kronecker basis cannot "
@@ -185,7 +186,11 @@ class Recorder:
                 f"out of the model, freeze it, or list it under `uncaptured`"
             )
         received = self.basis.project_all({n: p.grad for n, p in self._parameters.items() if p.grad is not None})
-        scale = self._scale_before = self._scale(received) if self._pending else self._scale_before
+        if self._pending:
+            total = torch.stack([b.numbers.sum(0) for b in self._pending if b.numbers is not None]).sum(0)
+            step = self._first_step + len(self._steps.strides)
+            self._scale_before = applied_scale(total, received, self.basis, self._tolerance, step)
+        scale = self._scale_before
         for batch in self._pending:
             if batch.losses is None:
                 batch.losses = torch.full((len(batch.samples),), float("nan"))
@@ -203,31 +208,6 @@ class Recorder:
             steps.states.append(torch.stack([theta, *(self._slot(name) for name in self.linearised.slots)]))
         self._pending, self._pending_fisher = [], []
 
-    def _scale(self, received: Float[Tensor, " p"]) -> float:
-        """What the gradient was multiplied by between the backward pass and the optimizer's step.
-
-        Raises:
-            SecateurError: the gradient is no multiple of the contributions' sum.
-        """
-        total = torch.stack([b.numbers.sum(0) for b in self._pending if b.numbers is not None]).sum(0)
-        power = float(total @ total)
-        if not power > 0:
-            return 1.0
-        scale = float(received @ total) / power
-        scale = 1.0 if abs(scale - 1) < self._tolerance / 10 else scale
-        distance = float((received - scale * total).norm())
-        if distance > self._tolerance * max(float(received.norm()), scale * power**0.5):
-            worst = max(
-                zip(self.basis.blocks, self.basis.spans, strict=True),
-                key=lambda pair: float((received[pair[1]] - scale * total[pair[1]]).norm()),
-            )
-            raise SecateurError(
-                f"the contributions of step {self._first_step + len(self._steps.strides)} do not add up to the gradient "
-                f"(relative distance {distance / max(float(received.norm()), 1e-30):.2g}, most in {worst[0].name}); "
-                f"record every sample of the batch, and let no other loss reach these parameters"
-            )
-        return scale
-
     def _settings(self, group: dict[str, object]) -> list[float]:
         parameters = group["params"]
         assert isinstance(parameters, list)
@@ -239,28 +219,3 @@ class Recorder:
         return self.basis.project_all(
             {n: torch.zeros_like(self._parameters[n]) if v is None else v for n, v in held.items()}
         )
-
-    def _group_of_numbers(self) -> Int[Tensor, " p"]:
-        """The parameter group of every number of the basis.
-
-        Raises:
-            SecateurError: the optimizer lacks a parameter, or a block's parameters are in several groups and the basis
-                mixes them.
-        """
-        groups = {id(p): i for i, group in enumerate(self._optimizer.param_groups) for p in group["params"]}
-        absent = [n for n, p in self._parameters.items() if id(p) not in groups]
-        if absent:
-            raise SecateurError(f"the optimizer does not train {absent[0]}; freeze it with requires_grad_(False)")
-        if self.basis.elementwise:
-            named = {n: torch.full_like(p, groups[id(p)]) for n, p in self._parameters.items()}
-            return self.basis.project_all(named).long().cpu()
-        numbers = torch.empty(self.basis.size, dtype=torch.int64)
-        for block, span in zip(self.basis.blocks, self.basis.spans, strict=True):
-            own = {groups[id(self._parameters[name])] for name in block.parameters}
-            if len(own) > 1:
-                raise SecateurError(
-                    f"block {block.name} has its weight and its bias in different parameter groups, which a kronecker "
-                    f"basis cannot tell apart; put them in one group or set `basis: {{kind: coordinates}}`"
-                )
-            numbers[span] = own.pop()
-        return numbers

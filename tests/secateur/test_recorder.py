@@ -115,3 +115,21 @@ def test_a_step_without_a_batch_has_no_records() -> None:
     assert segment.strides.tolist() == [0, 3, 0]
     assert segment.steps.unique().tolist() == [1]
     assert not segment.selected.any()
+
+
+def test_a_forward_pass_outside_the_block_is_noticed() -> None:
+    """Nothing was captured, and a sum of zero agreed with any gradient."""
+    model, optimizer, recorder, x, y = setting()
+    loss = losses(model, x, y).mean()
+    with recorder.batch(IDS):
+        loss.backward()
+    with pytest.raises(SecateurError, match="do not add up to the gradient"):
+        optimizer.step()
+
+
+def test_a_gradient_that_is_not_a_number_is_noticed() -> None:
+    model, optimizer, recorder, x, y = setting()
+    with recorder.batch(IDS):
+        (losses(model, x, y).mean() * float("nan")).backward()
+    with pytest.raises(SecateurError, match="do not add up to the gradient"):
+        optimizer.step()
