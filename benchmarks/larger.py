@@ -14,7 +14,7 @@ from benchmarks.workloads import Workload
 from examples.text.make_shards import domains
 from examples.text.model import Transformer
 
-REMOVALS = 60
+REMOVALS = {"E": 60, "F": 30}  # each is a training to the end
 
 
 def images(seed: int) -> Workload:
@@ -86,8 +86,8 @@ def _workload(
         return torch.optim.AdamW(made.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.01)
 
     drawn = torch.stack(
-        [torch.randint(steps, (REMOVALS,), generator=generator),
-         torch.randint(len(batches[0]), (REMOVALS,), generator=generator)], 1
+        [torch.randint(steps, (REMOVALS[name],), generator=generator),
+         torch.randint(len(batches[0]), (REMOVALS[name],), generator=generator)], 1
     )  # fmt: skip
     removals = [(int(step), int(place)) for step, place in drawn]
     return Workload(
