@@ -28,6 +28,8 @@ QUIET = {
     "DO_NOT_TRACK": "1",
 }
 
+INTERRUPTED = 130  # how typer ends after Ctrl-C
+
 app = typer.Typer(
     name="secateur",
     help="Prunes training data between the stages of a training run, by what each sample did to the model.",
@@ -144,9 +146,10 @@ def _explained() -> Iterator[None]:
     except (PlanError, StorageError, SecateurError) as error:
         print(f"secateur: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("secateur: interrupted; the same command carries on from the last whole segment", file=sys.stderr)
-        raise SystemExit(130) from None
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            print("secateur: interrupted; the same command carries on from the last whole segment", file=sys.stderr)
+        raise
 
 
 def _policy(settings: dict[str, Any]) -> Policy:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -122,6 +124,19 @@ def test_what_a_user_gets_wrong_is_one_sentence(finished: Mapping[str, Any], fol
     assert "holds no run" in sentence(secateur("query", str(folder), "--target", "clean"))
     assert "holds no run" in sentence(secateur("prune", str(folder), "--stage", "0"))
     assert "has no stage 7; its last is 1" in sentence(secateur("prune", run, "--stage", "7"))
+
+
+def test_ctrl_c_says_how_to_go_on(folder: Path) -> None:
+    plan = write_plan(folder, run="stopped", stages=[{"steps": 100_000, "batch_size": 20}])
+    process = subprocess.Popen([sys.executable, "-m", "flows.cli", "run", plan], stderr=subprocess.PIPE, text=True)
+    while not (folder / "runs/stopped/stages/00/ledger/seg-00000/manifest.json").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted; the same command carries on from the last whole segment" in errors
+    assert "Traceback" not in errors
 
 
 @pytest.mark.parametrize(
