@@ -106,10 +106,10 @@ class Trained:
 
 
 def digits(name: str, seed: int, removals: int = 150) -> Workload:
-    """Workloads A to D: scikit-learn digits, MLP 64-32-10 GELU, batches of 64, float64."""
-    kind, lr, epochs = {"A": ("sgd", 0.05, 3), "B": ("sgd", 0.3, 3), "C": ("adamw", 0.002, 3), "D": ("adamw", 0.01, 6)}[
-        name
-    ]
+    """Workloads A to D: scikit-learn digits, MLP 64-32-10 GELU, batches of 64, float64; `A-relu` and so on with kinks."""
+    settings = {"A": ("sgd", 0.05, 3), "B": ("sgd", 0.3, 3), "C": ("adamw", 0.002, 3), "D": ("adamw", 0.01, 6)}
+    kind, lr, epochs = settings[name[0]]
+    activation = nn.ReLU if name.endswith("-relu") else nn.GELU
     images, labels = (torch.from_numpy(part) for part in load_digits(return_X_y=True))
     images = images.double() / 16
     generator = torch.Generator().manual_seed(seed)
@@ -120,7 +120,7 @@ def digits(name: str, seed: int, removals: int = 150) -> Workload:
 
     def model() -> nn.Module:
         torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 10)).double()
+        return nn.Sequential(nn.Linear(64, 32), activation(), nn.Linear(32, 10)).double()
 
     def optimizer(made: nn.Module) -> torch.optim.Optimizer:
         if kind == "sgd":
