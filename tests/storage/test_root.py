@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,35 +13,11 @@ from storage.manifest import Artefact
 from storage.root import Root
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    from moto.server import ThreadedMotoServer
-
-    running = ThreadedMotoServer(port=0, verbose=False)
-    running.start()
-    host, port = running.get_host_and_port()
-    yield f"http://{host}:{port}"
-    running.stop()
-
-
 @pytest.fixture(params=["local", "s3"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> Root:
     if request.param == "local":
         return Root(str(tmp_path / "folder"))
-    patch = request.getfixturevalue("monkeypatch")
-    settings = {
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_ENDPOINT_URL": request.getfixturevalue("server"),
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    for name, value in settings.items():
-        patch.setenv(name, value)
-    import s3fs
-
-    s3fs.S3FileSystem.clear_instance_cache()
-    s3fs.S3FileSystem().mkdirs("bucket", exist_ok=True)
-    return Root(f"s3://bucket/{tmp_path.name}")
+    return Root(f"{request.getfixturevalue('bucket')}/{tmp_path.name}")
 
 
 def test_files_come_back(root: Root) -> None:

@@ -1,0 +1,37 @@
+"""A whole run whose shards and results are on S3, against the same run on the local disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import s3fs
+import webdataset
+
+from tasks.prune import stage_decisions
+from tasks.samples import stage_samples
+from tasks.score import stage_scores
+from tasks.search import search
+from tests.tasks.small import curate, make_data, small_plan
+
+
+def test_a_run_on_s3_is_the_run_on_disk(bucket: str, tmp_path: Path) -> None:
+    make_data(tmp_path)
+    store = s3fs.S3FileSystem()
+    store.put(f"{tmp_path}/", f"{bucket}/digits/", recursive=True)
+    local = curate(small_plan(tmp_path))
+    remote = curate(
+        small_plan(
+            tmp_path, root=f"{bucket}/runs", data={"shards": f"{bucket}/digits/train-{{0..1}}.tar"},
+            targets={"clean": {"shards": f"{bucket}/digits/target-0.tar"}},
+        )
+    )  # fmt: skip
+    assert stage_decisions(remote, 0).equals(stage_decisions(local, 0))
+    assert stage_scores(remote, 1).drop("shard").equals(stage_scores(local, 1).drop("shard"))
+    assert [hit.key for hit in search.fn(remote.url, "clean")] == [hit.key for hit in search.fn(local.url, "clean")]
+    pruned = stage_samples(remote, 1).urls
+    assert all(url.startswith(f"{bucket}/runs/small/") for url in pruned)
+    for there, here in zip(pruned, stage_samples(local, 1).urls, strict=True):
+        assert store.cat_file(there) == Path(here).read_bytes()
+    store.get(pruned[0], f"{tmp_path}/fetched.tar")
+    assert len(list(webdataset.WebDataset(f"{tmp_path}/fetched.tar", shardshuffle=False))) > 0
+    assert curate(remote.plan).url == remote.url  # a rerun finds everything done
