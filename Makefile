@@ -5,6 +5,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 export PREFECT_SERVER_ANALYTICS_ENABLED = false
 export DO_NOT_TRACK = 1
+export PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS = 180
 
 .PHONY: demo text test test-slow lint bench
 

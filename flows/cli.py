@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +27,7 @@ QUIET = {
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",  # its first start makes a database; a busy machine is slow
 }
 
 INTERRUPTED = 130  # how typer ends after Ctrl-C
@@ -123,6 +125,36 @@ def audit(
 
 
 @app.command()
+def verify(run: RunUrl, as_json: Json = False) -> None:
+    """Rereads all that a run has committed, and names what is missing, changed, damaged or extra (exit code 2)."""
+    from storage.integrity import verify as verify_root
+    from tasks.run import Run
+
+    found = [asdict(finding) for finding in verify_root(Run.open(run).folder.root)]
+    _show(found, as_json, lambda: _lines([f"{f['what']:8}{f['file']}" for f in found], "all is as it was committed"))
+    if found:
+        raise SystemExit(2)
+
+
+@app.command()
+def gc(
+    run: RunUrl,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="list them only")] = False,
+    as_json: Json = False,
+) -> None:
+    """Removes what attempts that never committed have left in a run's folder; do so while nothing runs there."""
+    from storage.integrity import stray
+    from tasks.run import Run
+
+    root = Run.open(run).folder.root
+    found = stray(root)
+    for name in [] if dry_run else found:
+        root.remove(name)
+    verb = "would be removed" if dry_run else "removed"
+    _show(found, as_json, lambda: _lines([f"{verb}: {name}" for name in found], "nothing to remove"))
+
+
+@app.command()
 def schema() -> None:
     """Prints the JSON schema of a plan, for editors."""
     sys.stdout.write(plan_schema())
@@ -158,6 +190,10 @@ def _policy(settings: dict[str, Any]) -> Policy:
     except ValidationError as error:
         raise PlanError(_option_sentence(error, settings)) from error
     return policy
+
+
+def _lines(lines: list[str], otherwise: str) -> None:
+    print("\n".join(lines) or otherwise)
 
 
 def _option_sentence(error: ValidationError, settings: dict[str, Any]) -> str:

@@ -76,7 +76,7 @@ def _walk(
         loop.step(step)
     tape.close()
     _check_repeated(run, loop, stage, number)
-    windows = loop.order.windows()
+    windows, spec = loop.order.windows(), run.plan.replay
     rows: list[Tensor] = []
     for step in track(reversed(steps), f"stage {stage}, replaying segment {number}", len(steps)):
         parts = [Part(partial(_losses, loop, part), part.weights) for part in loop.micro_batches(step)]
@@ -84,7 +84,7 @@ def _walk(
         moment, found = tape.moments.pop(), []
         for name, q in later.items():
             scores, later[name] = step_back(
-                loop.model, tape.groups, moment, tape.linearised, parts, q, run.plan.replay.method, reseed
+                loop.model, tape.groups, moment, tape.linearised, parts, q, spec.method, reseed, spec.step
             )
             found.append(scores)
         if any(step in window for window in windows):

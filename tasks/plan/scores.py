@@ -31,6 +31,9 @@ class Replay(Strict):
     method: Literal["central", "jvp"] = Field(
         "central", description="central differences, for any kernel; or forward mode, exact, where kernels have one"
     )
+    step: PositiveFloat = Field(
+        1e-2, description="of central differences, relative to the parameters' norm; wide enough to meet kinks (ReLU)"
+    )
 
 
 class Audit(Strict):

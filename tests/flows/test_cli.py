@@ -116,6 +116,28 @@ def test_audit(finished: Mapping[str, Any], folder: Path) -> None:
     assert "replay" in secateur(*words).stdout
 
 
+def test_verify_and_gc(folder: Path) -> None:
+    run = Path(
+        json.loads(secateur("run", write_plan(folder, run="checked"), "--json").stdout)[0]["pruned"]["shards"][0]
+    )
+    left, shard = folder / "runs/checked/stages/00/index/half/index.faiss", run
+    assert secateur("verify", f"{folder}/runs/checked").stdout == "all is as it was committed\n"
+    left.parent.mkdir()
+    left.write_bytes(b"half")
+    assert (
+        "would be removed: stages/00/index/half/index.faiss"
+        in secateur("gc", f"{folder}/runs/checked", "--dry-run").stdout
+    )
+    assert left.exists()
+    assert json.loads(secateur("gc", f"{folder}/runs/checked", "--json").stdout) == ["stages/00/index/half/index.faiss"]
+    assert not left.exists()
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    done = secateur("verify", f"{folder}/runs/checked", "--json")
+    (finding,) = json.loads(done.stdout)
+    assert (done.returncode, finding["what"]) == (2, "changed")
+    assert str(shard).endswith(finding["file"])
+
+
 def test_what_a_user_gets_wrong_is_one_sentence(finished: Mapping[str, Any], folder: Path) -> None:
     run = f"{folder}/runs/small"
     assert "unknown key `batchsize`" in sentence(secateur("run", write_plan(folder, run="typo", batchsize=4)))
@@ -156,4 +178,6 @@ def test_policies_that_cannot_be(words: list[str], expected: str) -> None:
 
 def test_help_names_every_command() -> None:
     done = secateur("--help")
-    assert all(command in done.stdout for command in ("run", "plan", "query", "prune", "audit", "schema"))
+    assert all(
+        command in done.stdout for command in ("run", "plan", "query", "prune", "audit", "verify", "gc", "schema")
+    )

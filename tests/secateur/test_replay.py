@@ -107,7 +107,7 @@ class Setting:
         for step in reversed(range(STEPS)):
             reseed = partial(torch.manual_seed, step)
             scores, q = step_back(
-                model, tape.groups, tape.moments[step], tape.linearised, self.parts(step), q, method, reseed
+                model, tape.groups, tape.moments[step], tape.linearised, self.parts(step), q, method, reseed, 1e-5
             )
             found.insert(0, scores)
         return torch.stack(found)
@@ -141,3 +141,21 @@ def test_the_model_is_left_as_it_was_before_the_step() -> None:
     step_back(model, tape.groups, tape.moments[0], tape.linearised, setting.parts(0), q)
     for name, parameter in setting.model().named_parameters():
         assert torch.equal(dict(model.named_parameters())[name], parameter)
+
+
+def test_the_default_step_changes_nothing_where_the_loss_is_smooth() -> None:
+    setting = Setting("attention", OPTIMIZERS["adamw"])
+    model, tape = setting.train()
+    ones = {n: torch.ones_like(p) for n, p in model.named_parameters()}
+    place = (
+        model,
+        tape.groups,
+        tape.moments[3],
+        tape.linearised,
+        setting.parts(3),
+        tape.groups.adjoint(ones, 2),
+        "central",
+    )
+    wide, _ = step_back(*place, partial(torch.manual_seed, 3))
+    narrow, _ = step_back(*place, partial(torch.manual_seed, 3), 1e-5)
+    assert float((wide - narrow).norm() / narrow.norm()) < 0.01

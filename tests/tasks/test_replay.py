@@ -38,7 +38,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def replayed(folder: Path, name: str, **changes: Any) -> Run:
-    settings = {"dtype": "float64", "score": REPLAYED, "basis": {"kind": "coordinates", "numbers": 100}, **changes}
+    settings = {
+        "replay": {"step": 1e-5},
+        "dtype": "float64",
+        "score": REPLAYED,
+        "basis": {"kind": "coordinates", "numbers": 100},
+        **changes,
+    }
     return curate(small_plan(folder, run=name, **settings))
 
 
@@ -139,7 +145,7 @@ def test_adamw_embeddings_with_the_hessian_agree_with_replay(folder: Path) -> No
     common: dict[str, Any] = {
         "dtype": "float64", "optimizer": ADAMW, "stages": stages, "basis": {"kind": "coordinates", "numbers": None},
         "curvature": {"kind": "hessian", "coupling": "full", "every": 1},
-        "model": {"factory": "tests.tasks.small:network", "args": {"width": 4}},
+        "model": {"factory": "tests.tasks.small:network", "args": {"width": 4}}, "replay": {"step": 1e-5},
     }  # fmt: skip
     embedded = curate(small_plan(folder, run="he", score=REPLAYED | {"estimate": "embedding"}, **common))
     exact = curate(small_plan(folder, run="hr", score=REPLAYED, **common))

@@ -1,0 +1,73 @@
+"""Room `storage`: rereading all that a folder's manifests promise, and finding what none of them names."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from storage.errors import StorageError
+from storage.manifest import MANIFEST, Artefact
+from storage.root import Root
+
+CHUNK = 4 << 20
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A file that isn't as a manifest says; `what` is `missing`, `changed`, `damaged` (a manifest) or `extra`."""
+
+    what: str
+    file: str
+
+
+def artefacts(root: Root) -> list[Artefact]:
+    """Every artefact below a folder that has a manifest, damaged or not."""
+    names = [name for name in root.files() if name.rsplit("/", 1)[-1] == MANIFEST]
+    return [Artefact(root.child(*name.split("/")[:-1])) for name in names]
+
+
+def verify(root: Root) -> Iterator[Finding]:
+    """Rereads every file of every artefact below a folder, and names what differs from the manifests, and what is in
+    none of them."""
+    for artefact in artefacts(root):
+        place = artefact.root.url.removeprefix(root.url).strip("/")
+        try:
+            files, attempt = artefact.manifest.files, artefact.manifest.attempt
+        except StorageError:
+            yield Finding("damaged", f"{place}/{MANIFEST}")
+            continue
+        for name, promised in files.items():
+            file = f"{attempt}/{name}"
+            if not artefact.root.exists(file):
+                yield Finding("missing", f"{place}/{file}")
+            elif _digest(artefact.root, file) != (promised["size"], promised["sha256"]):
+                yield Finding("changed", f"{place}/{file}")
+    for name in stray(root):
+        yield Finding("extra", name)
+
+
+def stray(root: Root) -> list[str]:
+    """Files below a folder that no manifest names: what attempts that never committed have left.
+
+    Files of an artefact whose manifest is damaged count as named, for nobody can tell.
+    """
+    kept: set[str] = set()
+    unsure: list[str] = []
+    for artefact in artefacts(root):
+        place = artefact.root.url.removeprefix(root.url).strip("/")
+        kept.add(f"{place}/{MANIFEST}")
+        try:
+            kept |= {f"{place}/{artefact.manifest.attempt}/{name}" for name in artefact.manifest.files}
+        except StorageError:
+            unsure.append(f"{place}/")
+    return [name for name in root.files() if name not in kept and not name.startswith(tuple(unsure))]
+
+
+def _digest(root: Root, name: str) -> tuple[int, str]:
+    digest, size = hashlib.sha256(), 0
+    with root.open(name) as file:
+        while data := file.read(CHUNK):
+            digest.update(data)
+            size += len(data)
+    return size, digest.hexdigest()
