@@ -23,8 +23,8 @@ def read_frame(artefact: Artefact, name: str, columns: list[str] | None = None) 
     Raises:
         StorageError: the file is damaged.
     """
-    path = artefact.local(name)
     try:
-        return pl.read_parquet(path, columns=columns, memory_map=False)
+        with artefact.local(name) as path:
+            return pl.read_parquet(path, columns=columns, memory_map=False)
     except (pl.exceptions.PolarsError, OSError) as error:
         raise StorageError(f"{artefact.url(name)} is damaged ({error}); restore it or run that step again") from error

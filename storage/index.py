@@ -62,9 +62,9 @@ def read_index(artefact: Artefact) -> faiss.Index:
     Raises:
         StorageError: the file is damaged.
     """
-    path = artefact.local(INDEX)
     try:
-        return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+        with artefact.local(INDEX) as path:
+            return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
     except RuntimeError as error:
         raise StorageError(f"{artefact.url(INDEX)} is damaged; restore it or run that step again") from error
 

@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from storage.cache import Cache, NotCommitted, check
 from storage.errors import StorageError
-from storage.root import Root
+from storage.root import Root, explained
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -102,12 +103,36 @@ class Artefact:
         return sorted(self.manifest.files)
 
     def read(self, name: str) -> bytes:
-        """A whole file."""
-        return self._files().read_bytes(self._known(name))
+        """A whole file.
 
-    def local(self, name: str) -> Path:
-        """A local file with the content, to be mapped into memory."""
-        return self._files().local(self._known(name))
+        Raises:
+            StorageError: it isn't what was committed.
+        """
+        size, sha256 = self._promised(name)
+        data = self._files().read_bytes(name)
+        if (len(data), hashlib.sha256(data).hexdigest()) != (size, sha256):
+            raise StorageError(f"{self.url(name)} is damaged; restore it or run that step again")
+        return data
+
+    @contextmanager
+    def local(self, name: str) -> Iterator[Path]:
+        """A local file with the content, to be mapped into memory within the block: itself, or a cached copy.
+
+        Raises:
+            StorageError: it isn't what was committed.
+        """
+        size, sha256 = self._promised(name)
+        files = self._files()
+        try:
+            if files.is_local:
+                with explained(self.url(name), "read"):
+                    check(files.path(name), size, sha256)
+                yield files.path(name)
+                return
+            with Cache().holding(size, sha256, lambda path: files.fetch(name, path)) as path:
+                yield path
+        except NotCommitted as error:
+            raise StorageError(f"{self.url(name)} is damaged; restore it or run that step again") from error
 
     def url(self, name: str) -> str:
         """Path or URL of a file."""
@@ -156,6 +181,10 @@ class Artefact:
     def _files(self) -> Root:
         return self.root.child(self.manifest.attempt)
 
+    def _promised(self, name: str) -> tuple[int, str]:
+        promised = self.manifest.files[self._known(name)]
+        return promised["size"], promised["sha256"]
+
     def _known(self, name: str) -> str:
         if name not in self.manifest.files:
             raise StorageError(f"{self.root.url} holds no {name}; it holds {', '.join(self.names()) or 'no files'}")
@@ -202,8 +231,8 @@ def _parse(data: bytes, where: str) -> Manifest:
         whole = all(
             isinstance(n, str) and not n.startswith("/") and ".." not in n.split("/")
             for n in (*manifest.files, manifest.attempt)
-        )
-    except (ValueError, TypeError, RecursionError) as error:
+        ) and all(isinstance(file["size"], int) and isinstance(file["sha256"], str) for file in manifest.files.values())
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise StorageError(f"{where} is damaged ({error}); remove its folder and run again") from error
     if not whole or manifest.format != FORMAT:
         raise StorageError(f"{where} is not of format {FORMAT}, or names files outside its folder; remove its folder")

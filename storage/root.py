@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -126,17 +125,14 @@ class Root:
         with explained(self.url_of(name), "written"), open(self._at(name), "rb") as file:
             os.fsync(file.fileno())
 
-    def local(self, name: str) -> Path:
-        """A local file with the content of a file within: itself, or a copy fetched once a process."""
-        if self.is_local:
-            return Path(self._at(name))
-        copy = Path(_fetched().name) / str(uuid.uuid5(uuid.NAMESPACE_URL, self.url_of(name)))
-        if not copy.exists():
-            draft = f"{copy}.{uuid.uuid4().hex}"  # another thread may fetch it too
-            with explained(self.url_of(name), "read"):
-                self._fs.get_file(self._at(name), draft)
-                os.replace(draft, copy)
-        return copy
+    def path(self, name: str) -> Path:
+        """Where a file within is on this machine; only a local folder can say."""
+        return Path(self._at(name))
+
+    def fetch(self, name: str, path: str) -> None:
+        """Copies a file within to a local path."""
+        with explained(self.url_of(name), "read"):
+            self._fs.get_file(self._at(name), path)
 
     @property
     def _fs(self) -> AbstractFileSystem:
@@ -182,14 +178,3 @@ def _refused(error: BaseException) -> bool:
     cause: Any = error.__cause__
     code = getattr(cause, "response", {}).get("Error", {}).get("Code")
     return isinstance(error, FileExistsError) or code == "PreconditionFailed"
-
-
-_folder: tempfile.TemporaryDirectory[str] | None = None
-
-
-def _fetched() -> tempfile.TemporaryDirectory[str]:
-    """This process's folder of fetched files, removed when it ends."""
-    global _folder
-    if _folder is None:
-        _folder = tempfile.TemporaryDirectory(prefix="secateur-")
-    return _folder

@@ -24,8 +24,8 @@ def read_tensors(artefact: Artefact, name: str) -> dict[str, Tensor]:
     Raises:
         StorageError: the file is damaged.
     """
-    path = artefact.local(name)
     try:
-        return load_file(path)
-    except (safetensors.SafetensorError, ValueError, OSError) as error:
+        with artefact.local(name) as path:
+            return load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
         raise StorageError(f"{artefact.url(name)} is damaged ({error}); restore it or run that step again") from error

@@ -6,6 +6,7 @@ import os
 import tempfile
 
 os.environ.update(
+    SECATEUR_CACHE=tempfile.mkdtemp(prefix="secateur-"),
     PREFECT_HOME=tempfile.mkdtemp(prefix="prefect-"),
     PREFECT_SERVER_ANALYTICS_ENABLED="false",
     DO_NOT_TRACK="1",

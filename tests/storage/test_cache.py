@@ -1,0 +1,114 @@
+"""The cache of fetched files: bounded, checked, and shared by processes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from storage.cache import Cache, NotCommitted
+from storage.errors import StorageError
+from storage.manifest import Artefact
+from storage.root import Root
+
+
+@pytest.fixture(autouse=True)
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of 2,500 bytes."""
+    monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("SECATEUR_CACHE_BYTES", "2500")
+    return tmp_path / "cache"
+
+
+def hold(data: bytes, fetched: list[bytes], sent: bytes | None = None) -> bytes:
+    """What the cache gives for `data`, where the store sends `sent`."""
+
+    def fetch(path: str) -> None:
+        fetched.append(data)
+        Path(path).write_bytes(data if sent is None else sent)
+
+    with Cache().holding(len(data), hashlib.sha256(data).hexdigest(), fetch) as path:
+        return path.read_bytes()
+
+
+def held(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def test_what_was_used_last_stays_and_the_rest_makes_room(small: Path) -> None:
+    one, two, three = (bytes([n]) * 1000 for n in range(3))
+    fetched: list[bytes] = []
+    for age, data in enumerate((one, two)):
+        assert hold(data, fetched) == data
+        os.utime(small / hashlib.sha256(data).hexdigest(), (1000 + age, 1000 + age))
+    assert hold(one, fetched) == one  # used again: now two is the oldest
+    assert hold(three, fetched) == three
+    assert held(small) == 2000
+    assert hold(one, fetched) == one
+    assert fetched == [one, two, three]
+    assert hold(two, fetched) == two
+    assert fetched[-1] == two
+
+
+def test_a_copy_that_was_changed_is_fetched_anew(small: Path) -> None:
+    fetched: list[bytes] = []
+    hold(b"a" * 100, fetched)
+    (small / hashlib.sha256(b"a" * 100).hexdigest()).write_bytes(b"b" * 100)
+    assert hold(b"a" * 100, fetched) == b"a" * 100
+    assert len(fetched) == 2
+
+
+@pytest.mark.parametrize("sent", [b"", b"a" * 99, b"a" * 99 + b"b"])
+def test_what_is_not_what_was_committed_never_enters(small: Path, sent: bytes) -> None:
+    with pytest.raises(NotCommitted):
+        hold(b"a" * 100, [], sent)
+    assert held(small) == 0
+
+
+def test_a_file_that_cannot_fit_is_one_sentence() -> None:
+    with pytest.raises(StorageError, match="more than the local cache .* may hold .*SECATEUR_CACHE_BYTES"):
+        hold(b"x" * 2501, [])
+
+
+def test_a_limit_that_is_no_number_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECATEUR_CACHE_BYTES", "lots")
+    with pytest.raises(StorageError, match="give a number of bytes"):
+        hold(b"x", [])
+
+
+WORKER = """
+import sys, hashlib
+from pathlib import Path
+from storage.cache import Cache
+for turn in range(150):
+    data = bytes([(turn * int(sys.argv[1])) % 7]) * 1000
+    with Cache().holding(1000, hashlib.sha256(data).hexdigest(), lambda path: Path(path).write_bytes(data)) as path:
+        assert path.read_bytes() == data
+"""
+
+
+def test_processes_that_evict_one_another_still_read_what_they_asked_for(small: Path) -> None:
+    workers = [subprocess.Popen([sys.executable, "-c", WORKER, str(n)], stderr=subprocess.PIPE) for n in (1, 2, 3)]
+    errors = [worker.communicate()[1] for worker in workers]
+    assert errors == [b"", b"", b""]
+    assert held(small) <= 2500
+
+
+@pytest.mark.parametrize("place", ["local", "s3"])
+def test_an_artefact_that_changed_is_refused_when_read(
+    place: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    base = str(tmp_path) if place == "local" else f"{request.getfixturevalue('bucket')}/{tmp_path.name}"
+    artefact = Artefact(Root(f"{base}/artefact"))
+    with artefact.attempt("test", {}) as attempt:
+        attempt.write("a", b"x" * 1000)
+    with artefact.root.open(f"{artefact.manifest.attempt}/a", "wb") as file:
+        file.write(b"x" * 999 + b"y")
+    with pytest.raises(StorageError, match=r"/a is damaged; restore it"):
+        artefact.read("a")
+    with pytest.raises(StorageError, match=r"/a is damaged; restore it"), artefact.local("a"):
+        pass
