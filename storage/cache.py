@@ -89,12 +89,16 @@ class Cache:
 
     def _evict(self, wanted: int, spared: Path) -> None:
         """Removes the files unused for longest until `wanted` more bytes fit."""
-        found = sorted(((p.stat(), p) for p in self.folder.iterdir() if p != self._lock), key=lambda f: f[0].st_mtime)
+        found = []
+        for path in self.folder.iterdir():
+            with suppress(FileNotFoundError):  # a draft that was given its name meanwhile
+                found.append((path.stat(), path))
+        found.sort(key=lambda f: f[0].st_mtime)
         excess = sum(stat.st_size for stat, _ in found) + wanted - self.limit
         for stat, path in found:
             if excess <= 0:
                 return
-            if path != spared and not path.name.startswith("draft-"):
+            if path not in (spared, self._lock) and not path.name.startswith("draft-"):
                 path.unlink(missing_ok=True)
                 excess -= stat.st_size
 

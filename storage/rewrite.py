@@ -9,9 +9,10 @@ from typing import IO
 import numpy as np
 import polars as pl
 
-from storage.errors import StorageError
 from storage.manifest import Attempt
 from storage.root import explained
+from storage.shards import HASH
+from storage.spans import Checking, changed, spans
 from storage.tars import BLOCK, member_end, open_shard
 
 CHUNK = 4 << 20
@@ -29,7 +30,7 @@ def rewrite_shards(attempt: Attempt, urls: Sequence[str], frame: pl.DataFrame, k
         Names of the written shards, in order.
 
     Raises:
-        StorageError: a shard is shorter than when it was listed.
+        StorageError: a shard has changed since it was listed.
     """
     bounds = np.searchsorted(frame["shard"].to_numpy(), np.arange(len(urls) + 1))
     written = []
@@ -46,22 +47,26 @@ def rewrite_shards(attempt: Attempt, urls: Sequence[str], frame: pl.DataFrame, k
 
 
 def _kept(source: IO[bytes], url: str, listed: pl.DataFrame, keep: np.ndarray) -> Iterator[bytes]:
-    """The bytes of a shard outside its dropped members."""
+    """The bytes of a shard outside its dropped members, held against what was listed."""
+    staying = listed.filter(pl.Series(keep))
+    checking = Checking(url, staying["key"], spans(staying), staying[HASH])
     position = 0
     for begin, offset, size in _members(listed.filter(pl.Series(~keep))):
         while position < begin:
             data = _read(source, url, position, min(CHUNK, begin - position))
             if not data:
-                raise StorageError(f"shard {url} is shorter than when it was listed; restore it")
+                raise changed(url)
+            checking.update(position, data)
             position += len(data)
             yield data
         position = member_end(offset, size)
     while data := _read(source, url, position, CHUNK):
+        checking.update(position, data)
         position += len(data)
         yield data
     _, offset, size = _members(listed)[-1]
     if position < member_end(offset, size) + BLOCK:
-        raise StorageError(f"shard {url} is shorter than when it was listed; restore it")
+        raise changed(url)
 
 
 def _members(listed: pl.DataFrame) -> list[tuple[int, int, int]]:

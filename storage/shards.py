@@ -16,6 +16,7 @@ from webdataset.tariterators import base_plus_ext
 
 from storage.errors import StorageError
 from storage.root import explained
+from storage.spans import check_span, hash_spans, spans
 from storage.tars import members
 
 MEMBERS: dict[str, Any] = {
@@ -27,6 +28,7 @@ MEMBERS: dict[str, Any] = {
     "offsets": pl.UInt64,
     "sizes": pl.UInt64,
 }
+HASH = "sha256"
 META = re.compile(r"__[^/]*__($|/)")  # WebDataset's own side files
 RESERVED = {"__key__", "__url__"}
 OPEN_FILES = 128
@@ -52,7 +54,8 @@ def expand(shards: str | Sequence[str]) -> list[str]:
 
 def index_shards(urls: Sequence[str]) -> pl.DataFrame:
     """One row a sample, in shard order: its `key`, `shard` (position in `urls`), and of each member its extension
-    (`names`), where its header begins (`begins`), where its payload is (`offsets`) and its size in bytes (`sizes`).
+    (`names`), where its header begins (`begins`), where its payload is (`offsets`) and its size in bytes (`sizes`); and
+    of all its bytes, headers included, the `sha256`.
 
     Raises:
         StorageError: a shard is no tar, is truncated or compressed, or a key is there twice.
@@ -70,7 +73,12 @@ def index_shards(urls: Sequence[str]) -> pl.DataFrame:
     repeated = frame.filter(pl.col("key").is_duplicated())
     if len(repeated):
         raise StorageError(_repetition(urls, frame, repeated))
-    return frame
+    hashes = [
+        sha256
+        for (shard,), rows in frame.group_by("shard", maintain_order=True)
+        for sha256 in hash_spans(urls[int(str(shard))], spans(rows))
+    ]
+    return frame.with_columns(pl.Series(HASH, hashes, pl.Binary))
 
 
 def _repetition(urls: Sequence[str], frame: pl.DataFrame, repeated: pl.DataFrame) -> str:
@@ -133,14 +141,13 @@ class Samples:
         """The samples at `rows`: `__key__`, and the bytes of each member by extension.
 
         Raises:
-            StorageError: a shard cannot be read, or is shorter than when it was listed.
+            StorageError: a shard cannot be read, or has changed since it was listed.
         """
         listed = list(self.frame[list(rows)].iter_rows(named=True))
-        spans = [(row["shard"], row["begins"][0], row["offsets"][-1] + row["sizes"][-1]) for row in listed]
+        places = [(row["shard"], row["begins"][0], row["offsets"][-1] + row["sizes"][-1]) for row in listed]
         read = []
-        for row, (shard, start, stop), data in zip(listed, spans, self._fetch(spans), strict=True):
-            if len(data) != stop - start:
-                raise StorageError(f"shard {self.urls[shard]} is shorter than when it was listed; restore it")
+        for row, (shard, start, _), data in zip(listed, places, self._fetch(places), strict=True):
+            check_span(self.urls[shard], row["key"], data, row[HASH])
             sample: dict[str, Any] = {"__key__": row["key"]}
             for name, offset, size in zip(row["names"], row["offsets"], row["sizes"], strict=True):
                 sample[name] = data[offset - start : offset - start + size]

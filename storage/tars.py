@@ -15,6 +15,7 @@ from storage.root import explained
 
 BLOCK = tarfile.BLOCKSIZE
 BUFFER = 1 << 20
+HEADER = 1 << 20  # the most that one header may take
 
 
 @contextmanager
@@ -55,7 +56,7 @@ def member_end(offset: int, size: int) -> int:
 
 def _walk(file: IO[bytes], url: str) -> Iterator[tarfile.TarInfo]:
     end = 0
-    with tarfile.open(fileobj=file, mode="r:") as archive:
+    with tarfile.open(fileobj=cast(IO[bytes], _Headers(file)), mode="r:") as archive:
         for member in archive:
             archive.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
             if member.offset < end:
@@ -79,3 +80,15 @@ def _check_end(file: IO[bytes], end: int) -> None:
     while data := file.read(BUFFER):
         if data.count(0) != len(data):
             raise tarfile.ReadError(f"there is more after the end of archive at byte {end}")
+
+
+class _Headers:
+    """A file of which only headers are read: tarfile would take memory for whatever size a header declares."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.seek, self.tell = file, file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if size > HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes at byte {self.tell()}")
+        return self._file.read(size)

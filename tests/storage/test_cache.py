@@ -70,7 +70,7 @@ def test_what_is_not_what_was_committed_never_enters(small: Path, sent: bytes) -
 
 
 def test_a_file_that_cannot_fit_is_one_sentence() -> None:
-    with pytest.raises(StorageError, match="more than the local cache .* may hold .*SECATEUR_CACHE_BYTES"):
+    with pytest.raises(StorageError, match=r"more than the local cache .* may hold .*SECATEUR_CACHE_BYTES"):
         hold(b"x" * 2501, [])
 
 

@@ -83,7 +83,7 @@ def test_a_shard_that_shrank_leaves_nothing_written(tmp_path: Path) -> None:
     frame = index_shards([url])
     Path(url).write_bytes(Path(url).read_bytes()[:1600])
     artefact = Artefact(Root(str(tmp_path / "out")))
-    with pytest.raises(StorageError, match="shorter than when it was listed"), artefact.attempt("prune", {}) as attempt:
+    with pytest.raises(StorageError, match="has changed since it was listed"), artefact.attempt("prune", {}) as attempt:
         rewrite_shards(attempt, [url], frame, np.array([True, True]))
     assert not artefact.committed
     assert artefact.root.files() == []

@@ -6,6 +6,7 @@ import gzip
 import io
 import tarfile
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -118,5 +119,36 @@ def test_a_shard_that_shrinks_after_listing_is_named(tmp_path: Path) -> None:
     url = write_tar(tmp_path / "a.tar", [("0.a", b"x" * 9000)])
     samples = Samples([url], index_shards([url]))
     Path(url).write_bytes(Path(url).read_bytes()[:2000])
-    with pytest.raises(StorageError, match="shorter than when it was listed"):
+    with pytest.raises(StorageError, match="has changed since it was listed"):
         samples.read([0])
+
+
+def flipped(data: bytes) -> bytes:
+    return data[:700] + bytes([data[700] ^ 1]) + data[701:]
+
+
+def reordered(data: bytes) -> bytes:
+    return data[2048:4096] + data[:2048] + data[4096:]
+
+
+def replaced(data: bytes) -> bytes:
+    return data.replace(b"y", b"z")
+
+
+@pytest.mark.parametrize("damage", [flipped, reordered, replaced])
+def test_a_shard_that_changes_after_listing_is_named(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    """Of the same size and still a tar: only its content tells."""
+    url = write_tar(tmp_path / "a.tar", [("0.a", b"x" * 1500), ("1.a", b"y" * 1500)])
+    samples = Samples([url], index_shards([url]))
+    Path(url).write_bytes(damage(Path(url).read_bytes()))
+    with pytest.raises(StorageError, match=r"a\.tar has changed since it was listed; its sample \d is another"):
+        samples.read([0, 1])
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_a_header_that_declares_a_huge_size_takes_no_memory(tmp_path: Path, kind: bytes) -> None:
+    info = tarfile.TarInfo("0.a")
+    info.type, info.size = kind, 1 << 45
+    (tmp_path / "a.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(4096))
+    with pytest.raises(StorageError, match=r"a\.tar is truncated, damaged"):
+        index_shards([str(tmp_path / "a.tar")])
