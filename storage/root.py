@@ -95,6 +95,19 @@ class Root:
                     raise FileExistsError(self.url_of(name)) from error
                 raise
 
+    def keeps_first(self) -> bool:
+        """Whether the disk or store refuses to create what is there already, tried with a small file: some stores ignore
+        conditional puts without a word, and then nothing tells the second of two writers that it came second."""
+        name = f"probe-{uuid.uuid4().hex}"
+        self.create(name, b"first")
+        try:
+            self.create(name, b"second")
+        except FileExistsError:
+            return True
+        finally:
+            self.remove(name)
+        return False
+
     def files(self) -> list[str]:
         """Every file within, however deep, relative, sorted."""
         if self.is_local and not os.path.isdir(self._path):
@@ -102,7 +115,8 @@ class Root:
         with explained(self.url, "listed"):
             self._fs.invalidate_cache()
             found = cast(list[str], self._fs.find(self._path))
-        return sorted(f[len(self._path.rstrip("/")) + 1 :] for f in found)
+        within = self._at("")  # a store may list an emptied folder as a file of its own name
+        return sorted(name.removeprefix(within) for name in found if name.startswith(within) and name != within)
 
     def remove(self, name: str) -> None:
         """Removes a file within, if it is there."""

@@ -57,9 +57,14 @@ class Run:
         """Makes the run's folder, or joins it where the same plan has been started before.
 
         Raises:
-            PlanError: the folder holds a run of another plan.
+            PlanError: the folder holds a run of another plan, or the store ignores conditional puts.
         """
         folder = Run.of(plan).folder
+        if plan.commits == "conditional" and not folder.root.keeps_first():
+            raise PlanError(
+                f"the store of {folder.url} ignores conditional puts, so of two processes that run the same stage either could "
+                f"replace what the other committed; use another store, or accept that risk with `commits: last_writer_wins`"
+            )
         if not folder.plan.committed:
             with folder.plan.attempt("plan", {}) as attempt:
                 attempt.write("plan.yaml", plan_text(plan).encode())

@@ -17,9 +17,12 @@ os.environ.update(
 )
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+from tests.servers import Rclone, SeaweedFS, Server
 
 torch.set_num_threads(1)
 
@@ -47,8 +50,57 @@ def bucket(server: str, monkeypatch: pytest.MonkeyPatch) -> str:
         "ENDPOINT_URL": server,
         "DEFAULT_REGION": "us-east-1",
     }
-    for name, value in settings.items():
-        monkeypatch.setenv(f"AWS_{name}", value)
-    s3fs.S3FileSystem.clear_instance_cache()
+    _use({f"AWS_{name}": value for name, value in settings.items()}, monkeypatch)
     s3fs.S3FileSystem().mkdirs("bucket", exist_ok=True)
     return "s3://bucket"
+
+
+@pytest.fixture(scope="session")
+def seaweed_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A SeaweedFS, which keeps what it is given on disk."""
+    yield from _running(SeaweedFS(tmp_path_factory.mktemp("seaweed")))
+
+
+@pytest.fixture(scope="session")
+def rclone_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """An rclone, which ignores the condition of a put."""
+    yield from _running(Rclone(tmp_path_factory.mktemp("rclone")))
+
+
+@pytest.fixture
+def seaweedfs(seaweed_server: Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """URL of a bucket on SeaweedFS."""
+    _use(seaweed_server.environment, monkeypatch)
+    return "s3://bucket"
+
+
+@pytest.fixture
+def rclone(rclone_server: Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """URL of a bucket on rclone."""
+    _use(rclone_server.environment, monkeypatch)
+    return "s3://bucket"
+
+
+@pytest.fixture(params=["local", "moto", "seaweedfs"])
+def base(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty folder on the disk and on two S3 servers."""
+    if request.param == "local":
+        return str(tmp_path / "base")
+    bucket = request.getfixturevalue("bucket" if request.param == "moto" else "seaweedfs")
+    return f"{bucket}/{tmp_path.name}"
+
+
+def _running(server: Server) -> Iterator[Server]:
+    try:
+        server.start()
+        yield server
+    finally:
+        server.kill()
+
+
+def _use(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import s3fs
+
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()

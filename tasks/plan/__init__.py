@@ -79,6 +79,11 @@ class Plan(Strict):
         None,
         description="principal components that a stage's embeddings are reduced to before they are kept; all if null",
     )
+    commits: Literal["conditional", "last_writer_wins"] = Field(
+        "conditional",
+        description="`last_writer_wins` allows a store that ignores conditional puts, at the risk that of two processes "
+        "which run the same stage at once either replaces what the other committed",
+    )
     index: Literal["flat", "fp16", "sq8"] = "flat"
 
     @model_validator(mode="after")

@@ -1,8 +1,6 @@
-"""What is missing, changed or extra is named, on disk and on S3; what is collected is what no manifest names."""
+"""What is missing, changed or extra is named, on disk and on two S3 servers; what is collected is what no manifest names."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 
@@ -11,9 +9,8 @@ from storage.manifest import Artefact
 from storage.root import Root
 
 
-@pytest.fixture(params=["local", "s3"])
-def root(request: pytest.FixtureRequest, tmp_path: Path) -> Root:
-    base = str(tmp_path) if request.param == "local" else f"{request.getfixturevalue('bucket')}/{tmp_path.name}"
+@pytest.fixture
+def root(base: str) -> Root:
     root = Root(f"{base}/run")
     for name in ("one", "deep/two"):
         with Artefact(root.child(*name.split("/"))).attempt("test", {}) as attempt:

@@ -13,18 +13,18 @@ from storage.errors import StorageError
 from storage.manifest import Artefact
 from storage.root import Root
 
-RACER = """
-import sys, pathlib, time
+TURNS = 100
+RACER = f"""
+import sys, pathlib
 from storage.manifest import Artefact
 from storage.root import Root
-root, name = sys.argv[1], sys.argv[2]
-ready = pathlib.Path(root) / f"ready{name}"
-ready.write_text("")
-while len(list(pathlib.Path(root).glob("ready?"))) < 2:
-    pass
-for number in range(40):
-    artefact = Artefact(Root(f"{root}/a{number}"))
-    with artefact.attempt("race", {}) as attempt:
+base, name, meeting = sys.argv[1:]
+for number in range({TURNS}):
+    (pathlib.Path(meeting) / f"{{number}}-{{name}}").write_text("")
+    while len(list(pathlib.Path(meeting).glob(f"{{number}}-*"))) < 2:
+        pass
+    artefact = Artefact(Root(f"{{base}}/a{{number}}"))
+    with artefact.attempt("race", {{}}) as attempt:
         attempt.write("who", name.encode() * 2000)
     print(artefact.read("who")[:1].decode(), end="")
 """
@@ -71,16 +71,18 @@ def test_the_later_attempt_yields_and_cleans_up(tmp_path: Path) -> None:
     assert len(late.root.files()) == 2  # the first attempt's file and the manifest
 
 
-def test_of_two_processes_one_wins_each_time(tmp_path: Path) -> None:
+def test_of_two_processes_exactly_one_wins_each_time(base: str, tmp_path: Path) -> None:
+    meeting = tmp_path / "meeting"
+    meeting.mkdir()
     racers = [
-        subprocess.Popen([sys.executable, "-c", RACER, str(tmp_path), name], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen([sys.executable, "-c", RACER, base, name, str(meeting)], stdout=subprocess.PIPE, text=True)
         for name in "xy"
     ]
     seen = [racer.communicate()[0] for racer in racers]
     assert [racer.returncode for racer in racers] == [0, 0]
     assert seen[0] == seen[1]
-    assert len(seen[0]) == 40
-    assert all(len(Root(f"{tmp_path}/a{n}").files()) == 2 for n in range(40))
+    assert len(seen[0]) == TURNS
+    assert all(len(Root(f"{base}/a{n}").files()) == 2 for n in range(TURNS))
 
 
 def test_fingerprints_follow_content_not_attempts(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Folders, on the local disk and on an S3 server (moto), by the same tests; and a disk that is full."""
+"""Folders, on the local disk and on two S3 servers, by the same tests; and a disk that is full."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ from storage.manifest import Artefact
 from storage.root import Root
 
 
-@pytest.fixture(params=["local", "s3"])
-def root(request: pytest.FixtureRequest, tmp_path: Path) -> Root:
-    if request.param == "local":
-        return Root(str(tmp_path / "folder"))
-    return Root(f"{request.getfixturevalue('bucket')}/{tmp_path.name}")
+@pytest.fixture
+def root(base: str) -> Root:
+    return Root(f"{base}/folder")
 
 
 def test_files_come_back(root: Root) -> None:
@@ -37,6 +35,16 @@ def test_creating_twice_is_refused_and_changes_nothing(root: Root) -> None:
     with pytest.raises(FileExistsError):
         root.create("a", b"second")
     assert root.read_bytes("a") == b"first"
+
+
+def test_a_place_that_keeps_the_first_of_two_says_so_and_is_left_as_it_was(root: Root) -> None:
+    assert root.keeps_first()
+    assert root.files() == []
+
+
+def test_a_store_that_ignores_conditions_is_found_out(rclone: str) -> None:
+    assert not Root(f"{rclone}/folder").keeps_first()
+    assert Root(f"{rclone}/folder").files() == []
 
 
 def test_artefacts(root: Root) -> None:
