@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import s3fs
 import webdataset
 
+from storage.root import Root
+from tasks.errors import PlanError
 from tasks.prune import stage_decisions
 from tasks.samples import stage_samples
 from tasks.score import stage_scores
@@ -14,7 +17,9 @@ from tasks.search import search
 from tests.tasks.small import curate, make_data, small_plan
 
 
-def test_a_run_on_s3_is_the_run_on_disk(bucket: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("store_at", ["bucket", "seaweedfs"])
+def test_a_run_on_s3_is_the_run_on_disk(store_at: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    bucket = f"{request.getfixturevalue(store_at)}/{tmp_path.name}"
     make_data(tmp_path)
     store = s3fs.S3FileSystem()
     store.put(f"{tmp_path}/", f"{bucket}/digits/", recursive=True)
@@ -32,6 +37,18 @@ def test_a_run_on_s3_is_the_run_on_disk(bucket: str, tmp_path: Path) -> None:
     assert all(url.startswith(f"{bucket}/runs/small/") for url in pruned)
     for there, here in zip(pruned, stage_samples(local, 1).urls, strict=True):
         assert store.cat_file(there) == Path(here).read_bytes()
-    store.get(pruned[0], f"{tmp_path}/fetched.tar")
+    store.get_file(pruned[0], f"{tmp_path}/fetched.tar")
     assert len(list(webdataset.WebDataset(f"{tmp_path}/fetched.tar", shardshuffle=False))) > 0
     assert curate(remote.plan).url == remote.url  # a rerun finds everything done
+
+
+def test_a_store_that_ignores_conditional_puts_is_refused_unless_the_plan_accepts_the_risk(
+    rclone: str, tmp_path: Path
+) -> None:
+    make_data(tmp_path)
+    root = f"{rclone}/{tmp_path.name}"
+    with pytest.raises(PlanError, match=r"ignores conditional puts.*`commits: last_writer_wins`"):
+        curate(small_plan(tmp_path, root=root))
+    assert Root(root).files() == []
+    run = curate(small_plan(tmp_path, root=root, commits="last_writer_wins"))
+    assert stage_decisions(run, 0).equals(stage_decisions(curate(small_plan(tmp_path)), 0))
