@@ -25,6 +25,8 @@ def stages(where: str, summary: list[StageSummary]) -> None:
         losses = (f"{stage.targets[name]['loss']:.4f}" for name in targets)
         table.add_row(str(stage.stage), str(stage.samples), *kept, *losses)
     show(table)
+    for sentence in (sentence for stage in summary for sentence in stage.skipped):
+        print(f"left out: {sentence}")
     if audits := [stage.audited for stage in summary if stage.audited]:
         audited(audits)
 

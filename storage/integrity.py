@@ -37,14 +37,20 @@ def verify(root: Root) -> Iterator[Finding]:
         except StorageError:
             yield Finding("damaged", f"{place}/{MANIFEST}")
             continue
-        for name, promised in files.items():
-            file = f"{attempt}/{name}"
-            if not artefact.root.exists(file):
-                yield Finding("missing", f"{place}/{file}")
-            elif _digest(artefact.root, file) != (promised["size"], promised["sha256"]):
-                yield Finding("changed", f"{place}/{file}")
+        for name in files:
+            if what := differing(artefact, name):
+                yield Finding(what, f"{place}/{attempt}/{name}")
     for name in stray(root):
         yield Finding("extra", name)
+
+
+def differing(artefact: Artefact, name: str) -> str | None:
+    """Rereads a file of an artefact: `missing` or `changed`, or None where it is as the manifest says."""
+    promised, file = artefact.manifest.files[name], f"{artefact.manifest.attempt}/{name}"
+    if not artefact.root.exists(file):
+        return "missing"
+    whole = _digest(artefact.root, file) == (promised["size"], promised["sha256"])
+    return None if whole else "changed"
 
 
 def stray(root: Root) -> list[str]:

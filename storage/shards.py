@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
 import polars as pl
@@ -52,10 +52,13 @@ def expand(shards: str | Sequence[str]) -> list[str]:
     return urls
 
 
-def index_shards(urls: Sequence[str]) -> pl.DataFrame:
+def index_shards(urls: Sequence[str], skip: Callable[[str], None] | None = None) -> pl.DataFrame:
     """One row a sample, in shard order: its `key`, `shard` (position in `urls`), and of each member its extension
     (`names`), where its header begins (`begins`), where its payload is (`offsets`) and its size in bytes (`sizes`); and
     of all its bytes, headers included, the `sha256`.
+
+    Args:
+        skip: where given, a shard that is no whole tar is left out, all of it, and told to this in one sentence.
 
     Raises:
         StorageError: a shard is no tar, is truncated or compressed, or a key is there twice.
@@ -63,7 +66,7 @@ def index_shards(urls: Sequence[str]) -> pl.DataFrame:
     columns: list[list[Any]] = [[] for _ in MEMBERS]
     sample = -1
     for shard, url in enumerate(urls):
-        for new, key, *place in _grouped(url):
+        for new, key, *place in _whole(url, skip):
             sample += new
             for column, value in zip(columns, (sample, key, shard, *place), strict=True):
                 column.append(value)
@@ -79,6 +82,17 @@ def index_shards(urls: Sequence[str]) -> pl.DataFrame:
         for sha256 in hash_spans(urls[int(str(shard))], spans(rows))
     ]
     return frame.with_columns(pl.Series(HASH, hashes, pl.Binary))
+
+
+def _whole(url: str, skip: Callable[[str], None] | None) -> list[tuple[bool, str, str, int, int, int]]:
+    """What `_grouped` gives of a whole shard, and nothing of a damaged one that may be skipped."""
+    try:
+        return list(_grouped(url))
+    except StorageError as error:
+        if skip is None:
+            raise
+        skip(str(error))
+        return []
 
 
 def _repetition(urls: Sequence[str], frame: pl.DataFrame, repeated: pl.DataFrame) -> str:

@@ -12,7 +12,7 @@ from tasks.optimizer import linearised
 from tasks.order import Order
 from tasks.plan import Coordinates, Plan
 from tasks.run import Run
-from tasks.samples import stage_samples, target_samples
+from tasks.samples import skipping, stage_samples, target_samples
 from tasks.train import end_checkpoint
 
 
@@ -55,7 +55,7 @@ def estimate(plan: Plan) -> Estimate:
     model, _ = run.model(), run.task()
     bindings = run.bindings(model)
     blocks = _numbers(plan, bindings)
-    samples = len(index_shards(expand(plan.data.shards)))
+    samples = len(index_shards(expand(plan.data.shards), skipping(plan.data, [])))
     slots = len(linearised(plan.optimizer).slots) + 1 if plan.optimizer.at_stage == "carry" else 1
     parameters = sum(p.numel() for p in model.parameters())
     stages: list[StageEstimate] = []

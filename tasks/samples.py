@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+
 import polars as pl
 from prefect import task
 
 from storage.frames import read_frame, write_frame
+from storage.integrity import differing
 from storage.shards import Samples, expand, index_shards
 from tasks.errors import PlanError
+from tasks.plan import Data
 from tasks.run import Run
 
 
@@ -25,13 +30,13 @@ def list_samples(run_url: str, stage: int) -> int:
     run = Run.open(run_url)
     artefact = run.folder.stage(stage).samples
     if not artefact.committed:
-        urls = stage_shards(run, stage)
-        frame = index_shards(urls)
+        urls, skipped = stage_shards(run, stage), list[str]()
+        frame = index_shards(urls, skipping(run.plan.data, skipped))
         if not len(frame):
             raise PlanError(f"there are no samples to train on in {', '.join(urls)}; give shards that hold some")
         with artefact.attempt("samples", {}) as attempt:
             write_frame(attempt, "samples.parquet", frame)
-            attempt.facts.update(shards=urls, samples=len(frame))
+            attempt.facts.update(shards=urls, samples=len(frame), skipped=skipped)
     return len(stage_samples(run, stage))
 
 
@@ -48,11 +53,24 @@ def target_samples(run: Run, target: str) -> Samples:
     Raises:
         PlanError: it is empty.
     """
-    urls = expand(run.plan.targets[target].shards)
-    frame = index_shards(urls)
+    data = run.plan.targets[target]
+    urls = expand(data.shards)
+    frame = index_shards(urls, skipping(data, []))
     if not len(frame):
         raise PlanError(f"target {target} has no samples in {', '.join(urls)}; give it shards that hold some")
     return Samples(urls, frame)
+
+
+def skipping(data: Data, skipped: list[str]) -> Callable[[str], None] | None:
+    """What the plan wants done about a damaged shard: nothing but to fail, or to add it to `skipped` and say so."""
+    if data.damaged == "fail":
+        return None
+
+    def skip(sentence: str) -> None:
+        skipped.append(sentence)
+        print(f"left out: {sentence}", file=sys.stderr, flush=True)
+
+    return skip
 
 
 def stage_shards(run: Run, stage: int) -> list[str]:
@@ -70,6 +88,11 @@ def stage_shards(run: Run, stage: int) -> list[str]:
     if not pruned.committed:
         raise PlanError(f"stage {stage} of {run.url} needs the shards of stage {before}; prune that first")
     names = [name for name in pruned.names() if name.startswith("shards/")]
+    for name in names:
+        if what := differing(pruned, name):
+            raise PlanError(
+                f"the pruned shard {pruned.url(name)} is {what}; restore it, or remove its folder to prune anew"
+            )
     if not names:
         raise PlanError(f"stage {before} of {run.url} kept no sample; relax its policy")
     return [pruned.url(name) for name in names]

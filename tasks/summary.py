@@ -10,11 +10,12 @@ from tasks.run import Run
 
 
 class StageSummary(BaseModel):
-    """One stage: what pruning came to, if it was pruned, every target's mean figures at the stage's end, and its
+    """One stage: the damaged shards that were left out, what pruning came to, if it was pruned, every target's mean figures at the stage's end, and its
     audit if the plan has it audited."""
 
     stage: int
     samples: int
+    skipped: list[str]
     targets: dict[str, dict[str, float]]
     pruned: Pruned | None
     audited: Audited | None
@@ -32,6 +33,7 @@ def summarise(run_url: str) -> list[StageSummary]:
             StageSummary(
                 stage=stage,
                 samples=int(folder.samples.manifest.facts["samples"]),
+                skipped=folder.samples.manifest.facts["skipped"],
                 targets=folder.targets.manifest.facts,
                 pruned=pruned(own, stage, OWN) if own.committed else None,
                 audited=audited(run, stage) if wanted(run.plan, stage) else None,

@@ -35,3 +35,6 @@ class Data(Strict):
     """WebDataset shards, local or on S3."""
 
     shards: str | list[str] = Field(description="paths or URLs, with brace notation: `train-{000000..000003}.tar`")
+    damaged: Literal["fail", "skip"] = Field(
+        "fail", description="what to do with a shard that is no whole tar: stop, or leave it out and report it"
+    )

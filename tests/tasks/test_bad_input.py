@@ -13,7 +13,9 @@ from storage.errors import StorageError
 from tasks.errors import PlanError
 from tasks.estimate import estimate
 from tasks.run import Run
+from tasks.samples import list_samples, stage_samples
 from tasks.search import search
+from tasks.summary import summarise
 from tests.tasks.small import curate, make_data, sample, small_plan
 
 TASK = "tests.tasks.small:Digits"
@@ -52,6 +54,44 @@ def test_a_truncated_shard(folder: Path) -> None:
     data = (folder / "train-1.tar").read_bytes()
     (folder / "train-1.tar").write_bytes(data[: len(data) // 2 // 512 * 512])
     refused(folder, StorageError, r"train-1\.tar is truncated, damaged")
+
+
+def test_a_truncated_shard_that_may_be_skipped_is_left_out_whole_and_reported(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = (folder / "train-1.tar").read_bytes()
+    (folder / "train-1.tar").write_bytes(data[: len(data) // 2 // 512 * 512])
+    plan = small_plan(folder, data={"shards": f"{folder}/train-{{0..1}}.tar", "damaged": "skip"})
+    run = curate(plan)
+    first = summarise(run.url)[0]
+    assert first.samples == 70
+    assert len(first.skipped) == 1
+    assert "train-1.tar is truncated" in first.skipped[0]
+    assert f"left out: {first.skipped[0]}" in capsys.readouterr().err
+    (folder / "train-0.tar").rename(folder / "gone.tar")
+    curate(plan)  # what was committed stands; nothing is read again
+
+
+def test_a_shard_that_changes_while_the_run_goes_on_stops_it(folder: Path) -> None:
+    run = Run.start(small_plan(folder))
+    list_samples.fn(run.url, 0)
+    path = folder / "train-1.tar"
+    data = bytearray(path.read_bytes())
+    data[700] ^= 1
+    path.write_bytes(data)
+    refused(folder, StorageError, r"train-1\.tar has changed since it was listed; its sample digit-0070 is another")
+
+
+def test_a_pruned_shard_that_changed_is_not_trained_on(folder: Path) -> None:
+    run = Run.start(small_plan(folder))
+    curate(run.plan)
+    shard = Path(stage_samples(run, 1).urls[0])
+    data = bytearray(shard.read_bytes())
+    data[700] ^= 1
+    shard.write_bytes(data)
+    run.folder.stage(1).samples.remove()
+    with pytest.raises(PlanError, match=r"the pruned shard .*train-0\.tar is changed; restore it"):
+        list_samples.fn(run.url, 1)
 
 
 def test_duplicate_keys(folder: Path) -> None:
