@@ -157,7 +157,7 @@ class Artefact:
             yield attempt
             attempt.root.settle(attempt.files)
             manifest = Manifest(kind, name, attempt.files, inputs, attempt.facts)
-            text = json.dumps(asdict(manifest), sort_keys=True, indent=1, allow_nan=False) + "\n"
+            text = _sealed(asdict(manifest))
         except BaseException:
             with suppress(Exception):
                 attempt.root.delete()
@@ -219,6 +219,15 @@ class _Hashed:
         return self._file.closed
 
 
+def _sealed(values: dict[str, Any]) -> str:
+    """A manifest's file: its values, and their hash."""
+    return json.dumps(values | {"seal": _seal(values)}, sort_keys=True, indent=1, allow_nan=False) + "\n"
+
+
+def _seal(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
 def _parse(data: bytes, where: str) -> Manifest:
     """A manifest from its file.
 
@@ -227,6 +236,8 @@ def _parse(data: bytes, where: str) -> Manifest:
     """
     try:
         values = json.loads(data)
+        if values.pop("seal", None) != _seal(values):
+            raise ValueError("its content is not what its seal says")
         manifest = Manifest(**values)
         whole = all(
             isinstance(n, str) and not n.startswith("/") and ".." not in n.split("/")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import posixpath
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import IO
 
 import numpy as np
@@ -11,9 +14,8 @@ import polars as pl
 
 from storage.manifest import Attempt
 from storage.root import explained
-from storage.shards import HASH
-from storage.spans import Checking, changed, spans
-from storage.tars import BLOCK, member_end, open_shard
+from storage.spans import changed
+from storage.tars import member_end, open_shard
 
 CHUNK = 4 << 20
 
@@ -46,27 +48,33 @@ def rewrite_shards(attempt: Attempt, urls: Sequence[str], frame: pl.DataFrame, k
     return written
 
 
-def _kept(source: IO[bytes], url: str, listed: pl.DataFrame, keep: np.ndarray) -> Iterator[bytes]:
-    """The bytes of a shard outside its dropped members, held against what was listed."""
-    staying = listed.filter(pl.Series(keep))
-    checking = Checking(url, staying["key"], spans(staying), staying[HASH])
-    position = 0
-    for begin, offset, size in _members(listed.filter(pl.Series(~keep))):
-        while position < begin:
-            data = _read(source, url, position, min(CHUNK, begin - position))
-            if not data:
-                raise changed(url)
-            checking.update(position, data)
+def _kept(source: IO[bytes], url: str, listed: pl.DataFrame, keep: np.ndarray) -> Iterator[memoryview]:
+    """The bytes of a shard outside its dropped members; the whole is held against what was listed."""
+    holes = deque((b, member_end(o, s)) for b, o, s in _members(listed.filter(pl.Series(~keep))))
+    digest, position = hashlib.sha256(), 0
+    with ThreadPoolExecutor(1) as beside:
+        while data := _read(source, url):
+            hashing = beside.submit(digest.update, data)
+            yield from _outside(memoryview(data), position, holes)
             position += len(data)
-            yield data
-        position = member_end(offset, size)
-    while data := _read(source, url, position, CHUNK):
-        checking.update(position, data)
-        position += len(data)
-        yield data
-    _, offset, size = _members(listed)[-1]
-    if position < member_end(offset, size) + BLOCK:
+            hashing.result()
+    if digest.digest() != listed["shard_sha256"][0]:
         raise changed(url)
+
+
+def _outside(data: memoryview, start: int, holes: deque[tuple[int, int]]) -> Iterator[memoryview]:
+    """What lies outside the holes of the bytes that begin at `start`; holes that end within are taken off."""
+    position, stop = start, start + len(data)
+    while holes and holes[0][0] < stop:
+        begin, end = holes[0]
+        if begin > position:
+            yield data[position - start : begin - start]
+        position = min(end, stop)
+        if end > stop:
+            return
+        holes.popleft()
+    if position < stop:
+        yield data[position - start :]
 
 
 def _members(listed: pl.DataFrame) -> list[tuple[int, int, int]]:
@@ -74,15 +82,14 @@ def _members(listed: pl.DataFrame) -> list[tuple[int, int, int]]:
     return listed.select("begins", "offsets", "sizes").explode("begins", "offsets", "sizes").rows()
 
 
-def _read(source: IO[bytes], url: str, start: int, size: int) -> bytes:
+def _read(source: IO[bytes], url: str) -> bytes:
     with explained(f"shard {url}", "read"):
-        source.seek(start)
-        return source.read(size)
+        return source.read(CHUNK)
 
 
-def _joined(pieces: Iterable[bytes]) -> Iterator[bytes]:
+def _joined(pieces: Iterable[memoryview]) -> Iterator[bytes]:
     """The same bytes in blocks that are worth a write each."""
-    held: list[bytes] = []
+    held: list[memoryview] = []
     size = 0
     for piece in pieces:
         held.append(piece)

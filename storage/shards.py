@@ -16,7 +16,7 @@ from webdataset.tariterators import base_plus_ext
 
 from storage.errors import StorageError
 from storage.root import explained
-from storage.spans import check_span, hash_spans, spans
+from storage.spans import check_span, hash_shard, spans
 from storage.tars import members
 
 MEMBERS: dict[str, Any] = {
@@ -28,7 +28,7 @@ MEMBERS: dict[str, Any] = {
     "offsets": pl.UInt64,
     "sizes": pl.UInt64,
 }
-HASH = "sha256"
+HASHES = {"sha256": pl.Binary, "shard_sha256": pl.Binary}
 META = re.compile(r"__[^/]*__($|/)")  # WebDataset's own side files
 RESERVED = {"__key__", "__url__"}
 OPEN_FILES = 128
@@ -54,8 +54,8 @@ def expand(shards: str | Sequence[str]) -> list[str]:
 
 def index_shards(urls: Sequence[str], skip: Callable[[str], None] | None = None) -> pl.DataFrame:
     """One row a sample, in shard order: its `key`, `shard` (position in `urls`), and of each member its extension
-    (`names`), where its header begins (`begins`), where its payload is (`offsets`) and its size in bytes (`sizes`); and
-    of all its bytes, headers included, the `sha256`.
+    (`names`), where its header begins (`begins`), where its payload is (`offsets`) and its size in bytes (`sizes`); of
+    all its bytes, headers included, the `sha256`, and of its whole shard the `shard_sha256`.
 
     Args:
         skip: where given, a shard that is no whole tar is left out, all of it, and told to this in one sentence.
@@ -76,12 +76,12 @@ def index_shards(urls: Sequence[str], skip: Callable[[str], None] | None = None)
     repeated = frame.filter(pl.col("key").is_duplicated())
     if len(repeated):
         raise StorageError(_repetition(urls, frame, repeated))
-    hashes = [
-        sha256
-        for (shard,), rows in frame.group_by("shard", maintain_order=True)
-        for sha256 in hash_spans(urls[int(str(shard))], spans(rows))
-    ]
-    return frame.with_columns(pl.Series(HASH, hashes, pl.Binary))
+    hashes: dict[str, list[bytes]] = {name: [] for name in HASHES}
+    for rows in frame.partition_by("shard", maintain_order=True):
+        whole, each = hash_shard(urls[rows["shard"][0]], spans(rows))
+        hashes["sha256"] += each
+        hashes["shard_sha256"] += [whole] * len(each)
+    return frame.hstack(pl.DataFrame(hashes, schema=HASHES))
 
 
 def _whole(url: str, skip: Callable[[str], None] | None) -> list[tuple[bool, str, str, int, int, int]]:
@@ -161,7 +161,7 @@ class Samples:
         places = [(row["shard"], row["begins"][0], row["offsets"][-1] + row["sizes"][-1]) for row in listed]
         read = []
         for row, (shard, start, _), data in zip(listed, places, self._fetch(places), strict=True):
-            check_span(self.urls[shard], row["key"], data, row[HASH])
+            check_span(self.urls[shard], row["key"], data, row["sha256"])
             sample: dict[str, Any] = {"__key__": row["key"]}
             for name, offset, size in zip(row["names"], row["offsets"], row["sizes"], strict=True):
                 sample[name] = data[offset - start : offset - start + size]

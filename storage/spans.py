@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 import polars as pl
 
@@ -19,23 +19,29 @@ def spans(frame: pl.DataFrame) -> list[Span]:
     return frame.select(pl.col("begins").list.first(), ends).rows()
 
 
-def hash_spans(url: str, of: Sequence[Span]) -> Iterator[bytes]:
-    """The sha256 of each of a shard's spans, in order, by chunks of a megabyte.
+def hash_shard(url: str, of: Sequence[Span]) -> tuple[bytes, list[bytes]]:
+    """The sha256 of a whole shard, and of each of its spans, in one pass by chunks of a megabyte.
 
     Raises:
-        StorageError: the shard is shorter than that.
+        StorageError: the shard is shorter than the spans say.
     """
+    whole, digest, start = hashlib.sha256(), hashlib.sha256(), 0
+    found: list[bytes] = []
     with open_shard(url) as file:
-        for start, stop in of:
-            file.seek(start)
-            digest = hashlib.sha256()
-            while start < stop:
-                data = file.read(min(BUFFER, stop - start))
-                if not data:
-                    raise changed(url)
-                digest.update(data)
-                start += len(data)
-            yield digest.digest()
+        while data := file.read(BUFFER):
+            whole.update(data)
+            view, stop = memoryview(data), start + len(data)
+            while len(found) < len(of):
+                begin, end = of[len(found)]
+                digest.update(view[max(begin - start, 0) : max(end - start, 0)])
+                if end > stop:
+                    break
+                found.append(digest.digest())
+                digest = hashlib.sha256()
+            start = stop
+    if len(found) < len(of):
+        raise changed(url)
+    return whole.digest(), found
 
 
 def check_span(url: str, key: str, data: bytes, sha256: bytes) -> None:
@@ -46,31 +52,6 @@ def check_span(url: str, key: str, data: bytes, sha256: bytes) -> None:
     """
     if hashlib.sha256(data).digest() != sha256:
         raise changed(url, key)
-
-
-class Checking:
-    """Holds the bytes of a shard, passed on in any pieces but in order, against what was listed of some samples."""
-
-    def __init__(self, url: str, keys: Iterable[str], of: Iterable[Span], sha256: Iterable[bytes]) -> None:
-        self._url, self._expected = url, list(zip(keys, of, sha256, strict=True))[::-1]
-        self._digest = hashlib.sha256()
-
-    def update(self, start: int, data: bytes) -> None:
-        """Takes the bytes that begin at `start`.
-
-        Raises:
-            StorageError: a sample that ends within them is another than was listed.
-        """
-        view, stop = memoryview(data), start + len(data)
-        while self._expected:
-            key, (begin, end), sha256 = self._expected[-1]
-            self._digest.update(view[max(begin - start, 0) : max(end - start, 0)])
-            if end > stop:
-                return
-            if self._digest.digest() != sha256:
-                raise changed(self._url, key)
-            self._digest = hashlib.sha256()
-            self._expected.pop()
 
 
 def changed(url: str, key: str | None = None) -> StorageError:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -98,6 +100,7 @@ def test_fingerprints_follow_content_not_attempts(tmp_path: Path) -> None:
         lambda text: text.replace(b'"format": 1', b'"format": 9'),
         lambda text: text.replace(b'"a"', b'"../../a"'),
         lambda text: b"\xff\xfe" + text,
+        lambda text: text.replace(b'"count": 1', b'"count": 2'),
     ],
 )
 def test_a_damaged_manifest_is_one_sentence(tmp_path: Path, damage) -> None:  # type: ignore[no-untyped-def]
@@ -112,3 +115,18 @@ def test_manifests_are_readable(tmp_path: Path) -> None:
     commit(tmp_path, a=b"x")
     found = json.loads((tmp_path / "manifest.json").read_text())
     assert (found["kind"], found["facts"], found["inputs"]) == ("test", {"count": 1}, {"from": "x"})
+
+
+@pytest.mark.parametrize(
+    "values", [{"files": {"../../a": {}}}, {"attempt": "/etc"}, {"format": 9}, {"files": {"a": {}}}]
+)
+def test_a_manifest_that_is_sealed_but_not_ours_is_one_sentence(tmp_path: Path, values: dict[str, Any]) -> None:
+    """Whoever can write manifests can seal them: what they name is still held within the folder."""
+    commit(tmp_path, a=b"x")
+    manifest = tmp_path / "manifest.json"
+    found = json.loads(manifest.read_text()) | values
+    del found["seal"]
+    sealed = found | {"seal": hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()}
+    manifest.write_text(json.dumps(sealed))
+    with pytest.raises(StorageError, match=r"manifest\.json"):
+        Artefact(Root(str(tmp_path))).read("a")
