@@ -17,6 +17,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from storage.errors import StorageError
+from storage.retries import show_retries
 
 REMEDIES = {
     errno.ENOSPC: "free some space and run the same command again",
@@ -34,6 +35,8 @@ class Root:
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/") or "/"
         self._path: str = url_to_fs(self.url)[1]
+        if not self.is_local:
+            show_retries()
 
     def child(self, *parts: str) -> Root:
         """A folder within."""
@@ -99,7 +102,8 @@ class Root:
         """Whether the disk or store refuses to create what is there already, tried with a small file: some stores ignore
         conditional puts without a word, and then nothing tells the second of two writers that it came second."""
         name = f"probe-{uuid.uuid4().hex}"
-        self.create(name, b"first")
+        with suppress(FileExistsError):  # the answer was lost, and a second try found what the first had made
+            self.create(name, b"first")
         try:
             self.create(name, b"second")
         except FileExistsError:

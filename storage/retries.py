@@ -1,0 +1,39 @@
+"""Room `storage`: making the S3 client's retries visible. It tries a request 5 times, and after errors of the connection 5 rounds
+of that, waiting longer each time; it says so in debug messages only."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+# The messages with which the libraries announce that a request will be sent again.
+RETRIES = {"botocore.retryhandler": "Retry needed, action of", "s3fs": "Retryable error"}
+
+
+class _Visible(logging.Handler):
+    """Prints announcements of retries on stderr, and counts them."""
+
+    count = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.msg.startswith(RETRIES[record.name]):
+            self.count += 1
+            why = f" ({record.args[0]})" if record.name == "s3fs" and isinstance(record.args, tuple) else ""
+            print(
+                f"the store failed to answer a request{why}; trying again ({self.count} so far)",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def show_retries() -> None:
+    """Prints every retry of this process from now on; showing them twice is showing them once."""
+    for name in RETRIES:
+        logger = logging.getLogger(name)
+        if _handler not in logger.handlers:
+            logger.addHandler(_handler)
+            logger.setLevel(logging.DEBUG)
+            logger.propagate = False
+
+
+_handler = _Visible()

@@ -1,0 +1,63 @@
+"""A run on a store of which one request in twenty fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import s3fs
+
+from storage.integrity import verify
+from storage.root import Root
+from tasks.prune import stage_decisions
+from tests.proxy import FaultyProxy
+from tests.servers import Server
+from tests.tasks.small import curate, make_data, small_plan
+
+STALL = 30.0
+
+
+@pytest.mark.slow
+def test_a_run_ends_right_though_one_request_in_twenty_fails(
+    seaweedfs: str,
+    seaweed_server: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    make_data(tmp_path)
+    bucket = f"{seaweedfs}/{tmp_path.name}"
+    s3fs.S3FileSystem().put(f"{tmp_path}/", f"{bucket}/digits/", recursive=True)
+    expected = stage_decisions(curate(small_plan(tmp_path)), 0)
+    proxy = FaultyProxy(seaweed_server.port, 0.05, STALL)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    s3fs.S3FileSystem.clear_instance_cache()
+    run = curate(
+        small_plan(
+            tmp_path, root=f"{bucket}/runs", data={"shards": f"{bucket}/digits/train-{{0..1}}.tar"},
+            targets={"clean": {"shards": f"{bucket}/digits/target-0.tar"}},
+        )
+    )  # fmt: skip
+    assert stage_decisions(run, 0).equals(expected)
+    failed = sum(proxy.faults[kind] for kind in ("error", "reset", "lost answer"))
+    print(f"{proxy.requests} requests, of which failed {dict(proxy.faults)}")
+    assert min(proxy.faults[kind] for kind in ("error", "reset", "lost answer", "stall")) > 0
+    shown = capsys.readouterr().err.count("trying again")
+    assert failed <= shown <= 2 * failed
+    proxy.share = 0.0
+    assert [f for f in verify(Root(run.url)) if f.what != "extra"] == []
+    proxy.shutdown()
+
+
+def test_a_store_that_never_answers_is_given_up_in_one_sentence(
+    seaweedfs: str, seaweed_server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy = FaultyProxy(seaweed_server.port, 1.0, 0.0)
+    monkeypatch.setattr("tests.proxy.KINDS", ("error",))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(Exception, match=r"cannot be written: .*run the same command again") as raised:
+        Root(f"{seaweedfs}/never").create("a", b"x")
+    assert "\n" not in str(raised.value)
+    assert proxy.requests <= 25
+    proxy.shutdown()
