@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from prefect import flow
 
-from flows.prune import appraise, cut
+from flows.stage import appraise, cut
+from flows.workers import crew
 from tasks.fit import fit_basis
 from tasks.plan import Plan
 from tasks.reading import read_plan
@@ -25,14 +26,15 @@ def curate(plan: Plan) -> list[StageSummary]:
         PlanError, StorageError, SecateurError: what is wrong with plan, data or model, in one sentence.
     """
     run = Run.start(plan)
-    for stage, spec in enumerate(plan.stages):
-        list_samples(run.url, stage)
-        if stage == 0:
-            fit_basis(run.url)
-        train(run.url, stage)
-        appraise(run.url, stage)
-        if spec.prune is not None:
-            cut(run.url, stage)
+    with crew(plan.workers) as workers:
+        for stage, spec in enumerate(plan.stages):
+            workers.call(list_samples, run.url, stage)
+            if stage == 0:
+                workers.call(fit_basis, run.url)
+            workers.call(train, run.url, stage)
+            appraise(workers, run.url, stage)
+            if spec.prune is not None:
+                cut(workers, run.url, stage)
     return summarise(run.url)
 
 

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from prefect import flow
 
-from tasks.audit import audit, wanted
-from tasks.embed import compose_stage, embed_segment
-from tasks.index import index_stage
+from flows.stage import appraise, cut
+from flows.workers import crew
 from tasks.plan import Policy
-from tasks.prune import Pruned, name_of, prune_stage
-from tasks.replay import replay
+from tasks.prune import Pruned
 from tasks.run import Run
-from tasks.score import score
-from tasks.targets import differentiate_targets
-from tasks.train import end_checkpoint
-from tasks.trust import try_kept
 
 
 @flow(name="prune", flow_run_name="prune {run} stage {stage}")
@@ -28,33 +22,7 @@ def prune(run: str, stage: int, policy: Policy | None = None) -> Pruned:
     Returns:
         Samples kept and dropped, and the shards.
     """
-    url = Run.open(run).url
-    appraise(url, stage)
-    return cut(url, stage, policy)
-
-
-def appraise(run_url: str, stage: int) -> None:
-    """Embeds, indexes and scores a trained stage, and audits it where the plan says so."""
-    run = Run.open(run_url)
-    folder = run.folder.stage(stage)
-    if not folder.embeddings.committed:
-        end_checkpoint(run, stage)
-        for future in embed_segment.map(run_url, stage, list(range(len(folder.segments())))):
-            future.result()
-    compose_stage(run_url, stage)
-    index_stage(run_url, stage)
-    differentiate_targets(run_url, stage)
-    if run.plan.estimate == "replay":
-        replay(run_url, stage)
-    score(run_url, stage)
-    if wanted(run.plan, stage):
-        audit(run_url, stage)
-
-
-def cut(run_url: str, stage: int, policy: Policy | None = None) -> Pruned:
-    """Prunes an appraised stage by the plan's policy or another, after its trial where the plan asks for one."""
-    run = Run.open(run_url)
-    chosen = policy or run.plan.stages[stage].prune
-    if chosen is not None and run.plan.trust.trial:
-        try_kept(run_url, stage, name_of(run, stage, chosen), chosen.model_dump(mode="json"))
-    return prune_stage(run_url, stage, policy.model_dump(mode="json") if policy else None)
+    opened = Run.open(run)
+    with crew(opened.plan.workers) as workers:
+        appraise(workers, opened.url, stage)
+        return cut(workers, opened.url, stage, policy)

@@ -1,8 +1,8 @@
 """Room `storage`: where the artefacts of a run are.
 
 <root>/<run>/plan, basis
-<root>/<run>/stages/00/samples, start, ledger/seg-00000, local/seg-00000, embeddings, index, targets, scores, replay/seg-00000,
-removals/<step>-<sample>, audit/<removals>, trial/<name>, prune/<name>
+<root>/<run>/stages/00/samples, start, ledger/seg-00000, local/seg-00000, embeddings, index, targets, scores, replay/<target>/seg-00000,
+removals/<step>-<sample>, audit/<removals>, trial/<name>, decided/<name>, rewritten/<name>/00000, prune/<name>
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class StageFolder:
         """A segment's embeddings as of its own end, and its transition; gone once the stage's are composed."""
         return self._artefact(f"local/seg-{number:05d}")
 
-    def replay(self, number: int) -> Artefact:
-        """A segment's scores by replay, and the adjoint at its start."""
-        return self._artefact(f"replay/seg-{number:05d}")
+    def replay(self, target: str, number: int) -> Artefact:
+        """A segment's scores by replay for a target, and the adjoint at its start."""
+        return self._artefact(f"replay/{target}/seg-{number:05d}")
 
     def removal(self, step: int, sample: int) -> Artefact:
         """What leaving a sample out of a step did, for an audit."""
@@ -53,6 +53,14 @@ class StageFolder:
     def trial(self, name: str) -> Artefact:
         """The trial of a pruning, under the pruning's name."""
         return self._artefact(f"trial/{name}")
+
+    def decided(self, name: str) -> Artefact:
+        """What a pruning keeps and drops; gone once its shards are written."""
+        return self._artefact(f"decided/{name}")
+
+    def rewritten(self, name: str, number: int) -> Artefact:
+        """One shard of a pruning, by its place among the stage's shards; gone once they are together."""
+        return self._artefact(f"rewritten/{name}/{number:05d}")
 
     def prune(self, name: str) -> Artefact:
         """Decisions and pruned shards under one policy; `plan` is the plan's own."""

@@ -7,10 +7,11 @@ from pydantic import BaseModel
 from secateur.bindings import Bindings
 from secateur.fitting import shares
 from storage.shards import expand, index_shards
-from tasks.audit import expected_cost, wanted
+from tasks.audit import wanted
 from tasks.optimizer import linearised
 from tasks.order import Order
 from tasks.plan import Coordinates, Plan
+from tasks.removals import expected_cost
 from tasks.run import Run
 from tasks.samples import skipping, stage_samples, target_samples
 from tasks.train import end_checkpoint

@@ -11,6 +11,7 @@ from tasks.plan.bases import Coordinates, Curvature, EmpiricalFisher, Fisher, He
 from tasks.plan.optimizers import SGD, Adam, AdamW, Optimizer, ParameterGroup, RMSprop, Schedule
 from tasks.plan.scores import Audit, Replay, Score, Trial, Trust, is_effect
 from tasks.plan.stages import Balanced, DropHarmful, LossControl, Policy, RandomControl, Stage, Threshold, Top, Window
+from tasks.plan.workers import Workers
 
 __all__ = [
     "SGD",
@@ -46,6 +47,7 @@ __all__ = [
     "Trial",
     "Trust",
     "Window",
+    "Workers",
 ]
 
 
@@ -85,6 +87,9 @@ class Plan(Strict):
         "which run the same stage at once either replaces what the other committed",
     )
     index: Literal["flat", "fp16", "sq8"] = "flat"
+    workers: Workers = Field(
+        Workers(), description="who does it; a run may be started with some workers and resumed with others"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Plan:
