@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prefect import flow
 
+from flows.alone import alone
 from flows.stage import appraise, audit_stage
 from flows.workers import crew
 from tasks.audit import Audited
@@ -19,6 +20,6 @@ def audit(run: str, stage: int, removals: int | None = None) -> Audited:
         removals: instead of the plan's.
     """
     opened = Run.open(run)
-    with crew(opened.plan.workers) as workers:
+    with alone(opened), crew(opened.plan.workers) as workers:
         appraise(workers, opened.url, stage)
         return audit_stage(workers, opened.url, stage, removals)

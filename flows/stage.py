@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from flows import events
 from flows.workers import Call, Crew
 from tasks.audit import Audited, audit, wanted
 from tasks.embed import compose_stage, embed_segment
@@ -26,13 +27,16 @@ def appraise(crew: Crew, run_url: str, stage: int) -> None:
         segments = range(len(folder.segments()))
         crew.together([Call(embed_segment, (run_url, stage, n)) for n in segments], f"stage {stage}, embedding")
     crew.call(compose_stage, run_url, stage)
+    events.embedded(run_url, stage)
     judged = [Call(index_stage, (run_url, stage)), Call(differentiate_targets, (run_url, stage))]
     if run.plan.estimate == "replay":
         judged += _replays(crew, run, stage)
     crew.together(judged, f"stage {stage}, judging")
+    events.indexed(run_url, stage)
     crew.call(score, run_url, stage)
     if wanted(run.plan, stage):
         audit_stage(crew, run_url, stage)
+        events.fidelity(run_url, stage)
 
 
 def audit_stage(crew: Crew, run_url: str, stage: int, removals: int | None = None) -> Audited:
@@ -53,7 +57,9 @@ def cut(crew: Crew, run_url: str, stage: int, policy: Policy | None = None) -> P
     if not run.folder.stage(stage).prune(name).committed and crew.count != 1:
         shards = range(crew.call(decide_stage, run_url, stage, given))
         crew.together([Call(rewrite_shard, (run_url, stage, name, n)) for n in shards], f"stage {stage}, rewriting")
-    return crew.call(prune_stage, run_url, stage, given)
+    found = crew.call(prune_stage, run_url, stage, given)
+    events.pruned(run_url, stage, found.name)
+    return found
 
 
 def _replays(crew: Crew, run: Run, stage: int) -> list[Call]:

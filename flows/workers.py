@@ -14,7 +14,7 @@ from prefect.task_engine import TaskRunTimeoutError
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 from prefect.utilities.callables import get_call_parameters
 
-from tasks.behaviour import is_alone
+from tasks.behaviour import is_drawing
 from tasks.errors import PlanError
 from tasks.plan import Workers
 from tasks.progress import track
@@ -59,7 +59,7 @@ class Crew:
         """
         beside = calls if len(calls) > 1 and self.count != 1 else []
         if self.spec.kind == "threads":
-            beside = [call for call in beside if not is_alone(call.task)]
+            beside = [call for call in beside if not is_drawing(call.task)]
         futures = [self._submit(call) for call in beside]
         for call in calls:
             if call not in beside:

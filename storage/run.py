@@ -1,8 +1,9 @@
 """Room `storage`: where the artefacts of a run are.
 
 <root>/<run>/plan, basis
-<root>/<run>/stages/00/samples, start, ledger/seg-00000, local/seg-00000, embeddings, index, targets, scores, replay/<target>/seg-00000,
-removals/<step>-<sample>, audit/<removals>, trial/<name>, decided/<name>, rewritten/<name>/00000, prune/<name>
+<root>/<run>/stages/00/samples, start, ledger/seg-00000, trained, local/seg-00000, embeddings, index, targets, scores,
+replay/<target>/seg-00000, removals/<step>-<sample>, audit/<removals>, trial/<name>, decided/<name>, rewritten/<name>/00000,
+prune/<name>
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ class StageFolder:
         self.root = root
         self.samples = self._artefact("samples")
         self.start = self._artefact("start")
+        self.trained = self._artefact("trained")
         self.embeddings = self._artefact("embeddings")
         self.index = self._artefact("index")
         self.targets = self._artefact("targets")

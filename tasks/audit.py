@@ -20,6 +20,7 @@ from tasks.removals import drawn, settings, truths
 from tasks.replay import replay, replay_scores
 from tasks.run import Run
 from tasks.targets import scoring_rows, target_gradients
+from tasks.train import check_repeatable
 
 FRAME = "audit.parquet"
 RESAMPLES = 2000
@@ -46,7 +47,7 @@ class Audited(BaseModel):
     plot: str
 
 
-@task("audit", makes=lambda run, stage, removals: _artefact(run, stage, removals), alone=True)
+@task("audit", makes=lambda run, stage, removals: _artefact(run, stage, removals), draws=True)
 def audit(run_url: str, stage: int, removals: int | None = None) -> Audited:
     """Retrains from the segment checkpoint to the stage's end without one use of a sample, for a sample of uses that
     is stratified by step, and holds embedding and replay scores against what that does to the target's loss.
@@ -55,12 +56,14 @@ def audit(run_url: str, stage: int, removals: int | None = None) -> Audited:
         removals: instead of the plan's.
 
     Raises:
-        PlanError: it would cost more than the plan allows, or training does not repeat itself.
+        PlanError: it would cost more than the plan allows, another trainer trained the stage, or training does not repeat
+            itself.
     """
     run = Run.open(run_url)
     spec, folder = settings(run.plan, removals), run.folder.stage(stage)
     artefact = _artefact(run, stage, removals)
     if not artefact.committed:
+        check_repeatable(run, stage)
         uses, cost = drawn(run, stage, spec)
         replay.fn(run_url, stage)
         columns = {"truth": truths, "embedding": _embedded, "replay": _replayed}

@@ -29,11 +29,11 @@ PAUSES = [2.0, 8.0, 32.0]  # seconds before each further attempt; the store's cl
 JITTER = 0.3
 TAG = "secateur"
 
-_alone = threading.RLock()
+_turn = threading.RLock()
 
 
 def task(
-    name: str, makes: Callable[..., Artefact | Iterable[Artefact]] | None = None, alone: bool = False
+    name: str, makes: Callable[..., Artefact | Iterable[Artefact]] | None = None, draws: bool = False
 ) -> Callable[[Callable[P, R]], Task[P, R]]:
     """A Prefect task of ours, whose first argument is the run's URL.
 
@@ -43,15 +43,15 @@ def task(
     Args:
         makes: gives, from the opened run and the other arguments, the artefacts that the task makes. Its result is then
             cached by their fingerprints: while they stand as they are, a rerun takes the result and shows `Cached`.
-        alone: whether it draws from torch's random numbers, of which a process has one stream; such tasks take turns.
+        draws: whether it draws from torch's random numbers, of which a process has one stream; such tasks take turns.
     """
 
     def decorate(fn: Callable[P, R]) -> Task[P, R]:
         @functools.wraps(fn)
         def body(*args: P.args, **kwargs: P.kwargs) -> R:
-            return _perform(fn, makes, alone, args, kwargs)
+            return _perform(fn, makes, draws, args, kwargs)
 
-        body.alone = alone  # type: ignore[attr-defined]  # see `is_alone`
+        body.draws = draws  # type: ignore[attr-defined]  # see `is_drawing`
         return Task(
             fn=body,
             name=name,
@@ -70,14 +70,14 @@ def task(
     return decorate
 
 
-def is_alone(of: Task[..., Any]) -> bool:
-    """Whether a task must not run beside another one in the same process."""
-    return bool(getattr(of.fn, "alone", False))
+def is_drawing(of: Task[..., Any]) -> bool:
+    """Whether a task draws from torch's random numbers, and must not run beside another that does in one process."""
+    return bool(getattr(of.fn, "draws", False))
 
 
-def _perform(fn: Callable[..., R], makes: Callable[..., Any] | None, alone: bool, args: Any, kwargs: Any) -> R:
+def _perform(fn: Callable[..., R], makes: Callable[..., Any] | None, draws: bool, args: Any, kwargs: Any) -> R:
     """Does the work, then files the result under the artefacts that it has come to."""
-    with _alone if alone else nullcontext():
+    with _turn if draws else nullcontext():
         result = fn(*args, **kwargs)
     context, transaction = TaskRunContext.get(), get_transaction()
     own = context is not None and inspect.unwrap(context.task.fn) is fn  # not within another task

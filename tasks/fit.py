@@ -16,7 +16,7 @@ from tasks.run import Run
 from tasks.samples import stage_samples
 
 
-@task("fit basis", makes=lambda run: run.folder.basis, alone=True)
+@task("fit basis", makes=lambda run: run.folder.basis, draws=True)
 def fit_basis(run_url: str) -> int:
     """Fits the basis and stores it; the model it was fitted with is thrown away.
 

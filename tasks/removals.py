@@ -18,13 +18,13 @@ from tasks.run import Run
 from tasks.samples import stage_samples, target_samples
 from tasks.score import stage_scores
 from tasks.targets import scoring_rows, target_loss
-from tasks.train import to_segment
+from tasks.train import check_repeatable, to_segment
 
 REPLAY_COST = 3.5  # trainings of a stage for one target, and for each further one; see benchmarks/cost.py
 FURTHER_COST = 2.2
 
 
-@task("retrain without a sample", alone=True)
+@task("retrain without a sample", draws=True)
 def retrain_without(run_url: str, stage: int, step: int, row: int) -> None:
     """Trains from the segment checkpoint to the stage's end without the use of a sample in a step."""
     run = Run.open(run_url)
@@ -38,6 +38,7 @@ def removals_left(run_url: str, stage: int, removals: int | None = None) -> list
     folder, spec = run.folder.stage(stage), settings(run.plan, removals)
     if folder.audit(spec.removals).committed:
         return []
+    check_repeatable(run, stage)
     uses = drawn(run, stage, spec)[0].select("step", "sample").iter_rows()
     return [(step, row) for step, row in uses if not folder.removal(step, row).committed]
 

@@ -19,14 +19,14 @@ from tasks.progress import track
 from tasks.run import Run
 from tasks.samples import stage_samples, target_samples
 from tasks.targets import EVALUATION_BATCH, scoring_rows
-from tasks.train import end_checkpoint, segment_bounds, to_segment
+from tasks.train import check_repeatable, end_checkpoint, segment_bounds, to_segment
 
 SCORES, ADJOINT = "scores", "adjoint"
 FILE = "replay.safetensors"
 REPRODUCED = 1e-3  # relative distance of a replayed segment's end from its checkpoint
 
 
-@task("replay", makes=lambda run, stage, targets: _first(run, stage, targets), alone=True)
+@task("replay", makes=lambda run, stage, targets: _first(run, stage, targets), draws=True)
 def replay(run_url: str, stage: int, targets: list[str] | None = None) -> int:
     """Scores every selected record of a stage by the adjoint of its training, some targets (or all) in one walk.
 
@@ -36,11 +36,11 @@ def replay(run_url: str, stage: int, targets: list[str] | None = None) -> int:
         Number of segments.
 
     Raises:
-        PlanError: training does not repeat itself on this machine.
+        PlanError: the stage was trained by another trainer, or training does not repeat itself on this machine.
     """
     run = Run.open(run_url)
     folder = run.folder.stage(stage)
-    end_checkpoint(run, stage)
+    check_repeatable(run, stage)
     loop = Loop(run, stage, stage_samples(run, stage))
     bounds = segment_bounds(loop.order)
     later: dict[str, Adjoint] = {}

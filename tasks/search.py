@@ -35,7 +35,7 @@ class Hit(BaseModel):
     window: int
 
 
-@task("search", alone=True)
+@task("search", draws=True)
 def search(
     run_url: str,
     target: str | None = None,

@@ -23,7 +23,7 @@ from tasks.train import end_checkpoint
 EVALUATION_BATCH = 256
 
 
-@task("differentiate targets", makes=lambda run, stage: run.folder.stage(stage).targets, alone=True)
+@task("differentiate targets", makes=lambda run, stage: run.folder.stage(stage).targets, draws=True)
 def differentiate_targets(run_url: str, stage: int) -> dict[str, dict[str, float]]:
     """Stores each target sample's loss gradient in the run's basis, at the stage's end.
 

@@ -25,7 +25,7 @@ from tasks.targets import judging_rows, target_loss
 from tasks.train import end_checkpoint
 
 
-@task("try what is kept", makes=lambda run, stage, name, policy: run.folder.stage(stage).trial(name), alone=True)
+@task("try what is kept", makes=lambda run, stage, name, policy: run.folder.stage(stage).trial(name), draws=True)
 def try_kept(run_url: str, stage: int, name: str, policy: dict[str, Any]) -> dict[str, Any]:
     """Trains a few steps on what a policy keeps and on as many samples at random, from the stage's end.
 
