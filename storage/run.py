@@ -2,7 +2,7 @@
 
 <root>/<run>/plan, basis
 <root>/<run>/stages/00/samples, start, ledger/seg-00000, local/seg-00000, embeddings, index, targets, scores, replay/seg-00000,
-removals/<step>-<sample>, audit/<removals>, trial/<name>, prune/<name>
+gradients/00000, removals/<step>-<sample>, audit/<removals>, trial/<name>, prune/<name>
 """
 
 from __future__ import annotations
@@ -41,6 +41,10 @@ class StageFolder:
     def replay(self, number: int) -> Artefact:
         """A segment's scores by replay, and the adjoint at its start."""
         return self._artefact(f"replay/seg-{number:05d}")
+
+    def gradients(self, number: int) -> Artefact:
+        """The targets' gradients at the start of a segment, or with the number of segments at the stage's end."""
+        return self._artefact(f"gradients/{number:05d}")
 
     def removal(self, step: int, sample: int) -> Artefact:
         """What leaving a sample out of a step did, for an audit."""

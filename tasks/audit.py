@@ -22,7 +22,7 @@ from tasks.replay import replay, replay_scores
 from tasks.run import Run
 from tasks.samples import stage_samples, target_samples
 from tasks.score import stage_scores
-from tasks.targets import scoring_rows, target_gradients, target_loss
+from tasks.targets import scoring_gradients, scoring_rows, target_loss
 from tasks.train import to_segment
 
 FRAME = "audit.parquet"
@@ -145,7 +145,7 @@ def _truths(run: Run, stage: int, uses: pl.DataFrame) -> list[float]:
     """What leaving each use out did to the target's loss at the stage's end; each segment's removals are kept."""
     samples, size = stage_samples(run, stage), run.plan.segment_steps
     loop, target = Loop(run, stage, samples), target_samples(run, run.plan.target)
-    rows = torch.arange(len(target))[scoring_rows(run.plan)]
+    rows = scoring_rows(run.plan, run.plan.target, len(target))
     to_segment(run, loop, stage, -(-loop.order.steps // size))
     base, found = target_loss(loop, target, rows), []
     for step, row in track(
@@ -166,7 +166,7 @@ def _truths(run: Run, stage: int, uses: pl.DataFrame) -> list[float]:
 def _embedded(run: Run, stage: int, uses: pl.DataFrame) -> list[float]:
     """The embeddings' scores of some uses, for the target's mean loss at the stage's end."""
     folder = run.folder.stage(stage)
-    gradient = target_gradients(folder.targets, run.plan.target)[scoring_rows(run.plan)].mean(0, keepdim=True)
+    gradient = scoring_gradients(run, stage, run.plan.target).mean(0, keepdim=True)
     whole = torch.cat(query_at_end(gradient, spans_of(run), stage_transition(folder.embeddings)), 1)
     query = in_embeddings(run, stage, whole)[0]
     products = torch.cat([part.double() @ query.double() for part in stage_embeddings(folder.embeddings)])

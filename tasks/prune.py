@@ -16,7 +16,7 @@ from tasks.errors import PlanError
 from tasks.plan import Policy
 from tasks.run import Run
 from tasks.samples import stage_samples
-from tasks.score import stage_scores
+from tasks.tracin import policy_scores
 from tasks.trust import apply, verdict
 
 DECISIONS = "decisions.parquet"
@@ -55,7 +55,8 @@ def prune_stage(run_url: str, stage: int, policy: dict[str, Any] | None = None) 
     if not artefact.committed:
         samples = stage_samples(run, stage)
         gates = verdict(run, stage, name_of(run, stage, chosen))
-        decisions = apply(run, stage, decide(run.plan, stage, chosen, stage_scores(run, stage), samples), gates)
+        ruled = decide(run.plan, stage, chosen, policy_scores(run, stage, chosen), samples)
+        decisions = apply(run, stage, ruled, gates)
         inputs = {"scores": run.folder.stage(stage).scores.fingerprint}
         with artefact.attempt("prune", inputs) as attempt:
             write_frame(attempt, DECISIONS, decisions)
