@@ -28,6 +28,7 @@ class Batch:
     window: int
     losses: Float[Tensor, " batch"] | None = None
     numbers: Float[Tensor, "batch p"] | None = None
+    errors: Float[Tensor, " batch"] | None = None
 
 
 @dataclass
@@ -120,9 +121,11 @@ class Recorder:
             weights = torch.full((len(samples),), 1.0 / len(samples), dtype=torch.float64)
         batch = Batch(samples, weights, window)
         reducer = Reducer(self.basis, len(samples), first.dtype, first.device)
-        with tap(self._bindings, reducer):
+        with tap(self._bindings, reducer, reducer.watch):
             yield batch
         batch.numbers = reducer.numbers
+        if reducer.errors is not None:
+            batch.errors = reducer.errors / weights.to(reducer.errors)
         self._pending.append(batch)
         self._stride = stride
 
@@ -158,6 +161,7 @@ class Recorder:
             steps=numbered.repeat_interleave(torch.tensor(lengths, dtype=torch.int64)),
             weights=torch.cat([none, *(b.weights.cpu().double() for b in batches)]),
             losses=torch.cat([none, *(b.losses.cpu().double() for b in batches if b.losses is not None)]),
+            errors=torch.cat([none, *(b.errors.cpu().double() for b in batches if b.errors is not None)]),
             windows=torch.cat([ids, *(torch.full((len(b.samples),), b.window) for b in batches)]),
             first_step=first,
             strides=torch.tensor(steps.strides, dtype=torch.float64),
@@ -192,8 +196,9 @@ class Recorder:
             self._scale_before = applied_scale(total, received, self.basis, self._tolerance, step)
         scale = self._scale_before
         for batch in self._pending:
-            if batch.losses is None:
-                batch.losses = torch.full((len(batch.samples),), float("nan"))
+            unknown = torch.full((len(batch.samples),), float("nan"))
+            batch.losses = unknown if batch.losses is None else batch.losses
+            batch.errors = unknown if batch.errors is None else batch.errors
             if scale != 1.0 and batch.numbers is not None:
                 batch.numbers, batch.weights = batch.numbers * scale, batch.weights * scale
         steps = self._steps

@@ -19,13 +19,14 @@ Sink = Callable[[Binding, Capture], None]
 
 
 @contextmanager
-def tap(bindings: Bindings, sink: Sink) -> Iterator[None]:
-    """Within the block, every backward pass through a bound layer calls `sink` with what the layer contributed.
+def tap(bindings: Bindings, sink: Sink, watch: Callable[[Tensor], None] | None = None) -> Iterator[None]:
+    """Within the block, every backward pass through a bound layer calls `sink` with what the layer contributed, and
+    before it `watch` with the gradient with respect to the layer's output, the last layer's first.
 
     A layer that is called several times in a forward pass gives several captures. Outside the block the model has no
     hooks, so that a step that isn't recorded costs nothing.
     """
-    handles = [b.module.register_forward_hook(_listener(b, sink), with_kwargs=True) for b in bindings.bindings]
+    handles = [b.module.register_forward_hook(_listener(b, sink, watch), with_kwargs=True) for b in bindings.bindings]
     try:
         yield
     finally:
@@ -33,13 +34,15 @@ def tap(bindings: Bindings, sink: Sink) -> Iterator[None]:
             handle.remove()
 
 
-def _listener(binding: Binding, sink: Sink) -> Callable[..., None]:
+def _listener(binding: Binding, sink: Sink, watch: Callable[[Tensor], None] | None) -> Callable[..., None]:
     def forward_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         inputs = args or tuple(kwargs.values())
         if output.requires_grad:
 
             def backward_hook(gradient: Tensor) -> None:
                 with torch.no_grad():
+                    if watch is not None:
+                        watch(gradient)
                     sink(binding, binding.family.capture(module, inputs, gradient))
 
             output.register_hook(backward_hook)
@@ -52,11 +55,13 @@ class Reducer:
 
     Attributes:
         numbers: `batch p`, the contributions of the batch so far.
+        errors: norm of each sample's gradient with respect to the output of the layer that the backward pass met first.
     """
 
     def __init__(self, basis: Basis, batch: int, dtype: torch.dtype, device: torch.device) -> None:
         self._basis = basis
         self.numbers: Float[Tensor, "batch p"] = torch.zeros(batch, basis.size, dtype=dtype, device=device)
+        self.errors: Float[Tensor, " batch"] | None = None
 
     def __call__(self, binding: Binding, capture: Capture) -> None:
         if capture.batch != len(self.numbers):
@@ -66,6 +71,11 @@ class Reducer:
             )
         span = self._basis.spans[binding.block_index]
         self.numbers[:, span] += self._basis.reduce(binding, capture)
+
+    def watch(self, gradient: Tensor) -> None:
+        """Keeps the first gradient's norms: over a sample's positions and features."""
+        if self.errors is None:
+            self.errors = gradient.to(self.numbers.dtype).reshape(len(gradient), -1).norm(dim=1)
 
 
 def contributions(

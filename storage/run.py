@@ -2,8 +2,8 @@
 
 <root>/<run>/plan, basis
 <root>/<run>/stages/00/samples, start, ledger/seg-00000, trained, local/seg-00000, embeddings, index, targets, scores,
-replay/<target>/seg-00000, removals/<step>-<sample>, audit/<removals>, trial/<name>, decided/<name>, rewritten/<name>/00000,
-prune/<name>
+replay/<target>/seg-00000, gradients/00000, removals/<step>-<sample>, audit/<removals>, trial/<name>, decided/<name>,
+rewritten/<name>/00000, prune/<name>
 """
 
 from __future__ import annotations
@@ -43,6 +43,10 @@ class StageFolder:
     def replay(self, target: str, number: int) -> Artefact:
         """A segment's scores by replay for a target, and the adjoint at its start."""
         return self._artefact(f"replay/{target}/seg-{number:05d}")
+
+    def gradients(self, number: int) -> Artefact:
+        """The targets' gradients at the start of a segment, or with the number of segments at the stage's end."""
+        return self._artefact(f"gradients/{number:05d}")
 
     def removal(self, step: int, sample: int) -> Artefact:
         """What leaving a sample out of a step did, for an audit."""

@@ -19,7 +19,7 @@ from tasks.plot import scatter
 from tasks.removals import drawn, settings, truths
 from tasks.replay import replay, replay_scores
 from tasks.run import Run
-from tasks.targets import scoring_rows, target_gradients
+from tasks.targets import scoring_gradients
 from tasks.train import check_repeatable
 
 FRAME = "audit.parquet"
@@ -107,7 +107,7 @@ def wanted(plan: Plan, stage: int) -> bool:
 def _embedded(run: Run, stage: int, uses: pl.DataFrame) -> list[float]:
     """The embeddings' scores of some uses, for the target's mean loss at the stage's end."""
     folder = run.folder.stage(stage)
-    gradient = target_gradients(folder.targets, run.plan.target)[scoring_rows(run.plan)].mean(0, keepdim=True)
+    gradient = scoring_gradients(run, stage, run.plan.target).mean(0, keepdim=True)
     whole = torch.cat(query_at_end(gradient, spans_of(run), stage_transition(folder.embeddings)), 1)
     query = in_embeddings(run, stage, whole)[0]
     products = torch.cat([part.double() @ query.double() for part in stage_embeddings(folder.embeddings)])

@@ -104,7 +104,7 @@ def _stage(plan: Plan, number: int, samples: int, width: int, slots: int, parame
         samples=samples,
         steps=order.steps,
         records=inside * batch,
-        ledger_bytes=recorded * batch * (width * itemsize + 48),
+        ledger_bytes=recorded * batch * (width * itemsize + 56),
         embedding_bytes=embeddings,
         index_bytes=inside * batch * kept * {"flat": 4, "fp16": 2, "sq8": 1}[plan.index],
         checkpoint_bytes=-(-order.steps // plan.segment_steps) * parameters * state * itemsize,

@@ -20,7 +20,7 @@ from tasks.plan import Policy
 from tasks.progress import track
 from tasks.run import Run
 from tasks.samples import stage_samples
-from tasks.score import stage_scores
+from tasks.tracin import policy_scores
 from tasks.trust import apply, verdict
 
 DECISIONS = "decisions.parquet"
@@ -56,7 +56,8 @@ def decide_stage(run_url: str, stage: int, policy: dict[str, Any] | None = None)
         artefact.remove()
     if not artefact.committed:
         gates = verdict(run, stage, name)
-        decisions = apply(run, stage, decide(run.plan, stage, chosen, stage_scores(run, stage), samples), gates)
+        ruled = decide(run.plan, stage, chosen, policy_scores(run, stage, chosen), samples)
+        decisions = apply(run, stage, ruled, gates)
         with artefact.attempt("decisions", inputs) as attempt:
             write_frame(attempt, DECISIONS, decisions)
             dropped = decisions.filter(~pl.col("keep")).select("key", "reason").iter_rows()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import polars as pl
-import torch
 from torch import Tensor
 
 from storage.shards import Samples
@@ -64,7 +63,7 @@ class _Trainer:
         self.run, self.stage = run, stage
         self.loop = Loop(run, stage, stage_samples(run, stage))
         self.target: Samples = target_samples(run, run.plan.target)
-        self.rows: Tensor = torch.arange(len(self.target))[scoring_rows(run.plan)]
+        self.rows: Tensor = scoring_rows(run.plan, run.plan.target, len(self.target))
 
     def loss(self) -> float:
         """The target's."""

@@ -131,7 +131,7 @@ def _adjoint_after(run: Run, loop: Loop, stage: int, number: int, target: str) -
 def _gradient(run: Run, loop: Loop, target: str) -> dict[str, Tensor]:
     """The gradient of a target's mean loss."""
     samples = target_samples(run, target)
-    scoring = torch.arange(len(samples))[scoring_rows(run.plan)]
+    scoring = scoring_rows(run.plan, target, len(samples))
     named = {name: p for name, p in loop.model.named_parameters() if p.requires_grad}
     total = [torch.zeros_like(p) for p in named.values()]
     with evaluating(loop.model):

@@ -148,9 +148,10 @@ def test_the_half_that_scores_does_not_judge(folder: Path) -> None:
     from tasks.targets import judging_rows, scoring_rows
 
     plan = small_plan(folder, trust={"trial": {}})
-    rows = list(range(24))
-    assert sorted(rows[scoring_rows(plan)] + rows[judging_rows(plan)]) == rows
-    assert rows[scoring_rows(small_plan(folder))] == rows
+    score, judge = (rows(plan, "clean", 24).tolist() for rows in (scoring_rows, judging_rows))
+    assert sorted(score + judge) == list(range(24))
+    assert len(judge) == 12
+    assert scoring_rows(small_plan(folder), "clean", 24).tolist() == list(range(24))
 
 
 def test_min_fidelity_of_scores_that_are_no_effects_is_refused(folder: Path) -> None:
