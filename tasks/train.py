@@ -12,6 +12,7 @@ from torch import Tensor
 from secateur.recorder import Recorder
 from storage.ledger import read_checkpoint, write_checkpoint, write_ledger
 from storage.manifest import Artefact
+from tasks.artifacts import Live
 from tasks.behaviour import task
 from tasks.curvature import record_curvature
 from tasks.errors import PlanError
@@ -55,6 +56,7 @@ def train(run_url: str, stage: int) -> Trained:
         loop = Loop(run, stage, samples)
         _begin(run, loop, stage, done)
         recorder = loop.recorder()
+        live = Live(run, f"stage-{stage}-training", order.steps)
         for number, steps in list(enumerate(bounds))[done:]:
             recorder.start_at(steps.start)
             label = f"stage {stage}, segment {number + 1} of {len(bounds)}"
@@ -62,6 +64,7 @@ def train(run_url: str, stage: int) -> Trained:
                 recording = recording_of(recorder, order, step)
                 record_curvature(recorder, loop, range(step, steps.stop), (step - steps.start), recording is not None)
                 loop.step(step, recording)
+                live.reach(step + 1)
             with folder.segment(number).attempt("segment", {"basis": run.folder.basis.fingerprint}) as attempt:
                 segment = recorder.take()
                 write_ledger(attempt, segment.tensors(), segment.first_step)
