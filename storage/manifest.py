@@ -62,6 +62,11 @@ class Attempt:
             yield hashed  # type: ignore[misc]  # the writing part of a file is all that is used
         self.files[name] = {"size": hashed.size, "sha256": hashed.digest.hexdigest()}
 
+    def take(self, name: str, source: Artefact) -> None:
+        """A file of another artefact of the same disk or store, as that one promises it; not read on the way."""
+        self.files[name] = source.manifest.files[name]
+        self.root.take(name, source.root.child(source.manifest.attempt))
+
     def write(self, name: str, data: bytes) -> None:
         """A whole file of the artefact."""
         with self.open(name) as file:

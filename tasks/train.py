@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +52,7 @@ def train(run_url: str, stage: int) -> Trained:
         recorder = loop.recorder()
         for number, steps in list(enumerate(bounds))[done:]:
             recorder.start_at(steps.start)
+            began = time.monotonic()
             label = f"stage {stage}, segment {number + 1} of {len(bounds)}"
             for step in track(steps, label, len(steps)):
                 recording = recording_of(recorder, order, step)
@@ -60,7 +62,13 @@ def train(run_url: str, stage: int) -> Trained:
                 segment = recorder.take()
                 write_ledger(attempt, segment.tensors(), segment.first_step)
                 write_checkpoint(attempt, loop.tensors())
-                attempt.facts.update(stage=stage, first_step=steps.start, next_step=steps.stop, seed=run.plan.seed)
+                attempt.facts.update(
+                    stage=stage,
+                    first_step=steps.start,
+                    next_step=steps.stop,
+                    seed=run.plan.seed,
+                    seconds=time.monotonic() - began,
+                )
     return Trained(stage=stage, samples=len(samples), steps=order.steps, segments=len(bounds))
 
 
