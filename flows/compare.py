@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Any
 
@@ -12,11 +11,11 @@ from flows.prune import appraise, cut
 from tasks.comparison.arms import Arm, check_arms
 from tasks.comparison.figures import note_figures
 from tasks.comparison.report import Comparison, report
-from tasks.comparison.runs import comparable, first_pruned, judges, seed_plan, start_arm
+from tasks.comparison.runs import comparable, judges, seed_plan, share, start_arm
 from tasks.errors import PlanError
 from tasks.fit import fit_basis
 from tasks.plan import Plan
-from tasks.reading import read_plan
+from tasks.progress import say
 from tasks.run import Run
 from tasks.samples import list_samples
 from tasks.targets import differentiate_targets
@@ -45,45 +44,35 @@ def compare(
     telling = judges(spec, judge)
     chosen = [plan.seed + number for number in range(seeds)]
     urls: list[str] = []
-    for seed in chosen:
-        for name, arm in every.items():
-            print(
-                f"compare {plan.run}: seed {seed}, arm {name} ({len(urls) + 1} of {len(every) * seeds})",
-                file=sys.stderr,
-            )
-            urls.append(_run_arm(seed_plan(spec, seed), name, arm, telling))
-    shared = first_pruned(plan)
-    assert shared is not None
-    return report(plan.root, plan.run, chosen, telling[0], shared, urls)
+    with alone(Run.of(plan)), crew(plan.workers) as workers:
+        for seed in chosen:
+            for name, arm in every.items():
+                say(f"compare {plan.run}: seed {seed}, arm {name} ({len(urls) + 1} of {len(every) * seeds})")
+                urls.append(_run_arm(workers, seed_plan(spec, seed), name, arm, telling))
+    return report(plan, chosen, telling[0], urls)
 
 
-@flow(name="compare file")
-def compare_file(
-    path: str, seeds: int = 5, arms: dict[str, dict[str, Any]] | None = None, judge: str | None = None
-) -> Comparison:
-    """Compares the plan in a YAML file: what a schedule names."""
-    return compare(read_plan(path), seeds, arms, judge)
-
-
-def _run_arm(plan: Plan, name: str, arm: Arm, telling: list[str]) -> str:
+def _run_arm(workers: Crew, plan: Plan, name: str, arm: Arm, telling: list[str]) -> str:
     """Runs one arm of one seed to its end; a stage is scored only where it is pruned."""
-    run = Run.of(plan.model_copy(update={"run": name}))
-    interrupted = run.folder.plan.committed and not run.folder.figures.committed
-    url = start_arm(plan, name, arm)
-    if run.folder.figures.committed:
-        return url
+    folder = Run.of(plan.model_copy(update={"run": name})).folder
+    interrupted = folder.plan.committed
+    run = start_arm(plan, name, arm)
+    if folder.figures.committed:
+        return run.url
+    if name != PLAN:
+        workers.call(share, run.url, Run.of(plan.model_copy(update={"run": PLAN})).url)
     seconds: dict[int, float] = {}
-    for stage, spec in enumerate(Run.open(url).plan.stages):
-        list_samples(url, stage)
+    for stage, spec in enumerate(run.plan.stages):
+        workers.call(list_samples, run.url, stage)
         if stage == 0:
-            fit_basis(url)
-        train(url, stage)
+            workers.call(fit_basis, run.url)
+        workers.call(train, run.url, stage)
         if spec.prune is None:
-            differentiate_targets(url, stage)
+            workers.call(differentiate_targets, run.url, stage)
             continue
         began = time.monotonic()
-        appraise(url, stage)
-        cut(url, stage)
+        appraise(workers, run.url, stage)
+        cut(workers, run.url, stage)
         seconds[stage] = time.monotonic() - began
-    note_figures(url, plan.seed, telling, None if interrupted else seconds)
-    return url
+    workers.call(note_figures, run.url, plan.seed, telling, None if interrupted else seconds)
+    return run.url

@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.table import Table
 
 from tasks.audit import Audited
-from tasks.comparison.figures import Interval
 from tasks.comparison.report import Comparison
 from tasks.estimate import Estimate
 from tasks.prune import Pruned
@@ -79,22 +78,16 @@ def comparison(found: Comparison) -> None:
     for figure, before in found.before.items():
         title = f"{figure} on {found.judge}: mean over seeds (95% interval)"
         table = Table("arm", "at the end", "less unpruned", "less random", title=title)
-        table.add_row("before pruning", _spread(before), "", "")
+        table.add_row("before pruning", before.text(), "", "")
         for arm in found.arms:
             gaps = (arm.differences[figure].get(other) for other in ("unpruned", "random"))
-            table.add_row(arm.arm, _spread(arm.figures[figure]), *(_spread(gap, "+") if gap else "" for gap in gaps))
+            table.add_row(arm.arm, arm.figures[figure].text(), *(gap.text(signed=True) if gap else "" for gap in gaps))
         show(table)
     print(found.verdict)
     for sentence in found.notes:
         print(f"note: {sentence}")
     for file in found.files:
         print(file)
-
-
-def _spread(found: Interval, sign: str = "") -> str:
-    """A mean and its interval, where there is one."""
-    mean = f"{found.mean:{sign}.4f}"
-    return mean if found.low is None else f"{mean} ({found.low:{sign}.4f} to {found.high:{sign}.4f})"
 
 
 def estimate(found: Estimate) -> None:

@@ -14,8 +14,7 @@ def copy_artefact(source: Artefact, target: Artefact) -> None:
     if target.committed:
         return
     with target.attempt(source.manifest.kind, source.manifest.inputs) as attempt:
-        for name in source.names():
-            attempt.take(name, source)
+        attempt.adopt(source)
         attempt.facts.update(source.manifest.facts)
 
 

@@ -7,13 +7,14 @@ from pydantic import BaseModel
 from secateur.bindings import Bindings
 from secateur.fitting import shares
 from storage.shards import expand, index_shards
-from tasks.audit import expected_cost, wanted
+from tasks.audit import wanted
 from tasks.optimizer import linearised
 from tasks.order import Order
 from tasks.plan import Coordinates, Plan
+from tasks.removals import expected_cost
 from tasks.run import Run
 from tasks.samples import skipping, stage_samples, target_samples
-from tasks.train import end_checkpoint
+from tasks.train import check_repeatable
 
 
 class StageEstimate(BaseModel):
@@ -86,7 +87,7 @@ def estimate(plan: Plan) -> Estimate:
 def audit_cost(run_url: str, stage: int, removals: int | None = None) -> float:
     """What an audit of a trained stage will cost, in trainings of the stage."""
     run = Run.open(run_url)
-    end_checkpoint(run, stage)
+    check_repeatable(run, stage)
     return expected_cost(run.plan, Order(run.plan, stage, len(stage_samples(run, stage))), removals)
 
 

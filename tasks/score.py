@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import numpy as np
 import polars as pl
 import torch
-from prefect import task
 from torch import Tensor
 
 from secateur.baselines import gradient_norms
@@ -16,6 +15,7 @@ from secateur.recursion import short_horizon
 from secateur.segment import Segment
 from storage.frames import read_frame, write_frame
 from storage.index import build_index, search_index
+from tasks.behaviour import task
 from tasks.embed import dynamics_of, in_embeddings, segment_of, spans_of, stage_embeddings, stage_transition
 from tasks.progress import track
 from tasks.replay import replay_scores
@@ -26,7 +26,7 @@ from tasks.targets import scoring_gradients
 SCORES = "scores.parquet"
 
 
-@task(name="score")
+@task("score", makes=lambda run, stage: run.folder.stage(stage).scores)
 def score(run_url: str, stage: int) -> int:
     """Writes `scores.parquet`: one row a recorded use of a sample, in the order of the stage's embeddings.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from prefect import task
 from torch import Tensor
 
 from secateur.tap import contributions
@@ -13,6 +12,7 @@ from storage.ledger import read_checkpoint
 from storage.manifest import Artefact
 from storage.shards import Samples
 from storage.tensors import read_tensors, write_tensors
+from tasks.behaviour import task
 from tasks.errors import PlanError
 from tasks.loop import Loop, collate, evaluating
 from tasks.order import seed_for
@@ -25,7 +25,7 @@ from tasks.train import end_checkpoint
 EVALUATION_BATCH = 256
 
 
-@task(name="differentiate targets")
+@task("differentiate targets", makes=lambda run, stage: run.folder.stage(stage).targets, draws=True)
 def differentiate_targets(run_url: str, stage: int) -> dict[str, dict[str, float]]:
     """Stores each target sample's loss gradient in the run's basis, at the stage's end.
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from prefect import task
 from pydantic import TypeAdapter
 
 from storage.ledger import read_checkpoint
 from storage.shards import Samples
 from tasks.audit import audited
+from tasks.behaviour import task
 from tasks.decide import decide
 from tasks.errors import PlanError
 from tasks.loop import Loop
@@ -24,7 +24,7 @@ from tasks.tracin import policy_scores
 from tasks.train import end_checkpoint
 
 
-@task(name="try what is kept")
+@task("try what is kept", makes=lambda run, stage, name, policy: run.folder.stage(stage).trial(name), draws=True)
 def try_kept(run_url: str, stage: int, name: str, policy: dict[str, Any]) -> dict[str, Any]:
     """Trains a few steps on what a policy keeps and on as many samples at random, from the stage's end.
 

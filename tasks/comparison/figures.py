@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import polars as pl
-from prefect import task
 from pydantic import BaseModel
 from scipy import stats
 
 from storage.frames import read_frame, write_frame
+from tasks.behaviour import task
 from tasks.run import Run
 from tasks.samples import stage_samples
 
@@ -35,8 +35,21 @@ class Interval(BaseModel):
         reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(array) - 1) * stats.sem(array))
         return Interval(mean=mean, low=mean - reach, high=mean + reach)
 
+    @property
+    def sign(self) -> int:
+        """1 or -1 where the whole interval lies on that side of 0, else 0."""
+        if self.low is None or self.high is None:
+            return 0
+        return 1 if self.low > 0 else -1 if self.high < 0 else 0
 
-@task(name="note figures")
+    def text(self, signed: bool = False) -> str:
+        """The mean and its interval, where there is one."""
+        sign = "+" if signed else ""
+        mean = f"{self.mean:{sign}.4f}"
+        return mean if self.low is None else f"{mean} ({self.low:{sign}.4f} to {self.high:{sign}.4f})"
+
+
+@task("note figures", makes=lambda run, *_: run.folder.figures)
 def note_figures(run_url: str, seed: int, judges: list[str], seconds: dict[int, float] | None) -> None:
     """Stores what an arm's finished run came to, one row a stage, target and figure.
 

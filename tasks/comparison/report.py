@@ -6,7 +6,6 @@ import hashlib
 import json
 
 import polars as pl
-from prefect import task
 from pydantic import BaseModel
 
 from storage.frames import write_frame
@@ -14,6 +13,8 @@ from storage.run import ComparisonFolder
 from tasks.comparison.arms import PLAN, RANDOM, UNPRUNED
 from tasks.comparison.figures import FIGURES, Interval, read_figures, summarise
 from tasks.comparison.picture import picture
+from tasks.comparison.runs import first_pruned
+from tasks.plan import Plan
 from tasks.run import Run
 
 SUMMARY = "summary.parquet"
@@ -58,16 +59,13 @@ class Comparison(BaseModel):
     files: list[str]
 
 
-@task(name="report comparison")
-def report(root: str, name: str, seeds: list[int], judge: str, shared: int, urls: list[str]) -> Comparison:
+def report(plan: Plan, seeds: list[int], judge: str, urls: list[str]) -> Comparison:
     """Writes the report of finished arms, under a name that they determine.
 
     Args:
-        root, name: of the plan.
-        shared: the last stage that the arms have in common.
         urls: the arms' runs.
     """
-    folder = ComparisonFolder(root, name)
+    folder = ComparisonFolder(plan.root, plan.run)
     prints = [Run.open(url).folder.figures.fingerprint for url in urls]
     digest = hashlib.sha256(json.dumps([judge, prints]).encode()).hexdigest()[:8]
     artefact = folder.report(f"{len(seeds)}-seeds-{digest}")
@@ -77,12 +75,12 @@ def report(root: str, name: str, seeds: list[int], judge: str, shared: int, urls
         with artefact.attempt("comparison", {}) as attempt:
             write_frame(attempt, FIGURES, frame)
             write_frame(attempt, SUMMARY, summary)
-            attempt.write(PICTURE, picture(frame, summary, judge, name))
+            attempt.write(PICTURE, picture(frame, summary, judge, plan.run))
             attempt.facts.update(seeds=seeds, judge=judge)
-    first = frame.filter(pl.col("stage") == shared, pl.col("arm") == PLAN, pl.col("target") == judge)
+    first = frame.filter(pl.col("stage") == first_pruned(plan), pl.col("arm") == PLAN, pl.col("target") == judge)
     arms = [_result(frame, summary, arm, judge) for arm in frame["arm"].unique(maintain_order=True)]
     return Comparison(
-        run=name,
+        run=plan.run,
         url=folder.root.url,
         seeds=seeds,
         judge=judge,
@@ -125,19 +123,10 @@ def verdict(judge: str, plan: ArmResult) -> str:
     """What the plan's loss against both controls says."""
     found = plan.differences["loss"]
     names = {UNPRUNED: "without pruning", RANDOM: "with as many samples at random"}
-    parts, signs = [], []
-    for other, what in names.items():
-        gap = found[other]
-        word = "lower" if gap.mean < 0 else "higher"
-        if gap.low is None or gap.high is None:
-            parts.append(f"{abs(gap.mean):.4f} {word} than {what}")
-            continue
-        signs.append(-1 if gap.high < 0 else 1 if gap.low > 0 else 0)
-        ends = sorted((abs(gap.low), abs(gap.high))) if signs[-1] else (gap.low, gap.high)
-        parts.append(f"{abs(gap.mean):.4f} {word} than {what} (95%: {ends[0]:.4f} to {ends[1]:.4f})")
-    told = f"the plan's loss on {judge} is {' and '.join(parts)}"
-    if len(signs) < len(names):
-        return f"{told}; one seed gives no interval, ask for more"
+    told = f"loss on {judge}, the plan's less that {', less that '.join(f'{w} {found[o].text(True)}' for o, w in names.items())}"
+    if any(found[other].low is None for other in names):
+        return f"{told}: one seed gives no interval, ask for more"
+    signs = [found[other].sign for other in names]
     if signs == [-1, -1]:
         return f"{told}: pruning pays"
     if signs[0] > 0:

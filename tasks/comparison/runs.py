@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import polars as pl
-from prefect import task
 
 from storage.copies import copy_artefact, copy_artefacts
 from storage.frames import read_frame
 from storage.run import ComparisonFolder
 from storage.shards import expand, index_shards
+from tasks.behaviour import task
 from tasks.comparison.arms import ALWAYS, PLAN, Arm, arm_plan
 from tasks.errors import PlanError
 from tasks.plan import Plan
@@ -16,7 +16,7 @@ from tasks.prune import DECISIONS, OWN
 from tasks.run import Run
 from tasks.samples import skipping
 
-NOT_SHARED = ("prune", "trial", "audit", "removals")
+NOT_SHARED = ("decided", "rewritten", "prune", "trial", "audit", "removals")
 
 
 def comparable(plan: Plan, judge: str | None = None) -> Plan:
@@ -65,29 +65,24 @@ def seed_plan(plan: Plan, seed: int) -> Plan:
     return plan.model_copy(update={"root": folder.url, "seed": seed})
 
 
-@task(name="start arm")
-def start_arm(plan: Plan, name: str, arm: Arm) -> str:
-    """Makes an arm's run, with all that it shares with the plan's own: everything up to the first pruning.
+def start_arm(plan: Plan, name: str, arm: Arm) -> Run:
+    """Makes an arm's run, or joins it; but for the plan's own, it is made after that one.
 
     Args:
         plan: the comparison's, for one seed.
-
-    Returns:
-        Path or URL of the run.
 
     Raises:
         PlanError: the arm's settings do not go together, or its folder holds another run.
     """
     own = Run.of(arm_plan(plan, PLAN, ALWAYS[PLAN], {}))
     shares = {} if name == PLAN else {n: _share(own, n) for n, stage in enumerate(plan.stages) if stage.prune}
-    run = Run.start(arm_plan(plan, name, arm, shares))
-    if name != PLAN:
-        _take_over(own, run)
-    return run.url
+    return Run.start(arm_plan(plan, name, arm, shares))
 
 
-def _take_over(own: Run, run: Run) -> None:
-    """Copies the artefacts that two runs have in common."""
+@task("share")
+def share(run_url: str, own_url: str) -> None:
+    """Copies into an arm's run what it has in common with the plan's own, byte for byte: all up to the first pruning."""
+    run, own = Run.open(run_url), Run.open(own_url)
     deciding = first_pruned(own.plan)
     assert deciding is not None
     copy_artefact(own.folder.basis, run.folder.basis)

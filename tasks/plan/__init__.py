@@ -26,6 +26,7 @@ from tasks.plan.stages import (
     TracIn,
     Window,
 )
+from tasks.plan.workers import Workers
 
 __all__ = [
     "POLICIES",
@@ -67,6 +68,7 @@ __all__ = [
     "Trial",
     "Trust",
     "Window",
+    "Workers",
 ]
 
 
@@ -106,6 +108,9 @@ class Plan(Strict):
         "which run the same stage at once either replaces what the other committed",
     )
     index: Literal["flat", "fp16", "sq8"] = "flat"
+    workers: Workers = Field(
+        Workers(), description="who does it; a run may be started with some workers and resumed with others"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Plan:

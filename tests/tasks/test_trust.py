@@ -9,12 +9,13 @@ import polars as pl
 import pytest
 from scipy.stats import spearmanr
 
-from tasks.audit import audit, audit_frame, audited, expected_cost
+from tasks.audit import audit, audit_frame, audited
 from tasks.errors import PlanError
 from tasks.estimate import estimate
 from tasks.loop import Loop
 from tasks.order import Order
 from tasks.prune import OWN, stage_decisions
+from tasks.removals import expected_cost
 from tasks.run import Run
 from tasks.samples import stage_samples
 from tests.tasks.small import curate, make_data, small_plan
