@@ -7,8 +7,10 @@ from typing import Any
 
 from prefect import flow
 
-from flows.prune import appraise, cut
-from tasks.comparison.arms import Arm, check_arms
+from flows.alone import alone
+from flows.stage import appraise, cut
+from flows.workers import Crew, crew
+from tasks.comparison.arms import PLAN, Arm, check_arms
 from tasks.comparison.figures import note_figures
 from tasks.comparison.report import Comparison, report
 from tasks.comparison.runs import comparable, judges, seed_plan, share, start_arm

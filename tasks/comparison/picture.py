@@ -12,11 +12,15 @@ from matplotlib.figure import Figure
 from tasks.comparison.arms import PLAN, UNPRUNED
 
 
-def picture(frame: pl.DataFrame, summary: pl.DataFrame, judge: str, title: str) -> bytes:
-    """A row a figure of the judging target: each seed's values arm by arm, and the differences from not pruning."""
+def picture(frame: pl.DataFrame, summary: pl.DataFrame, judge: str, title: str, before: pl.DataFrame) -> bytes:
+    """A row a figure of the judging target: each seed's values arm by arm, and the differences from not pruning.
+
+    Args:
+        before: the figures at the end of the stages that the arms share, drawn as a line.
+    """
     last = frame.filter(pl.col("stage") == pl.col("stage").max(), pl.col("target") == judge).sort("seed")
     own = summary.filter(pl.col("target") == judge)
-    names = own["figure"].unique(maintain_order=True).to_list()
+    names = sorted(own["figure"].unique(), key=lambda name: (name != "loss", name))
     arms = own["arm"].unique(maintain_order=True).to_list()
     figure = Figure(figsize=(4 + 1.5 * len(arms), 0.5 + 2.8 * len(names)), layout="constrained")
     FigureCanvasAgg(figure)
@@ -26,7 +30,10 @@ def picture(frame: pl.DataFrame, summary: pl.DataFrame, judge: str, title: str) 
         left, right = (figure.add_subplot(len(names), 2, 2 * number + place) for place in (1, 2))
         rows = own.filter(pl.col("figure") == name)
         values = last.filter(pl.col("figure") == name)
+        start = float(before.filter(pl.col("figure") == name)["value"].mean())
+        left.axhline(start, color="0.6", linewidth=0.8, linestyle="--", label="before pruning (mean)")
         _values(left, values, rows, arms)
+        left.legend(fontsize=7)
         left.set_ylabel(f"{name} at the last stage's end", fontsize=8)
         _differences(right, values, rows, [arm for arm in arms if arm != UNPRUNED])
         right.set_ylabel(f"{name}: difference from {UNPRUNED}", fontsize=8)

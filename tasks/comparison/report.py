@@ -45,7 +45,7 @@ class Comparison(BaseModel):
     """Whether pruning pays.
 
     Attributes:
-        before: the judge's figures at the end of the stages that the arms share.
+        before: the judge's figures at the end of the stages that the arms share, the loss first.
     """
 
     run: str
@@ -71,23 +71,21 @@ def report(plan: Plan, seeds: list[int], judge: str, urls: list[str]) -> Compari
     artefact = folder.report(f"{len(seeds)}-seeds-{digest}")
     frame = read_figures(urls)
     summary = summarise(frame, (UNPRUNED, RANDOM))
+    first = frame.filter(pl.col("stage") == first_pruned(plan), pl.col("arm") == PLAN, pl.col("target") == judge)
     if not artefact.committed:
         with artefact.attempt("comparison", {}) as attempt:
             write_frame(attempt, FIGURES, frame)
             write_frame(attempt, SUMMARY, summary)
-            attempt.write(PICTURE, picture(frame, summary, judge, plan.run))
+            attempt.write(PICTURE, picture(frame, summary, judge, plan.run, first))
             attempt.facts.update(seeds=seeds, judge=judge)
-    first = frame.filter(pl.col("stage") == first_pruned(plan), pl.col("arm") == PLAN, pl.col("target") == judge)
     arms = [_result(frame, summary, arm, judge) for arm in frame["arm"].unique(maintain_order=True)]
+    figures = sorted(first["figure"].unique(), key=lambda name: (name != "loss", name))
     return Comparison(
         run=plan.run,
         url=folder.root.url,
         seeds=seeds,
         judge=judge,
-        before={
-            str(key[0]): Interval.of(own["value"].to_list())
-            for key, own in first.group_by("figure", maintain_order=True)
-        },
+        before={name: Interval.of(first.filter(pl.col("figure") == name)["value"].to_list()) for name in figures},
         arms=arms,
         verdict=verdict(judge, arms[0]),
         notes=_notes(arms, len(seeds)),
@@ -123,7 +121,8 @@ def verdict(judge: str, plan: ArmResult) -> str:
     """What the plan's loss against both controls says."""
     found = plan.differences["loss"]
     names = {UNPRUNED: "without pruning", RANDOM: "with as many samples at random"}
-    told = f"loss on {judge}, the plan's less that {', less that '.join(f'{w} {found[o].text(True)}' for o, w in names.items())}"
+    gaps = "; less that ".join(f"{what} {found[other].text(signed=True)}" for other, what in names.items())
+    told = f"the plan's loss on {judge} less that {gaps}"
     if any(found[other].low is None for other in names):
         return f"{told}: one seed gives no interval, ask for more"
     signs = [found[other].sign for other in names]
