@@ -20,9 +20,9 @@ from tasks.plot import scatter
 from tasks.progress import track
 from tasks.replay import replay, replay_scores
 from tasks.run import Run
-from tasks.samples import stage_samples, target_samples
+from tasks.samples import scoring_rows, stage_samples, target_samples
 from tasks.score import stage_scores
-from tasks.targets import scoring_rows, target_gradients, target_loss
+from tasks.targets import target_gradients, target_loss
 from tasks.train import to_segment
 
 FRAME = "audit.parquet"

@@ -12,7 +12,7 @@ from storage.frames import read_frame, write_frame
 from storage.integrity import differing
 from storage.shards import Samples, expand, index_shards
 from tasks.errors import PlanError
-from tasks.plan import Data
+from tasks.plan import Data, Plan
 from tasks.run import Run
 
 
@@ -59,6 +59,16 @@ def target_samples(run: Run, target: str) -> Samples:
     if not len(frame):
         raise PlanError(f"target {target} has no samples in {', '.join(urls)}; give it shards that hold some")
     return Samples(urls, frame)
+
+
+def scoring_rows(plan: Plan) -> slice:
+    """Which of a target's samples score: all, or every other one where a trial needs the rest to judge."""
+    return slice(0, None, 2) if plan.trust.trial else slice(None)
+
+
+def judging_rows(plan: Plan) -> slice:
+    """Which of a target's samples judge a trial: those that do not score."""
+    return slice(1, None, 2)
 
 
 def skipping(data: Data, skipped: list[str]) -> Callable[[str], None] | None:

@@ -19,8 +19,8 @@ from tasks.embed import dynamics_of, in_embeddings, segment_of, spans_of, stage_
 from tasks.progress import track
 from tasks.replay import replay_scores
 from tasks.run import Run
-from tasks.samples import stage_samples
-from tasks.targets import scoring_rows, target_gradients
+from tasks.samples import scoring_rows, stage_samples
+from tasks.targets import target_gradients
 
 SCORES = "scores.parquet"
 

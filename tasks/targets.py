@@ -14,7 +14,6 @@ from storage.manifest import Artefact
 from storage.shards import Samples
 from storage.tensors import read_tensors, write_tensors
 from tasks.loop import Loop, collate, evaluating
-from tasks.plan import Plan
 from tasks.progress import track
 from tasks.run import Run
 from tasks.samples import stage_samples, target_samples
@@ -44,16 +43,6 @@ def differentiate_targets(run_url: str, stage: int) -> dict[str, dict[str, float
                 write_tensors(attempt, f"{name}.safetensors", {"gradients": rows}, {})
                 attempt.facts[name] = figures
     return dict(artefact.manifest.facts)
-
-
-def scoring_rows(plan: Plan) -> slice:
-    """Which of a target's samples score: all, or every other one where a trial needs the rest to judge."""
-    return slice(0, None, 2) if plan.trust.trial else slice(None)
-
-
-def judging_rows(plan: Plan) -> slice:
-    """Which of a target's samples judge a trial: those that do not score."""
-    return slice(1, None, 2)
 
 
 def target_loss(loop: Loop, samples: Samples, rows: Tensor) -> float:

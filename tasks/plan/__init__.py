@@ -10,7 +10,18 @@ from tasks.plan.base import Data, Factory, Strict, TaskSpec
 from tasks.plan.bases import Coordinates, Curvature, EmpiricalFisher, Fisher, Hessian, Kronecker, NoCurvature
 from tasks.plan.optimizers import SGD, Adam, AdamW, Optimizer, ParameterGroup, RMSprop, Schedule
 from tasks.plan.scores import Audit, Replay, Score, Trial, Trust, is_effect
-from tasks.plan.stages import Balanced, DropHarmful, LossControl, Policy, RandomControl, Stage, Threshold, Top, Window
+from tasks.plan.stages import (
+    Balanced,
+    DropHarmful,
+    LossControl,
+    Policy,
+    RandomControl,
+    Select,
+    Stage,
+    Threshold,
+    Top,
+    Window,
+)
 
 __all__ = [
     "SGD",
@@ -38,6 +49,7 @@ __all__ = [
     "Replay",
     "Schedule",
     "Score",
+    "Select",
     "Stage",
     "Strict",
     "TaskSpec",
@@ -90,6 +102,10 @@ class Plan(Strict):
     def _consistent(self) -> Plan:
         if self.score.target is not None and self.score.target not in self.targets:
             raise ValueError(f"score.target {self.score.target} is none of the targets {', '.join(self.targets)}")
+        for window in (window for stage in self.stages for window in stage.windows if window.select):
+            asked = window.select.target if window.select else None
+            if asked is not None and asked not in self.targets:
+                raise ValueError(f"a window's select.target {asked} is none of the targets {', '.join(self.targets)}")
         if isinstance(self.basis, Kronecker) and not isinstance(self.optimizer, SGD):
             raise ValueError(
                 f"a kronecker basis cannot follow {self.optimizer.kind}, which treats every parameter by its own history; "
