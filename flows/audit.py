@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prefect import flow
 
+from flows.alone import alone
 from flows.prune import appraise
 from tasks import audit as auditing
 from tasks.run import Run
@@ -17,6 +18,7 @@ def audit(run: str, stage: int, removals: int | None = None) -> auditing.Audited
         run: path or URL of the run's folder.
         removals: instead of the plan's.
     """
-    url = Run.open(run).url
-    appraise(url, stage)
-    return auditing.audit(url, stage, removals)
+    opened = Run.open(run)
+    with alone(opened):
+        appraise(opened.url, stage)
+        return auditing.audit(opened.url, stage, removals)

@@ -101,6 +101,8 @@ def prune(
     settings = {"policy": policy, "keep": keep, "at_least": at_least, "by": by}
     given = {name: value for name, value in settings.items() if value is not None}
     found = prune_flow(run, stage, _policy(given) if given else None)
+    if found is None:
+        raise PlanError(f"stage {stage} of the plan has no `prune`; name one with --policy")
     _show(found, as_json, lambda: tables.pruned(found))
 
 

@@ -1,7 +1,7 @@
 """Room `storage`: where the artefacts of a run are.
 
 <root>/<run>/plan, basis
-<root>/<run>/stages/00/samples, start, ledger/seg-00000, local/seg-00000, embeddings, index, targets, scores, replay/seg-00000,
+<root>/<run>/stages/00/samples, start, ledger/seg-00000, trained, local/seg-00000, embeddings, index, targets, scores, replay/seg-00000,
 removals/<step>-<sample>, audit/<removals>, trial/<name>, prune/<name>
 """
 
@@ -18,6 +18,7 @@ class StageFolder:
         self.root = root
         self.samples = self._artefact("samples")
         self.start = self._artefact("start")
+        self.trained = self._artefact("trained")
         self.embeddings = self._artefact("embeddings")
         self.index = self._artefact("index")
         self.targets = self._artefact("targets")

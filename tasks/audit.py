@@ -23,7 +23,7 @@ from tasks.run import Run
 from tasks.samples import scoring_rows, stage_samples, target_samples
 from tasks.score import stage_scores
 from tasks.targets import target_gradients, target_loss
-from tasks.train import to_segment
+from tasks.train import check_repeatable, to_segment
 
 FRAME = "audit.parquet"
 RESAMPLES = 2000
@@ -61,12 +61,14 @@ def audit(run_url: str, stage: int, removals: int | None = None) -> Audited:
         removals: instead of the plan's.
 
     Raises:
-        PlanError: it would cost more than the plan allows, or training does not repeat itself.
+        PlanError: it would cost more than the plan allows, another trainer trained the stage, or training does not repeat
+            itself.
     """
     run = Run.open(run_url)
     spec, folder = settings(run.plan, removals), run.folder.stage(stage)
     artefact = folder.audit(spec.removals)
     if not artefact.committed:
+        check_repeatable(run, stage)
         uses = _drawn(run, stage, spec.removals)
         cost = _cost(run.plan, Order(run.plan, stage, len(stage_samples(run, stage))), uses["step"].to_list())
         _check_budget(spec, cost, stage)

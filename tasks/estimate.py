@@ -13,7 +13,7 @@ from tasks.order import Order
 from tasks.plan import Coordinates, Plan
 from tasks.run import Run
 from tasks.samples import skipping, stage_samples, target_samples
-from tasks.train import end_checkpoint
+from tasks.train import check_repeatable
 
 
 class StageEstimate(BaseModel):
@@ -86,7 +86,7 @@ def estimate(plan: Plan) -> Estimate:
 def audit_cost(run_url: str, stage: int, removals: int | None = None) -> float:
     """What an audit of a trained stage will cost, in trainings of the stage."""
     run = Run.open(run_url)
-    end_checkpoint(run, stage)
+    check_repeatable(run, stage)
     return expected_cost(run.plan, Order(run.plan, stage, len(stage_samples(run, stage))), removals)
 
 

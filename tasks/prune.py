@@ -83,6 +83,12 @@ def name_of(run: Run, stage: int, policy: Policy) -> str:
     return "-".join(str(value).replace("/", "_").replace(":", "_") for value in settings.values())
 
 
+def unpruned_before(run: Run, stage: int) -> list[int]:
+    """Earlier stages that the plan prunes and that nobody has pruned yet."""
+    planned = [number for number in range(stage) if run.plan.stages[number].prune is not None]
+    return [number for number in planned if not run.folder.stage(number).prune(OWN).committed]
+
+
 def stage_decisions(run: Run, stage: int) -> pl.DataFrame:
     """The decisions of the plan's own policy."""
     return read_frame(run.folder.stage(stage).prune(OWN), DECISIONS)

@@ -19,7 +19,7 @@ from tasks.progress import track
 from tasks.run import Run
 from tasks.samples import scoring_rows, stage_samples, target_samples
 from tasks.targets import EVALUATION_BATCH
-from tasks.train import end_checkpoint, segment_bounds, to_segment
+from tasks.train import check_repeatable, end_checkpoint, segment_bounds, to_segment
 
 SCORES = "scores"
 FILE = "replay.safetensors"
@@ -36,11 +36,11 @@ def replay(run_url: str, stage: int) -> int:
         Number of segments.
 
     Raises:
-        PlanError: training does not repeat itself on this machine.
+        PlanError: the stage was trained by another trainer, or training does not repeat itself on this machine.
     """
     run = Run.open(run_url)
     folder = run.folder.stage(stage)
-    end_checkpoint(run, stage)
+    check_repeatable(run, stage)
     loop = Loop(run, stage, stage_samples(run, stage))
     bounds = segment_bounds(loop.order)
     targets = list(run.plan.targets)

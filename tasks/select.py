@@ -140,6 +140,12 @@ def choices(folder: StageFolder) -> dict[int, Int[Tensor, " batch"]]:
     return found
 
 
+def selected(folder: StageFolder) -> dict[str, int]:
+    """How many candidates online selection had in a stage's committed segments, and how many it chose."""
+    facts = [segment.manifest.facts.get(FACTS, {}) for segment in folder.segments()]
+    return {name: sum(found.get(name, 0) for found in facts) for name in ("candidates", "chosen")}
+
+
 def _frame(step: int, window: int, rows: Int[Tensor, " n"], choice: Choice, method: str) -> pl.DataFrame:
     """One row a candidate: `step`, `window`, `sample`, `score`, `gain`, `chosen`, `rank` of a chosen one, `reason`."""
     rank = np.zeros(len(rows), np.uint32)

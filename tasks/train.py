@@ -20,16 +20,22 @@ from tasks.order import Order
 from tasks.progress import track
 from tasks.run import Run
 from tasks.samples import stage_samples
-from tasks.select import Selector, choices
+from tasks.select import Selector, choices, selected
+
+SECATEUR = "secateur"
 
 
 class Trained(BaseModel):
-    """What training a stage came to."""
+    """What training a stage came to; `by` says whose loop it was: `secateur`, or another that recorded into the run.
+    `candidates` and `chosen` count what online selection looked at and took."""
 
     stage: int
     samples: int
     steps: int
     segments: int
+    by: str
+    candidates: int = 0
+    chosen: int = 0
 
 
 @task(name="train")
@@ -37,14 +43,17 @@ def train(run_url: str, stage: int) -> Trained:
     """Trains a stage from the end of the one before, recording contributions; carries on at the last whole segment.
 
     Raises:
-        PlanError: the stage before is unfinished, a window lies outside the stage, a sample cannot be decoded, or a
-            loss is not finite.
+        PlanError: the stage before is unfinished, another trainer has begun this one, a window lies outside the stage, a
+            sample cannot be decoded, or a loss is not finite.
     """
     run = Run.open(run_url)
+    folder = run.folder.stage(stage)
+    if folder.trained.committed:
+        return Trained(**folder.trained.manifest.facts)
     samples = stage_samples(run, stage)
     order = Order(run.plan, stage, len(samples))
-    folder, bounds = run.folder.stage(stage), segment_bounds(order)
-    done = len(folder.segments())
+    bounds = segment_bounds(order)
+    done = segments_by(run, stage, SECATEUR)
     if done < len(bounds):
         order.windows()
         loop = Loop(run, stage, samples)
@@ -64,8 +73,41 @@ def train(run_url: str, stage: int) -> Trained:
                 write_ledger(attempt, segment.tensors(), segment.first_step)
                 write_checkpoint(attempt, loop.tensors())
                 selector.write(attempt)
-                attempt.facts.update(stage=stage, first_step=steps.start, next_step=steps.stop, seed=run.plan.seed)
-    return Trained(stage=stage, samples=len(samples), steps=order.steps, segments=len(bounds))
+                attempt.facts.update(
+                    stage=stage, first_step=steps.start, next_step=steps.stop, seed=run.plan.seed, by=SECATEUR
+                )
+    return commit_trained(
+        run,
+        Trained(
+            stage=stage, samples=len(samples), steps=order.steps, segments=len(bounds), by=SECATEUR,
+            **selected(folder),
+        ),
+    )  # fmt: skip
+
+
+def segments_by(run: Run, stage: int, trainer: str) -> int:
+    """How many segments of a stage are committed, all of them by one trainer.
+
+    Raises:
+        PlanError: another trainer has made them.
+    """
+    segments = run.folder.stage(stage).segments()
+    if segments and (by := segments[0].manifest.facts["by"]) != trainer:
+        raise PlanError(
+            f"stage {stage} of {run.url} was begun by another trainer ({by}); go on with that one, or start a run of another "
+            f"name"
+        )
+    return len(segments)
+
+
+def commit_trained(run: Run, trained: Trained) -> Trained:
+    """Says, once its last segment is committed, that a stage is wholly trained."""
+    folder = run.folder.stage(trained.stage)
+    if not folder.trained.committed:
+        last = folder.segment(trained.segments - 1)
+        with folder.trained.attempt("trained", {"segment": last.fingerprint}) as attempt:
+            attempt.facts.update(trained.model_dump())
+    return Trained(**folder.trained.manifest.facts)
 
 
 def segment_bounds(order: Order) -> list[range]:
@@ -108,11 +150,23 @@ def end_checkpoint(run: Run, stage: int) -> Artefact:
     if not 0 <= stage < len(run.plan.stages):
         raise PlanError(f"{run.url} has no stage {stage}; its last is {len(run.plan.stages) - 1}")
     folder = run.folder.stage(stage)
-    count = len(stage_samples(run, stage)) if folder.samples.committed else 0
-    bounds = segment_bounds(Order(run.plan, stage, count)) if count else []
-    if not bounds or len(folder.segments()) < len(bounds):
+    if not folder.trained.committed:
         raise PlanError(f"stage {stage} of {run.url} is not wholly trained; `secateur run` its plan first")
-    return folder.segment(len(bounds) - 1)
+    return folder.segment(Trained(**folder.trained.manifest.facts).segments - 1)
+
+
+def check_repeatable(run: Run, stage: int) -> None:
+    """Whether a stage's training can be run again, which replay and audits do.
+
+    Raises:
+        PlanError: it is not wholly trained, or another trainer's loop trained it.
+    """
+    end_checkpoint(run, stage)
+    if (by := run.folder.stage(stage).trained.manifest.facts["by"]) != SECATEUR:
+        raise PlanError(
+            f"stage {stage} of {run.url} was trained by another trainer ({by}), whose steps cannot be run again; replay and "
+            f"audit need a stage that `secateur run` trained, so ask for `score.estimate: embedding` and no audit"
+        )
 
 
 def _begin(run: Run, loop: Loop, stage: int, done: int) -> None:
