@@ -33,7 +33,7 @@ class Selector:
     def __init__(self, loop: Loop, recorder: Recorder) -> None:
         self._loop, self._recorder = loop, recorder
         self._bindings = loop.run.bindings(loop.model)
-        self._targets: dict[str, _Target] = {}
+        self._targets: dict[str, TargetGroups] = {}
         self._frames: list[pl.DataFrame] = []
 
     def choose(self, step: int) -> None:
@@ -85,7 +85,7 @@ class Selector:
         """The gradient of the target's mean loss, over as many of its samples as the plan says."""
         name = spec.target or self._loop.run.plan.target
         if name not in self._targets:
-            self._targets[name] = _Target(self._loop, name, spec.samples)
+            self._targets[name] = TargetGroups(self._loop, name, spec.samples)
         held = self._targets[name].group(step)
         numbers = torch.cat([self._contributions(batch, rows, step, name) for rows, batch in held])
         return numbers.mean(0).cpu().double()
@@ -112,7 +112,7 @@ class Selector:
         return stage.batch_size // stage.accumulate
 
 
-class _Target:
+class TargetGroups:
     """A target's scoring samples in groups, one a step in turn, so that each is decoded once while they are few."""
 
     def __init__(self, loop: Loop, name: str, size: int) -> None:

@@ -76,13 +76,9 @@ def train(run_url: str, stage: int) -> Trained:
                 attempt.facts.update(
                     stage=stage, first_step=steps.start, next_step=steps.stop, seed=run.plan.seed, by=SECATEUR
                 )
-    return commit_trained(
-        run,
-        Trained(
-            stage=stage, samples=len(samples), steps=order.steps, segments=len(bounds), by=SECATEUR,
-            **selected(folder),
-        ),
-    )  # fmt: skip
+    counts = selected(folder)
+    trained = Trained(stage=stage, samples=len(samples), steps=order.steps, segments=len(bounds), by=SECATEUR, **counts)
+    return commit_trained(run, trained)
 
 
 def segments_by(run: Run, stage: int, trainer: str) -> int:
