@@ -137,6 +137,28 @@ def audit(
 
 
 @app.command()
+def compare(
+    plan: PlanFile,
+    seeds: Annotated[int, typer.Option(min=1, help="how many seeds, from the plan's on")] = 5,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(help="a further arm, again for each: a policy's name, or name=key:value,key:value"),
+    ] = None,
+    arms: Annotated[Path | None, typer.Option(help="further arms: a YAML file of `name: {key: value}`")] = None,
+    judge: Annotated[str | None, typer.Option(help="the target that judges")] = None,
+    as_json: Json = False,
+) -> None:
+    """Says whether pruning pays: the plan beside random pruning and none, over several seeds."""
+    from flows import tables
+    from flows.compare import compare as compare_flow
+    from tasks.comparison.arms import read_arms
+
+    further = read_arms(arm or [], str(arms) if arms else None)
+    found = compare_flow(read_plan(str(plan)), seeds, further, judge)
+    _show(found, as_json, lambda: tables.comparison(found))
+
+
+@app.command()
 def verify(run: RunUrl, as_json: Json = False) -> None:
     """Rereads all that a run has committed, and names what is missing, changed, damaged or extra (exit code 2)."""
     from storage.integrity import verify as verify_root

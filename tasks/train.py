@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,18 +22,22 @@ from tasks.order import Order
 from tasks.progress import track
 from tasks.run import Run
 from tasks.samples import stage_samples
+from tasks.select import Selector, choices, selected
 
 SECATEUR = "secateur"
 
 
 class Trained(BaseModel):
-    """What training a stage came to; `by` says whose loop it was: `secateur`, or another that recorded into the run."""
+    """What training a stage came to; `by` says whose loop it was: `secateur`, or another that recorded into the run.
+    `candidates` and `chosen` count what online selection looked at and took."""
 
     stage: int
     samples: int
     steps: int
     segments: int
     by: str
+    candidates: int = 0
+    chosen: int = 0
 
 
 @task("train", makes=lambda run, stage: run.folder.stage(stage).trained, draws=True)
@@ -56,11 +61,14 @@ def train(run_url: str, stage: int) -> Trained:
         loop = Loop(run, stage, samples)
         _begin(run, loop, stage, done)
         recorder = loop.recorder()
+        selector = Selector(loop, recorder)
         live = Live(run, f"stage-{stage}-training", order.steps)
         for number, steps in list(enumerate(bounds))[done:]:
             recorder.start_at(steps.start)
+            began = time.monotonic()
             label = f"stage {stage}, segment {number + 1} of {len(bounds)}"
             for step in track(steps, label, len(steps)):
+                selector.choose(step)
                 recording = recording_of(recorder, order, step)
                 record_curvature(recorder, loop, range(step, steps.stop), (step - steps.start), recording is not None)
                 loop.step(step, recording)
@@ -69,12 +77,14 @@ def train(run_url: str, stage: int) -> Trained:
                 segment = recorder.take()
                 write_ledger(attempt, segment.tensors(), segment.first_step)
                 write_checkpoint(attempt, loop.tensors())
+                selector.write(attempt)
                 attempt.facts.update(
-                    stage=stage, first_step=steps.start, next_step=steps.stop, seed=run.plan.seed, by=SECATEUR
-                )
-    return commit_trained(
-        run, Trained(stage=stage, samples=len(samples), steps=order.steps, segments=len(bounds), by=SECATEUR)
-    )
+                    stage=stage, first_step=steps.start, next_step=steps.stop, seed=run.plan.seed, by=SECATEUR,
+                    seconds=time.monotonic() - began,
+                )  # fmt: skip
+    counts = selected(folder)
+    trained = Trained(stage=stage, samples=len(samples), steps=order.steps, segments=len(bounds), by=SECATEUR, **counts)
+    return commit_trained(run, trained)
 
 
 def segments_by(run: Run, stage: int, trainer: str) -> int:
@@ -170,7 +180,9 @@ def _begin(run: Run, loop: Loop, stage: int, done: int) -> None:
 
 
 def to_segment(run: Run, loop: Loop, stage: int, number: int) -> None:
-    """Gives the loop the state that a segment of a stage starts from."""
+    """Gives the loop the state that a segment of a stage starts from, and what was chosen for the steps already trained."""
+    if not loop.chosen:
+        loop.chosen.update(choices(run.folder.stage(stage)))
     if number:
         loop.restore(read_checkpoint(run.folder.stage(stage).segment(number - 1)))
     else:

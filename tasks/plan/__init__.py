@@ -20,6 +20,7 @@ from tasks.plan.stages import (
     LossControl,
     Policy,
     RandomControl,
+    Select,
     Stage,
     Threshold,
     Top,
@@ -58,6 +59,7 @@ __all__ = [
     "Replay",
     "Schedule",
     "Score",
+    "Select",
     "Stage",
     "Strict",
     "Target",
@@ -116,6 +118,10 @@ class Plan(Strict):
     def _consistent(self) -> Plan:
         if self.score.target is not None and self.score.target not in self.targets:
             raise ValueError(f"score.target {self.score.target} is none of the targets {', '.join(self.targets)}")
+        for window in (window for stage in self.stages for window in stage.windows if window.select):
+            asked = window.select.target if window.select else None
+            if asked is not None and asked not in self.targets:
+                raise ValueError(f"a window's select.target {asked} is none of the targets {', '.join(self.targets)}")
         if isinstance(self.basis, Kronecker) and not isinstance(self.optimizer, SGD):
             raise ValueError(
                 f"a kronecker basis cannot follow {self.optimizer.kind}, which treats every parameter by its own history; "
