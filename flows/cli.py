@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -216,6 +217,13 @@ def _explained() -> Iterator[None]:
         if end.code == INTERRUPTED:
             print("secateur: interrupted; the same command carries on from the last whole segment", file=sys.stderr)
         raise
+    except BaseException as error:
+        from prefect.exceptions import TerminationSignal
+
+        if not isinstance(error, TerminationSignal):
+            raise
+        print("secateur: terminated; the same command carries on from the last whole segment", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGTERM) from None
 
 
 def _policy(settings: dict[str, Any]) -> Policy:
