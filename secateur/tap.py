@@ -19,13 +19,20 @@ Sink = Callable[[Binding, Capture], None]
 
 
 @contextmanager
-def tap(bindings: Bindings, sink: Sink) -> Iterator[None]:
+def tap(bindings: Bindings, sink: Sink, batch: int | None = None) -> Iterator[None]:
     """Within the block, every backward pass through a bound layer calls `sink` with what the layer contributed.
 
     A layer that is called several times in a forward pass gives several captures. Outside the block the model has no
     hooks, so that a step that isn't recorded costs nothing.
+
+    Args:
+        batch: number of samples. Where it is given, an embedding that is looked up once for all of them (positions, in
+            many language models) is looked up for each, so that the samples can be told apart.
     """
     handles = [b.module.register_forward_hook(_listener(b, sink), with_kwargs=True) for b in bindings.bindings]
+    if batch is not None:
+        tables = [b.module for b in bindings.bindings if isinstance(b.module, nn.Embedding)]
+        handles += [table.register_forward_pre_hook(_spreading(batch)) for table in tables]
     try:
         yield
     finally:
@@ -45,6 +52,15 @@ def _listener(binding: Binding, sink: Sink) -> Callable[..., None]:
             output.register_hook(backward_hook)
 
     return forward_hook
+
+
+def _spreading(batch: int) -> Callable[..., Any]:
+    def pre_hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not args or args[0].dim() < 2 or len(args[0]) != 1:
+            return None
+        return args[0].expand(batch, *args[0].shape[1:]), *args[1:]
+
+    return pre_hook
 
 
 class Reducer:
@@ -79,7 +95,7 @@ def contributions(
     """
     parameters = [p for p in bindings.parameters() if p.requires_grad]
     reducer = Reducer(basis, batch, parameters[0].dtype, parameters[0].device)
-    with tap(bindings, reducer):
+    with tap(bindings, reducer, batch):
         values = losses()
         torch.autograd.grad(values.sum(), parameters, allow_unused=True)
     return reducer.numbers, values.detach()

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from secateur.recorder import Recorder
+from secateur.segment import Segment
 from storage.ledger import read_checkpoint, write_checkpoint, write_ledger
 from storage.manifest import Artefact
 from tasks.curvature import record_curvature
@@ -20,6 +21,7 @@ from tasks.order import Order
 from tasks.progress import track
 from tasks.run import Run
 from tasks.samples import stage_samples
+from tasks.state import Tensors
 
 SECATEUR = "secateur"
 
@@ -62,16 +64,20 @@ def train(run_url: str, stage: int) -> Trained:
                 recording = recording_of(recorder, order, step)
                 record_curvature(recorder, loop, range(step, steps.stop), (step - steps.start), recording is not None)
                 loop.step(step, recording)
-            with folder.segment(number).attempt("segment", {"basis": run.folder.basis.fingerprint}) as attempt:
-                segment = recorder.take()
-                write_ledger(attempt, segment.tensors(), segment.first_step)
-                write_checkpoint(attempt, loop.tensors())
-                attempt.facts.update(
-                    stage=stage, first_step=steps.start, next_step=steps.stop, seed=run.plan.seed, by=SECATEUR
-                )
+            commit_segment(run, stage, number, recorder.take(), loop.tensors(), SECATEUR)
     return commit_trained(
         run, Trained(stage=stage, samples=len(samples), steps=order.steps, segments=len(bounds), by=SECATEUR)
     )
+
+
+def commit_segment(run: Run, stage: int, number: int, segment: Segment, state: Tensors, by: str) -> None:
+    """Commits a segment's ledger and the checkpoint at its end, together."""
+    artefact = run.folder.stage(stage).segment(number)
+    with artefact.attempt("segment", {"basis": run.folder.basis.fingerprint}) as attempt:
+        write_ledger(attempt, segment.tensors(), segment.first_step)
+        write_checkpoint(attempt, state)
+        steps = segment.first_step, segment.first_step + segment.length
+        attempt.facts.update(stage=stage, first_step=steps[0], next_step=steps[1], seed=run.plan.seed, by=by)
 
 
 def segments_by(run: Run, stage: int, trainer: str) -> int:
