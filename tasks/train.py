@@ -70,14 +70,19 @@ def train(run_url: str, stage: int) -> Trained:
     )
 
 
-def commit_segment(run: Run, stage: int, number: int, segment: Segment, state: Tensors, by: str) -> None:
-    """Commits a segment's ledger and the checkpoint at its end, together."""
+def commit_segment(run: Run, stage: int, number: int, segment: Segment, state: Tensors, by: str) -> bool:
+    """Commits a segment's ledger and the checkpoint at its end, together.
+
+    Returns:
+        Whether this attempt's stands, and not that of another process which was first.
+    """
     artefact = run.folder.stage(stage).segment(number)
     with artefact.attempt("segment", {"basis": run.folder.basis.fingerprint}) as attempt:
         write_ledger(attempt, segment.tensors(), segment.first_step)
         write_checkpoint(attempt, state)
         steps = segment.first_step, segment.first_step + segment.length
         attempt.facts.update(stage=stage, first_step=steps[0], next_step=steps[1], seed=run.plan.seed, by=by)
+    return artefact.manifest.attempt == attempt.root.url.rpartition("/")[2]
 
 
 def segments_by(run: Run, stage: int, trainer: str) -> int:
@@ -115,14 +120,20 @@ def recording_of(
     recorder: Recorder, order: Order, step: int
 ) -> Callable[[Int[Tensor, " b"], Float[Tensor, " b"]], Any] | None:
     """How a step is recorded: in its window, for the curvature only, or not at all."""
-    windows = order.windows()
+    place = place_of(order.windows(), order.stage.stride, step)
+    if place is None:
+        return None
+    window, stride = place
+    return lambda rows, weights: recorder.batch(rows, weights, window=window, stride=stride)
+
+
+def place_of(windows: list[range], stride: int, step: int) -> tuple[int, float] | None:
+    """The window that a step falls in and how many steps it stands for; window -1 where it serves the curvature only, None
+    where it is not recorded."""
     inside = [number for number, window in enumerate(windows) if step in window]
-    stride = order.stage.stride
     if inside:
-        return lambda rows, weights: recorder.batch(rows, weights, window=inside[0])
-    if step % stride == 0:
-        return lambda rows, weights: recorder.batch(rows, weights, window=-1, stride=float(stride))
-    return None
+        return inside[0], 1.0
+    return (-1, float(stride)) if step % stride == 0 else None
 
 
 def start_checkpoint(run: Run, stage: int) -> Artefact:
