@@ -30,6 +30,7 @@ class Batch:
     def __init__(self, samples: Int[Tensor, " batch"], weights: Float[Tensor, " batch"], window: int) -> None:
         self.samples, self.weights, self.window = samples, weights, window
         self.numbers: Float[Tensor, "batch p"] | None = None
+        self.errors: Float[Tensor, " batch"] | None = None
         self._losses: Tensor | None = None
 
     @property
@@ -147,9 +148,11 @@ class Recorder:
             weights = torch.full((len(samples),), 1.0 / len(samples), dtype=torch.float64)
         batch = Batch(samples, weights, window)
         reducer = Reducer(self.basis, len(samples), first.dtype, first.device)
-        with tap(self._bindings, reducer, len(samples)):
+        with tap(self._bindings, reducer, reducer.watch, len(samples)):
             yield batch
         batch.numbers = reducer.numbers
+        if reducer.errors is not None:
+            batch.errors = reducer.errors / batch.weights.to(reducer.errors)
         self._pending.append(batch)
         self._stride = stride
 
@@ -185,6 +188,7 @@ class Recorder:
             steps=numbered.repeat_interleave(torch.tensor(lengths, dtype=torch.int64)),
             weights=torch.cat([none, *(b.weights.cpu().double() for b in batches)]),
             losses=torch.cat([none, *(b.losses.cpu().double() for b in batches if b.losses is not None)]),
+            errors=torch.cat([none, *(b.errors.cpu().double() for b in batches if b.errors is not None)]),
             windows=torch.cat([ids, *(torch.full((len(b.samples),), b.window) for b in batches)]),
             first_step=first,
             strides=torch.tensor(steps.strides, dtype=torch.float64),
@@ -234,8 +238,9 @@ class Recorder:
             self._scale_before = applied_scale(total, received, self.basis, self._tolerance, self.next_step)
         scale = self._scale_before
         for batch in self._pending:
-            if batch.losses is None:
-                batch.losses = torch.full((len(batch.samples),), float("nan"))
+            unknown = torch.full((len(batch.samples),), float("nan"))
+            batch.losses = unknown if batch.losses is None else batch.losses
+            batch.errors = unknown if batch.errors is None else batch.errors
             if scale != 1.0 and batch.numbers is not None:
                 batch.numbers, batch.weights = batch.numbers * scale, batch.weights * scale
         steps = self._steps

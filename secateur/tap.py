@@ -19,8 +19,11 @@ Sink = Callable[[Binding, Capture], None]
 
 
 @contextmanager
-def tap(bindings: Bindings, sink: Sink, batch: int | None = None) -> Iterator[None]:
-    """Within the block, every backward pass through a bound layer calls `sink` with what the layer contributed.
+def tap(
+    bindings: Bindings, sink: Sink, watch: Callable[[Tensor], None] | None = None, batch: int | None = None
+) -> Iterator[None]:
+    """Within the block, every backward pass through a bound layer calls `sink` with what the layer contributed, and
+    before it `watch` with the gradient with respect to the layer's output, the last layer's first.
 
     A layer that is called several times in a forward pass gives several captures. Outside the block the model has no
     hooks, so that a step that isn't recorded costs nothing.
@@ -29,7 +32,7 @@ def tap(bindings: Bindings, sink: Sink, batch: int | None = None) -> Iterator[No
         batch: number of samples. Where it is given, an embedding that is looked up once for all of them (positions, in
             many language models) is looked up for each, so that the samples can be told apart.
     """
-    handles = [b.module.register_forward_hook(_listener(b, sink), with_kwargs=True) for b in bindings.bindings]
+    handles = [b.module.register_forward_hook(_listener(b, sink, watch), with_kwargs=True) for b in bindings.bindings]
     if batch is not None:
         tables = [b.module for b in bindings.bindings if isinstance(b.module, nn.Embedding)]
         handles += [table.register_forward_pre_hook(_spreading(batch)) for table in tables]
@@ -40,13 +43,15 @@ def tap(bindings: Bindings, sink: Sink, batch: int | None = None) -> Iterator[No
             handle.remove()
 
 
-def _listener(binding: Binding, sink: Sink) -> Callable[..., None]:
+def _listener(binding: Binding, sink: Sink, watch: Callable[[Tensor], None] | None) -> Callable[..., None]:
     def forward_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         inputs = args or tuple(kwargs.values())
         if output.requires_grad:
 
             def backward_hook(gradient: Tensor) -> None:
                 with torch.no_grad():
+                    if watch is not None:
+                        watch(gradient)
                     sink(binding, binding.family.capture(module, inputs, gradient))
 
             output.register_hook(backward_hook)
@@ -68,11 +73,13 @@ class Reducer:
 
     Attributes:
         numbers: `batch p`, the contributions of the batch so far.
+        errors: norm of each sample's gradient with respect to the output of the layer that the backward pass met first.
     """
 
     def __init__(self, basis: Basis, batch: int, dtype: torch.dtype, device: torch.device) -> None:
         self._basis = basis
         self.numbers: Float[Tensor, "batch p"] = torch.zeros(batch, basis.size, dtype=dtype, device=device)
+        self.errors: Float[Tensor, " batch"] | None = None
 
     def __call__(self, binding: Binding, capture: Capture) -> None:
         if capture.batch != len(self.numbers):
@@ -82,6 +89,11 @@ class Reducer:
             )
         span = self._basis.spans[binding.block_index]
         self.numbers[:, span] += self._basis.reduce(binding, capture)
+
+    def watch(self, gradient: Tensor) -> None:
+        """Keeps the first gradient's norms: over a sample's positions and features."""
+        if self.errors is None:
+            self.errors = gradient.to(self.numbers.dtype).reshape(len(gradient), -1).norm(dim=1)
 
 
 def contributions(
@@ -95,7 +107,7 @@ def contributions(
     """
     parameters = [p for p in bindings.parameters() if p.requires_grad]
     reducer = Reducer(basis, batch, parameters[0].dtype, parameters[0].device)
-    with tap(bindings, reducer, batch):
+    with tap(bindings, reducer, batch=batch):
         values = losses()
         torch.autograd.grad(values.sum(), parameters, allow_unused=True)
     return reducer.numbers, values.detach()

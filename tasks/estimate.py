@@ -7,10 +7,11 @@ from pydantic import BaseModel
 from secateur.bindings import Bindings
 from secateur.fitting import shares
 from storage.shards import expand, index_shards
-from tasks.audit import expected_cost, wanted
+from tasks.audit import wanted
 from tasks.optimizer import linearised
 from tasks.order import Order
 from tasks.plan import Coordinates, Plan
+from tasks.removals import expected_cost
 from tasks.run import Run
 from tasks.samples import skipping, stage_samples, target_samples
 from tasks.train import check_repeatable
@@ -103,7 +104,7 @@ def _stage(plan: Plan, number: int, samples: int, width: int, slots: int, parame
         samples=samples,
         steps=order.steps,
         records=inside * batch,
-        ledger_bytes=recorded * batch * (width * itemsize + 48),
+        ledger_bytes=recorded * batch * (width * itemsize + 56),
         embedding_bytes=embeddings,
         index_bytes=inside * batch * kept * {"flat": 4, "fp16": 2, "sq8": 1}[plan.index],
         checkpoint_bytes=-(-order.steps // plan.segment_steps) * parameters * state * itemsize,

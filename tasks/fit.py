@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from prefect import task
 from torch import Tensor
 
 from secateur.basis import Basis
@@ -11,6 +10,7 @@ from secateur.bindings import Bindings
 from secateur.fitting import EnergyFit, MomentFit, random_kronecker
 from secateur.tap import tap
 from storage.tensors import write_tensors
+from tasks.behaviour import task
 from tasks.loop import Loop
 from tasks.plan import Kronecker
 from tasks.progress import track
@@ -18,7 +18,7 @@ from tasks.run import Run
 from tasks.samples import stage_samples
 
 
-@task(name="fit basis")
+@task("fit basis", makes=lambda run: run.folder.basis, draws=True)
 def fit_basis(run_url: str) -> int:
     """Fits the basis and stores it; the model it was fitted with is thrown away.
 

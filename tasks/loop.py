@@ -38,8 +38,6 @@ class Loop:
     """
 
     def __init__(self, run: Run, number: int, samples: Samples) -> None:
-        if run.plan.threads:
-            torch.set_num_threads(run.plan.threads)
         self.run, self.samples = run, samples
         self.scale, self.left_out = 1.0, (-1, -1)
         self.order = Order(run.plan, number, len(samples))

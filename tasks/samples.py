@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 
 import polars as pl
-from prefect import task
 
 from storage.frames import read_frame, write_frame
 from storage.integrity import differing
 from storage.shards import Samples, expand, index_shards
+from tasks.behaviour import task
 from tasks.errors import PlanError
 from tasks.plan import Data
+from tasks.progress import say
 from tasks.run import Run
 
 
-@task(name="list samples")
+@task("list samples", makes=lambda run, stage: run.folder.stage(stage).samples)
 def list_samples(run_url: str, stage: int) -> int:
     """Indexes the stage's shards once: key, shard, place of every member.
 
@@ -68,7 +68,7 @@ def skipping(data: Data, skipped: list[str]) -> Callable[[str], None] | None:
 
     def skip(sentence: str) -> None:
         skipped.append(sentence)
-        print(f"left out: {sentence}", file=sys.stderr, flush=True)
+        say(f"left out: {sentence}")
 
     return skip
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxtyping import Float, Int
-from prefect import task
 from pydantic import BaseModel
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from secateur.recorder import Recorder
 from secateur.segment import Segment
 from storage.ledger import read_checkpoint, write_checkpoint, write_ledger
 from storage.manifest import Artefact
+from tasks.behaviour import task
 from tasks.curvature import record_curvature
 from tasks.errors import PlanError
 from tasks.loop import Loop
@@ -36,7 +36,7 @@ class Trained(BaseModel):
     by: str
 
 
-@task(name="train")
+@task("train", makes=lambda run, stage: run.folder.stage(stage).trained, draws=True)
 def train(run_url: str, stage: int) -> Trained:
     """Trains a stage from the end of the one before, recording contributions; carries on at the last whole segment.
 
