@@ -46,6 +46,7 @@ class RecordingCallback(Callback):
         self._plan, self._stage, self._model, self._keys, self._tolerance = plan, stage, model, keys, tolerance
         self._block = ExitStack()
         self._batch: Batch | None = None
+        self.recording: Recording | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins once model and optimizer are made."""
@@ -60,6 +61,7 @@ class RecordingCallback(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Announces a batch, or a part of one, where the ledger wants its step."""
+        assert self.recording is not None
         if self.recording.reach(trainer.global_step):
             keys = self._keys(batch)
             self._batch = self._block.enter_context(self.recording.batch(keys))
@@ -79,6 +81,7 @@ class RecordingCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Commits the rest, and that the stage is trained."""
+        assert self.recording is not None
         try:
             self.recording.finish()
         finally:
@@ -86,7 +89,9 @@ class RecordingCallback(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leaves model and optimizer without hooks."""
-        self.recording.close()
+        if self.recording is not None:
+            self._block.close()
+            self.recording.close()
 
 
 def _check_trainer(trainer: Trainer, module: LightningModule) -> None:

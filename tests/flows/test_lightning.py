@@ -20,10 +20,7 @@ from tasks.run import Run
 from tests.tasks.small import make_data, sample, small_plan
 from tests.tasks.test_outside import assert_equal_ledgers
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::UserWarning", "ignore::lightning.fabric.utilities.rank_zero.LightningDeprecationWarning"
-)
-TASK = "tests.tasks.small:Digits"
+pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("UserWarning", "FutureWarning")]  # its own
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +93,8 @@ def fit(
 @pytest.mark.parametrize("telling", [True, False])
 def test_contributions_are_autograds(folder: Path, telling: bool) -> None:
     plan = plan_of(folder, run=f"telling{telling}", segment_steps=1)
-    callback, module = fit(plan, telling)
-    run = callback.recording.run
+    _, module = fit(plan, telling)
+    run = Run.of(plan)
     stage = run.folder.stage(0)
     assert stage.trained.manifest.facts == {"stage": 0, "samples": 140, "steps": 5, "segments": 5, "by": "lightning"}
     net = run.model()
