@@ -18,6 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from storage.errors import StorageError
 from storage.retries import show_retries
+from storage.urls import check_url, redacted
 
 REMEDIES = {
     errno.ENOSPC: "free some space and run the same command again",
@@ -30,9 +31,14 @@ REMEDIES = {
 
 
 class Root:
-    """A folder at a local path or a URL (`s3://bucket/prefix`); it need not exist yet."""
+    """A folder at a local path or a URL (`s3://bucket/prefix`); it need not exist yet.
+
+    Raises:
+        StorageError: the URL holds credentials.
+    """
 
     def __init__(self, url: str) -> None:
+        check_url(url)
         self.url = url.rstrip("/") or "/"
         self._path: str = url_to_fs(self.url)[1]
         if not self.is_local:
@@ -188,7 +194,8 @@ def explained(what: str, verb: str) -> Iterator[None]:
     except (OSError, BotoCoreError) as error:
         number, reason = getattr(error, "errno", None), getattr(error, "strerror", None) or error
         remedy = REMEDIES.get(number or 0, "check the disk or the connection and run the same command again")
-        raise StorageError(f"{what} cannot be {verb}: {reason}; {remedy}") from error
+        told = " ".join(redacted(str(reason)).split())
+        raise StorageError(f"{what} cannot be {verb}: {told}; {remedy}") from None
 
 
 def _refused(error: BaseException) -> bool:
