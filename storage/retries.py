@@ -24,7 +24,11 @@ class _Visible(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if str(record.msg).startswith(RETRIES[record.name]):
             self.count += 1
-            why = f" ({redacted(str(record.args[0]))})" if record.name == "s3fs" and isinstance(record.args, tuple) else ""
+            why = (
+                f" ({redacted(str(record.args[0]))})"
+                if record.name == "s3fs" and isinstance(record.args, tuple)
+                else ""
+            )
             print(
                 f"the store failed to answer a request{why}; trying again ({self.count} so far)",
                 file=sys.stderr,

@@ -120,13 +120,11 @@ class Root:
 
     def files(self) -> list[str]:
         """Every file within, however deep, relative, sorted."""
-        if self.is_local and not os.path.isdir(self._path):
-            return []
-        with explained(self.url, "listed"):
-            self._fs.invalidate_cache()
-            found = cast(list[str], self._fs.find(self._path))
-        within = self._at("")  # a store may list an emptied folder as a file of its own name
-        return sorted(name.removeprefix(within) for name in found if name.startswith(within) and name != within)
+        return sorted(self._found())
+
+    def sizes(self) -> dict[str, int]:
+        """The size of every file within, in bytes."""
+        return {name: int(found["size"]) for name, found in self._found().items()}
 
     def remove(self, name: str) -> None:
         """Removes a file within, if it is there."""
@@ -140,14 +138,13 @@ class Root:
             self._fs.rm(self._path, recursive=True)
 
     def settle(self, names: Iterable[str]) -> None:
-        """Waits until written files are on the disk itself, to outlive a power cut; a store answers for its own."""
+        """Waits until written files, and the folders that name them, are on the disk itself, to outlive a power cut; a
+        store answers for its own."""
         if self.is_local:
-            with ThreadPoolExecutor(4) as pool:
-                list(pool.map(self._sync, names))
-
-    def _sync(self, name: str) -> None:
-        with explained(self.url_of(name), "written"), open(self._at(name), "rb") as file:
-            os.fsync(file.fileno())
+            paths = [self.path(name) for name in names]
+            with explained(self.url, "written"), ThreadPoolExecutor(4) as pool:
+                list(pool.map(_sync, paths))
+                list(pool.map(_sync_folder, {folder for path in paths for folder in path.parents}))
 
     def path(self, name: str) -> Path:
         """Where a file within is on this machine; only a local folder can say."""
@@ -157,6 +154,15 @@ class Root:
         """Copies a file within to a local path."""
         with explained(self.url_of(name), "read"):
             self._fs.get_file(self._at(name), path)
+
+    def _found(self) -> dict[str, dict[str, Any]]:
+        if self.is_local and not os.path.isdir(self._path):
+            return {}
+        with explained(self.url, "listed"):
+            self._fs.invalidate_cache()
+            found = cast(dict[str, dict[str, Any]], self._fs.find(self._path, detail=True))
+        within = self._at("")  # a store may list an emptied folder as a file of its own name
+        return {n.removeprefix(within): facts for n, facts in found.items() if n.startswith(within) and n != within}
 
     @property
     def _fs(self) -> AbstractFileSystem:
@@ -177,9 +183,25 @@ class Root:
                 file.flush()
                 os.fsync(file.fileno())
             os.link(draft, path)
+            _sync_folder(Path(path).parent)
         finally:
             with suppress(FileNotFoundError):
                 os.unlink(draft)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file or folder is on the disk itself."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_folder(path: Path) -> None:
+    """The same of a folder, which may be another user's, or on a file system that cannot."""
+    with suppress(OSError):
+        _sync(path)
 
 
 @contextmanager
@@ -195,7 +217,8 @@ def explained(what: str, verb: str) -> Iterator[None]:
         number, reason = getattr(error, "errno", None), getattr(error, "strerror", None) or error
         remedy = REMEDIES.get(number or 0, "check the disk or the connection and run the same command again")
         told = " ".join(redacted(str(reason)).split())
-        raise StorageError(f"{what} cannot be {verb}: {told}; {remedy}") from None
+        cause = error if redacted(str(error)) == str(error) else None  # its text would stand in a traceback
+        raise StorageError(f"{what} cannot be {verb}: {told}; {remedy}") from cause
 
 
 def _refused(error: BaseException) -> bool:
