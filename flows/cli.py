@@ -128,6 +128,28 @@ def audit(
 
 
 @app.command()
+def compare(
+    plan: PlanFile,
+    seeds: Annotated[int, typer.Option(min=1, help="how many seeds, from the plan's on")] = 5,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(help="a further arm, again for each: a policy's name, or name=key:value,key:value"),
+    ] = None,
+    arms: Annotated[Path | None, typer.Option(help="further arms: a YAML file of `name: {key: value}`")] = None,
+    judge: Annotated[str | None, typer.Option(help="the target that judges")] = None,
+    as_json: Json = False,
+) -> None:
+    """Says whether pruning pays: the plan beside random pruning and none, over several seeds."""
+    from flows import tables
+    from flows.compare import compare as compare_flow
+    from tasks.comparison.arms import read_arms
+
+    further = read_arms(arm or [], str(arms) if arms else None)
+    found = compare_flow(read_plan(str(plan)), seeds, further, judge)
+    _show(found, as_json, lambda: tables.comparison(found))
+
+
+@app.command()
 def verify(run: RunUrl, as_json: Json = False) -> None:
     """Rereads all that a run has committed, and names what is missing, changed, damaged or extra (exit code 2)."""
     from storage.integrity import verify as verify_root
@@ -146,13 +168,11 @@ def gc(
     as_json: Json = False,
 ) -> None:
     """Removes what attempts that never committed have left in a run's folder; do so while nothing runs there."""
-    from storage.integrity import stray
+    from storage.integrity import collect, stray
     from tasks.run import Run
 
     root = Run.open(run).folder.root
-    found = stray(root)
-    for name in [] if dry_run else found:
-        root.remove(name)
+    found = stray(root) if dry_run else collect(root)
     verb = "would be removed" if dry_run else "removed"
     _show(found, as_json, lambda: _lines([f"{verb}: {name}" for name in found], "nothing to remove"))
 

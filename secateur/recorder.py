@@ -170,6 +170,18 @@ class Recorder:
         """Records the Hessian before the coming step, as `secateur.hessian.hessian` gives it."""
         self._steps.hessian.append((self.next_step, flattened))
 
+    def sensitivity(self, gradient: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
+        """`dF/dg` of the coming step at a gradient, in float64: what the step itself adds to each number of theta for a unit
+        of gradient. The optimizer's learning rate must be the step's already."""
+        hyper = torch.tensor([self._settings(group) for group in self._optimizer.param_groups], dtype=torch.float64)
+        h = dict(zip(self.linearised.hyper, hyper[self._groups].unbind(-1), strict=True))
+        state = torch.zeros(len(self.linearised.slots) + 1, self.basis.size, dtype=torch.float64)
+        if not self.linearised.linear:
+            state = self._states().cpu().double()
+        later = torch.zeros_like(state)
+        later[0] = 1
+        return self.linearised.pull(later, state, gradient.cpu().double(), h)[1]
+
     def take(self) -> Segment:
         """The segment recorded since the last `take`, on the CPU; the next one starts empty."""
         steps, first, width = self._steps, self._first_step, self.basis.size
@@ -251,14 +263,18 @@ class Recorder:
         steps.hyper.append([self._settings(group) for group in self._optimizer.param_groups])
         if not self.linearised.linear:
             steps.gradients.append(received)
-            theta = self.basis.project_all({n: p.detach() for n, p in self._parameters.items()})
-            steps.states.append(torch.stack([theta, *(self._slot(name) for name in self.linearised.slots)]))
+            steps.states.append(self._states())
         self._pending, self._pending_fisher = [], []
 
     def _settings(self, group: dict[str, object]) -> list[float]:
         parameters = group["params"]
         assert isinstance(parameters, list)
         return self.linearised.settings(group, self._optimizer.state.get(parameters[0], {}))
+
+    def _states(self) -> Float[Tensor, "S p"]:
+        """Theta and the optimizer's slots in the numbers of the basis."""
+        theta = self.basis.project_all({n: p.detach() for n, p in self._parameters.items()})
+        return torch.stack([theta, *(self._slot(name) for name in self.linearised.slots)])
 
     def _slot(self, name: str) -> Float[Tensor, " p"]:
         """One slot of the optimizer's state in the numbers of the basis; zero before the first step."""

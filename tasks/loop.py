@@ -35,11 +35,13 @@ class Loop:
     Attributes:
         scale: what clipping multiplied the last step's gradient by.
         left_out: a step and a sample's row; in that step the sample weighs nothing.
+        chosen: rows that online selection has chosen for a step, instead of those that the order gives.
     """
 
     def __init__(self, run: Run, number: int, samples: Samples) -> None:
         self.run, self.samples = run, samples
         self.scale, self.left_out = 1.0, (-1, -1)
+        self.chosen: dict[int, Tensor] = {}
         self.order = Order(run.plan, number, len(samples))
         self.task: Task = run.task()
         self.model = run.model()
@@ -52,13 +54,17 @@ class Loop:
             The loss of every sample before the step.
         """
         self.backward(step, recording)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * self.order.rate(step)
+        self.set_rates(step)
         if largest := self.run.plan.optimizer.clip_norm:
             norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), largest))
             self.scale = min(1.0, largest / (norm + 1e-6))  # as torch clips
         self.optimizer.step()
         return self._losses
+
+    def set_rates(self, step: int) -> None:
+        """Gives the optimizer the learning rates of a step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * self.order.rate(step)
 
     def backward(self, step: int, recording: Callable[..., Any] | None = None) -> None:
         """The gradients of a step, left in `.grad`."""
@@ -67,7 +73,7 @@ class Loop:
         losses = []
         for part in self.micro_batches(step):
             with recording(part.rows, part.weights) if recording else _nothing() as record:
-                losses.append(self._checked(self.task.losses(self.model, part.tensors), part.rows, step))
+                losses.append(self.checked(self.task.losses(self.model, part.tensors), part.rows, step))
                 (losses[-1] * part.weights.to(losses[-1])).sum().backward()
                 if record is not None:
                     record.losses = losses[-1].detach()
@@ -75,7 +81,7 @@ class Loop:
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """What a step trains on."""
-        rows = self.order.batch(step)
+        rows = self.chosen[step] if step in self.chosen else self.order.batch(step)
         parts = rows.chunk(min(self.order.stage.accumulate, len(rows)))
         batches = [self.batch(part) for part in parts]
         sizes = [self.sizes(batch, len(part)) for batch, part in zip(batches, parts, strict=True)]
@@ -96,7 +102,12 @@ class Loop:
             return sizes.double().cpu()
         return torch.ones(count, dtype=torch.float64)
 
-    def _checked(self, losses: Tensor, rows: Tensor, step: int) -> Tensor:
+    def checked(self, losses: Tensor, rows: Tensor, step: int) -> Tensor:
+        """The losses of some rows at a step.
+
+        Raises:
+            PlanError: they are not one a sample, or not finite.
+        """
         if losses.shape != rows.shape:
             raise PlanError(
                 f"{self.run.plan.task.factory}.losses gave shape {tuple(losses.shape)} for {len(rows)} samples; it must "

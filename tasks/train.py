@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from jaxtyping import Float, Int
@@ -12,7 +14,7 @@ from torch import Tensor
 from secateur.recorder import Recorder
 from secateur.segment import Segment
 from storage.ledger import read_checkpoint, write_checkpoint, write_ledger
-from storage.manifest import Artefact
+from storage.manifest import Artefact, Attempt
 from tasks.behaviour import task
 from tasks.curvature import record_curvature
 from tasks.errors import PlanError
@@ -21,19 +23,23 @@ from tasks.order import Order
 from tasks.progress import track
 from tasks.run import Run
 from tasks.samples import stage_samples
+from tasks.select import Selector, choices, selected
 from tasks.state import Tensors
 
 SECATEUR = "secateur"
 
 
 class Trained(BaseModel):
-    """What training a stage came to; `by` says whose loop it was: `secateur`, or another that recorded into the run."""
+    """What training a stage came to; `by` says whose loop it was: `secateur`, or another that recorded into the run.
+    `candidates` and `chosen` count what online selection looked at and took."""
 
     stage: int
     samples: int
     steps: int
     segments: int
     by: str
+    candidates: int = 0
+    chosen: int = 0
 
 
 @task("train", makes=lambda run, stage: run.folder.stage(stage).trained, draws=True)
@@ -57,21 +63,43 @@ def train(run_url: str, stage: int) -> Trained:
         loop = Loop(run, stage, samples)
         _begin(run, loop, stage, done)
         recorder = loop.recorder()
+        selector = Selector(loop, recorder)
         for number, steps in list(enumerate(bounds))[done:]:
             recorder.start_at(steps.start)
+            began = time.monotonic()
             label = f"stage {stage}, segment {number + 1} of {len(bounds)}"
             for step in track(steps, label, len(steps)):
+                selector.choose(step)
                 recording = recording_of(recorder, order, step)
                 record_curvature(recorder, loop, range(step, steps.stop), (step - steps.start), recording is not None)
                 loop.step(step, recording)
-            commit_segment(run, stage, number, recorder.take(), loop.tensors(), SECATEUR)
-    return commit_trained(
-        run, Trained(stage=stage, samples=len(samples), steps=order.steps, segments=len(bounds), by=SECATEUR)
-    )
+            noted = partial(_note, selector, began)
+            commit_segment(run, stage, number, recorder.take(), loop.tensors(), SECATEUR, noted)
+    counts = selected(folder)
+    trained = Trained(stage=stage, samples=len(samples), steps=order.steps, segments=len(bounds), by=SECATEUR, **counts)
+    return commit_trained(run, trained)
 
 
-def commit_segment(run: Run, stage: int, number: int, segment: Segment, state: Tensors, by: str) -> bool:
+def _note(selector: Selector, began: float, attempt: Attempt) -> None:
+    """What our own loop adds to a segment: what online selection decided, and the seconds it took."""
+    selector.write(attempt)
+    attempt.facts["seconds"] = time.monotonic() - began
+
+
+def commit_segment(
+    run: Run,
+    stage: int,
+    number: int,
+    segment: Segment,
+    state: Tensors,
+    by: str,
+    note: Callable[[Attempt], None] = lambda _: None,
+) -> bool:
     """Commits a segment's ledger and the checkpoint at its end, together.
+
+    Args:
+        by: whose loop trained it.
+        note: adds to the attempt what else that loop has to tell.
 
     Returns:
         Whether this attempt's stands, and not that of another process which was first.
@@ -80,6 +108,7 @@ def commit_segment(run: Run, stage: int, number: int, segment: Segment, state: T
     with artefact.attempt("segment", {"basis": run.folder.basis.fingerprint}) as attempt:
         write_ledger(attempt, segment.tensors(), segment.first_step)
         write_checkpoint(attempt, state)
+        note(attempt)
         steps = segment.first_step, segment.first_step + segment.length
         attempt.facts.update(stage=stage, first_step=steps[0], next_step=steps[1], seed=run.plan.seed, by=by)
     return artefact.manifest.attempt == attempt.root.url.rpartition("/")[2]
@@ -184,7 +213,9 @@ def _begin(run: Run, loop: Loop, stage: int, done: int) -> None:
 
 
 def to_segment(run: Run, loop: Loop, stage: int, number: int) -> None:
-    """Gives the loop the state that a segment of a stage starts from."""
+    """Gives the loop the state that a segment of a stage starts from, and what was chosen for the steps already trained."""
+    if not loop.chosen:
+        loop.chosen.update(choices(run.folder.stage(stage)))
     if number:
         loop.restore(read_checkpoint(run.folder.stage(stage).segment(number - 1)))
     else:
