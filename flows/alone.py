@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 from prefect.client.orchestration import get_client
 from prefect.concurrency.sync import concurrency
-from prefect.settings import get_current_settings
 
 from tasks.run import Run
+from tasks.server import watched
 
 LEASE_SECONDS = 60.0  # the least that Prefect takes; a killed flow run keeps others waiting no longer
 
@@ -22,7 +22,7 @@ def alone(run: Run) -> Iterator[None]:
     A Prefect concurrency limit of 1 holds it, so flow runs of one server wait for one another; without a server nothing
     does. Commits are safe either way: of two that make the same thing one stands, and only the work is done twice.
     """
-    if get_current_settings().api.url is None:
+    if not watched():
         yield
         return
     name = limit_name(run)

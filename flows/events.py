@@ -5,7 +5,6 @@ from __future__ import annotations
 from uuid import NAMESPACE_URL, uuid5
 
 from prefect.events import emit_event
-from prefect.settings import get_current_settings
 from pydantic import BaseModel, Field
 
 from flows.alone import whole_url
@@ -14,6 +13,7 @@ from tasks.audit import Fidelity, audited, wanted
 from tasks.prune import DECISIONS
 from tasks.prune import pruned as record_of
 from tasks.run import Run
+from tasks.server import watched
 from tasks.train import SECATEUR
 
 PREFIX = "secateur"
@@ -158,7 +158,7 @@ def is_low(measured: Fidelity, least: float | None) -> bool:
 def _tell(run: Run, payload: RunEvent, committed: Artefact, kind: str = "run") -> None:
     """Emits an event about something committed. Whoever runs a flow again tells it again, since the one before may have been
     killed before it could: the event's id is the commit's own, so that a server keeps one and a listener knows it."""
-    if get_current_settings().api.url is None:
+    if not watched():
         return  # no server is configured, so nobody listens
     name = NAMES[type(payload)]
     emit_event(

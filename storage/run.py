@@ -25,6 +25,7 @@ class StageFolder:
         self.index = self._artefact("index")
         self.targets = self._artefact("targets")
         self.scores = self._artefact("scores")
+        self.report = self._artefact("report")
 
     def segment(self, number: int) -> Artefact:
         """Ledger of a segment and the checkpoint at its end, committed together."""
