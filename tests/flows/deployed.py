@@ -77,16 +77,16 @@ class Deployed:
     """A server with its deployments, seen through its API."""
 
     folder: Path
-    shell: Shell
     client: httpx.Client
     environment: dict[str, str]
+    shell: Shell | None = None
 
     def get(self, path: str) -> Any:
         answer = self.client.get(path)
         answer.raise_for_status()
         return answer.json()
 
-    def post(self, path: str, **body: Any) -> Any:
+    def post(self, path: str, /, **body: Any) -> Any:
         answer = self.client.post(path, json=body)
         assert answer.is_success, answer.text
         return answer.json() if answer.content else None
@@ -96,15 +96,14 @@ class Deployed:
         found: dict[str, Any] = self.get(f"/deployments/name/{name}")
         return found
 
-    def copied(self, name: str, **changes: Any) -> dict[str, Any]:
+    def copied(self, name: str, /, **changes: Any) -> dict[str, Any]:
         """A copy of a deployment under another name, or on another pool, or with other schedules."""
         found = self.deployment(name)
         kept = ("flow_id", "entrypoint", "path", "pull_steps", "parameters", "parameter_openapi_schema", "job_variables",
                 "concurrency_options", "work_pool_name")  # fmt: skip
         limit = (found["global_concurrency_limit"] or {}).get("limit")
-        made: dict[str, Any] = self.post(
-            "/deployments/", **{key: found[key] for key in kept}, **{"concurrency_limit": limit, **changes}
-        )
+        body = {key: found[key] for key in kept} | {"concurrency_limit": limit} | changes
+        made: dict[str, Any] = self.post("/deployments/", **body)
         return made
 
     def start(self, deployment: dict[str, Any], **parameters: Any) -> str:
@@ -206,4 +205,4 @@ def deploy(folder: Path, database: PostgreSQL, store: SeaweedFS) -> Deployed:
     settings = environment(folder, port)
     settings["PATH"] = f"{database.programs}:{settings['PATH']}"
     shell = Shell(folder, changes, settings)
-    return Deployed(folder, shell, httpx.Client(base_url=f"http://127.0.0.1:{port}/api", timeout=30), settings)
+    return Deployed(folder, httpx.Client(base_url=f"http://127.0.0.1:{port}/api", timeout=30), settings, shell)
