@@ -18,7 +18,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from secateur.errors import SecateurError
 from storage.errors import StorageError
 from tasks.errors import PlanError
-from tasks.plan import Policy
+from tasks.plan import POLICIES, Policy
 from tasks.reading import plan_schema, read_plan
 
 # What imports Prefect is imported within the commands: it reads its settings once, as it is imported.
@@ -88,17 +88,18 @@ def query(
 def prune(
     run: RunUrl,
     stage: Annotated[int, typer.Option(help="the stage to prune")],
-    policy: Annotated[str | None, typer.Option(help="top, threshold, drop_harmful, balanced, random or loss")] = None,
+    policy: Annotated[str | None, typer.Option(help=f"one of {', '.join(POLICIES)}")] = None,
     keep: Annotated[float | None, typer.Option(help="fraction to keep")] = None,
     at_least: Annotated[float | None, typer.Option(help="lowest score to keep (threshold)")] = None,
     by: Annotated[str | None, typer.Option(help="member or member:field to balance by (balanced)")] = None,
+    prefer: Annotated[str | None, typer.Option(help="lowest or highest (loss, grand, el2n)")] = None,
     as_json: Json = False,
 ) -> None:
     """Prunes one stage of an existing run, by the plan's policy or by another beside it."""
     from flows import tables
     from flows.prune import prune as prune_flow
 
-    settings = {"policy": policy, "keep": keep, "at_least": at_least, "by": by}
+    settings = {"policy": policy, "keep": keep, "at_least": at_least, "by": by, "prefer": prefer}
     given = {name: value for name, value in settings.items() if value is not None}
     found = prune_flow(run, stage, _policy(given) if given else None)
     if found is None:
@@ -124,6 +125,28 @@ def audit(
     print(f"the audit will cost about {cost:.1f} trainings of stage {stage}", file=sys.stderr)
     found = audit_flow(run, stage, removals)
     _show(found, as_json, lambda: tables.audited([found]))
+
+
+@app.command()
+def compare(
+    plan: PlanFile,
+    seeds: Annotated[int, typer.Option(min=1, help="how many seeds, from the plan's on")] = 5,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(help="a further arm, again for each: a policy's name, or name=key:value,key:value"),
+    ] = None,
+    arms: Annotated[Path | None, typer.Option(help="further arms: a YAML file of `name: {key: value}`")] = None,
+    judge: Annotated[str | None, typer.Option(help="the target that judges")] = None,
+    as_json: Json = False,
+) -> None:
+    """Says whether pruning pays: the plan beside random pruning and none, over several seeds."""
+    from flows import tables
+    from flows.compare import compare as compare_flow
+    from tasks.comparison.arms import read_arms
+
+    further = read_arms(arm or [], str(arms) if arms else None)
+    found = compare_flow(read_plan(str(plan)), seeds, further, judge)
+    _show(found, as_json, lambda: tables.comparison(found))
 
 
 @app.command()
@@ -207,7 +230,7 @@ def _option_sentence(error: ValidationError, settings: dict[str, Any]) -> str:
     if first["type"] == "extra_forbidden":
         return f"--policy {policy} takes no {option}; leave it out"
     if option == "--policy":
-        return f"--policy is {policy or 'missing'}; give one of top, threshold, drop_harmful, balanced, random and loss"
+        return f"--policy is {policy or 'missing'}; give one of {', '.join(POLICIES)}"
     return f"{option}: {first['msg'].lower()}"
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tasks.audit import Audited
+from tasks.comparison.report import Comparison
 from tasks.estimate import Estimate
 from tasks.prune import Pruned
 from tasks.search import Hit
@@ -25,6 +26,8 @@ def stages(where: str, summary: list[StageSummary]) -> None:
         losses = (f"{stage.targets[name]['loss']:.4f}" for name in targets)
         table.add_row(str(stage.stage), str(stage.samples), *kept, *losses)
     show(table)
+    for stage in (stage for stage in summary if stage.candidates):
+        print(f"online selection in stage {stage.stage} trained on {stage.chosen:,} of {stage.candidates:,} candidates")
     for sentence in (sentence for stage in summary for sentence in stage.skipped):
         print(f"left out: {sentence}")
     if audits := [stage.audited for stage in summary if stage.audited]:
@@ -66,6 +69,29 @@ def audited(found: list[Audited]) -> None:
         print(one.plot)
 
 
+def comparison(found: Comparison) -> None:
+    """Whether pruning pays: what the arms used, and each figure of the target that judges."""
+    count = len(found.seeds)
+    used = Table("arm", "samples", "steps", "training s", "selecting s", title=f"{found.url}: {count} seeds, means")
+    for arm in found.arms:
+        selecting = "-" if arm.select_seconds is None else f"{arm.select_seconds:.1f}"
+        used.add_row(arm.arm, f"{arm.samples:.0f}", f"{arm.steps:.0f}", f"{arm.train_seconds:.1f}", selecting)
+    show(used)
+    for figure, before in found.before.items():
+        title = f"{figure} on {found.judge}: mean over seeds (95% interval)"
+        table = Table("arm", "at the end", "less unpruned", "less random", title=title)
+        table.add_row("before pruning", before.text(), "", "")
+        for arm in found.arms:
+            gaps = (arm.differences[figure].get(other) for other in ("unpruned", "random"))
+            table.add_row(arm.arm, arm.figures[figure].text(), *(gap.text(signed=True) if gap else "" for gap in gaps))
+        show(table)
+    print(found.verdict)
+    for sentence in found.notes:
+        print(f"note: {sentence}")
+    for file in found.files:
+        print(file)
+
+
 def estimate(found: Estimate) -> None:
     """What a plan would do."""
     table = Table(
@@ -83,6 +109,11 @@ def estimate(found: Estimate) -> None:
     show(blocks)
     targets = ", ".join(f"{name} ({count} samples)" for name, count in found.targets.items())
     print(f"{found.parameters} parameters in {found.numbers} numbers a sample; targets: {targets}")
+    for stage, chosen in found.selections.items():
+        print(
+            f"online selection in {chosen.steps} steps of stage {stage} judges {chosen.judged:,} samples, which costs about "
+            f"{chosen.cost:.1f} trainings of that stage"
+        )
     for stage, trainings in found.audits.items():
         print(f"the audit of stage {stage} costs about {trainings:.1f} trainings of that stage")
     for stage, steps in found.trials.items():

@@ -6,25 +6,46 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from tasks.plan.base import Data, Factory, Strict, TaskSpec
+from tasks.plan.base import Data, Factory, Strict, Target, TaskSpec
 from tasks.plan.bases import Coordinates, Curvature, EmpiricalFisher, Fisher, Hessian, Kronecker, NoCurvature
 from tasks.plan.optimizers import SGD, Adam, AdamW, Optimizer, ParameterGroup, RMSprop, Schedule
 from tasks.plan.scores import Audit, Replay, Score, Trial, Trust, is_effect
-from tasks.plan.stages import Balanced, DropHarmful, LossControl, Policy, RandomControl, Stage, Threshold, Top, Window
+from tasks.plan.stages import (
+    POLICIES,
+    Balanced,
+    Baseline,
+    DropHarmful,
+    ErrorNorm,
+    GradientNorm,
+    LossControl,
+    Policy,
+    RandomControl,
+    Select,
+    Stage,
+    Threshold,
+    Top,
+    TracIn,
+    Window,
+)
+from tasks.plan.workers import Workers
 
 __all__ = [
+    "POLICIES",
     "SGD",
     "Adam",
     "AdamW",
     "Audit",
     "Balanced",
+    "Baseline",
     "Coordinates",
     "Curvature",
     "Data",
     "DropHarmful",
     "EmpiricalFisher",
+    "ErrorNorm",
     "Factory",
     "Fisher",
+    "GradientNorm",
     "Hessian",
     "Kronecker",
     "LossControl",
@@ -38,14 +59,18 @@ __all__ = [
     "Replay",
     "Schedule",
     "Score",
+    "Select",
     "Stage",
     "Strict",
+    "Target",
     "TaskSpec",
     "Threshold",
     "Top",
+    "TracIn",
     "Trial",
     "Trust",
     "Window",
+    "Workers",
 ]
 
 
@@ -61,7 +86,7 @@ class Plan(Strict):
     model: Factory
     task: TaskSpec
     data: Data
-    targets: dict[Annotated[str, Field(pattern=r"^\w+$")], Data] = Field(min_length=1)
+    targets: dict[Annotated[str, Field(pattern=r"^\w+$")], Target] = Field(min_length=1)
     optimizer: Optimizer
     schedule: Schedule = Schedule()
     stages: list[Stage] = Field(min_length=1)
@@ -85,11 +110,18 @@ class Plan(Strict):
         "which run the same stage at once either replaces what the other committed",
     )
     index: Literal["flat", "fp16", "sq8"] = "flat"
+    workers: Workers = Field(
+        Workers(), description="who does it; a run may be started with some workers and resumed with others"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Plan:
         if self.score.target is not None and self.score.target not in self.targets:
             raise ValueError(f"score.target {self.score.target} is none of the targets {', '.join(self.targets)}")
+        for window in (window for stage in self.stages for window in stage.windows if window.select):
+            asked = window.select.target if window.select else None
+            if asked is not None and asked not in self.targets:
+                raise ValueError(f"a window's select.target {asked} is none of the targets {', '.join(self.targets)}")
         if isinstance(self.basis, Kronecker) and not isinstance(self.optimizer, SGD):
             raise ValueError(
                 f"a kronecker basis cannot follow {self.optimizer.kind}, which treats every parameter by its own history; "
@@ -114,6 +146,10 @@ class Plan(Strict):
                 "`trust.min_fidelity` holds scores against retraining without a sample, which only `horizon: stage, "
                 "aggregate: mean` estimate; use `trust.trial` for other scores"
             )
+        if self.trust.trial and not self.judging(self.target):
+            raise ValueError(
+                f"`trust.trial` needs samples that judge and do not score; set `judging: 0.5` on target {self.target}"
+            )
         for stage in (self.audit and self.audit.stages) or []:
             if stage >= len(self.stages):
                 raise ValueError(f"audit.stages names stage {stage}; the last is {len(self.stages) - 1}")
@@ -133,3 +169,8 @@ class Plan(Strict):
     def target(self) -> str:
         """The target pruned for."""
         return self.score.target or next(iter(self.targets))
+
+    def judging(self, target: str) -> float:
+        """Share of a target's samples that judge and never score."""
+        share = self.targets[target].judging
+        return (0.5 if self.trust.trial and target == self.target else 0.0) if share is None else share

@@ -38,3 +38,13 @@ class Data(Strict):
     damaged: Literal["fail", "skip"] = Field(
         "fail", description="what to do with a shard that is no whole tar: stop, or leave it out and report it"
     )
+
+
+class Target(Data):
+    """A validation set."""
+
+    judging: Share | None = Field(
+        None,
+        description="share of its samples, drawn once, that never score but judge: trials, comparisons and the figures that "
+        "stages report are theirs; null for half of the target pruned for where `trust.trial` needs it, else none",
+    )

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, PositiveInt, model_validator
 
 from tasks.plan.base import Fraction, Strict
+
+
+class Select(Strict):
+    """Online selection: each step of a window trains on the best of more candidates than its batch holds."""
+
+    method: Literal["grad_align", "greats", "random"] = Field(
+        "greats",
+        description="`grad_align`: alignment with the target's gradient; `greats`: greedily, less what picks share",
+    )
+    candidates: Annotated[int, Field(ge=2)] = Field(3, description="candidates a step, as a multiple of `batch_size`")
+    target: str | None = Field(None, description="the target whose loss is to fall; the one pruned for if null")
+    samples: PositiveInt = Field(64, description="of the target's samples, others at every step, that judge candidates")
 
 
 class Window(Strict):
@@ -15,6 +27,7 @@ class Window(Strict):
     start: Annotated[float, Field(ge=0)] = Field(0.0, description="fraction of the stage's steps, or a step")
     stop: Annotated[float, Field(gt=0)] = Field(1.0, description="fraction of the stage's steps, or a step")
     unit: Literal["fraction", "steps"] = "fraction"
+    select: Select | None = Field(None, description="online selection; without it steps train on what the order gives")
 
     @model_validator(mode="after")
     def _ordered(self) -> Window:
@@ -60,16 +73,48 @@ class RandomControl(Strict):
     keep: Fraction
 
 
-class LossControl(Strict):
-    """Control: keeps the fraction of lowest loss."""
+class Baseline(Strict):
+    """Keeps a fraction by a measure of each sample's last use that knows no target."""
+
+    policy: str
+    keep: Fraction
+    prefer: Literal["lowest", "highest"] = Field(
+        "lowest",
+        description="the end that is kept: `lowest` leaves out what fits badly (wrong labels), `highest` what is easy",
+    )
+
+
+class LossControl(Baseline):
+    """By the loss before the step."""
 
     policy: Literal["loss"] = "loss"
+
+
+class GradientNorm(Baseline):
+    """GraNd (Paul et al., 2021): by the norm of the loss's gradient, in the numbers of the basis."""
+
+    policy: Literal["grand"] = "grand"
+
+
+class ErrorNorm(Baseline):
+    """EL2N (Paul et al., 2021): by the norm of the loss's gradient with respect to the logits, softmax minus one-hot."""
+
+    policy: Literal["el2n"] = "el2n"
+
+
+class TracIn(Strict):
+    """Keeps the fraction of highest TracIn (Pruthi et al., 2020): the sum over a sample's uses of learning rate times
+    the product of its contribution with the target's mean gradient at the nearest segment checkpoint."""
+
+    policy: Literal["tracin"] = "tracin"
     keep: Fraction
 
 
 Policy = Annotated[
-    Top | Threshold | DropHarmful | Balanced | RandomControl | LossControl, Field(discriminator="policy")
+    Top | Threshold | DropHarmful | Balanced | RandomControl | LossControl | GradientNorm | ErrorNorm | TracIn,
+    Field(discriminator="policy"),
 ]
+POLICIES = [kind.model_fields["policy"].default for kind in get_args(get_args(Policy)[0])]
 
 
 class Stage(Strict):
