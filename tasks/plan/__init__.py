@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
-from tasks.plan.base import Data, Factory, Strict, Target, TaskSpec
+from tasks.plan.base import Data, Factory, Strict, Target, TaskSpec, without_credentials
 from tasks.plan.bases import Coordinates, Curvature, EmpiricalFisher, Fisher, Hessian, Kronecker, NoCurvature
 from tasks.plan.optimizers import SGD, Adam, AdamW, Optimizer, ParameterGroup, RMSprop, Schedule
 from tasks.plan.scores import Audit, Replay, Score, Trial, Trust, is_effect
@@ -77,7 +77,7 @@ __all__ = [
 class Plan(Strict):
     """A whole run."""
 
-    run: str = Field(pattern=r"^[\w.-]+$", description="the run's name, a folder under `root`")
+    run: str = Field(pattern=r"^\w[\w.-]*$", description="the run's name, a folder under `root`")
     root: str = Field("runs", description="path or URL of the folder that holds runs")
     seed: NonNegativeInt = 0
     device: str = "cpu"
@@ -113,6 +113,11 @@ class Plan(Strict):
     workers: Workers = Field(
         Workers(), description="who does it; a run may be started with some workers and resumed with others"
     )
+
+    @field_validator("root")
+    @classmethod
+    def _without_credentials(cls, url: str) -> str:
+        return without_credentials(url)
 
     @model_validator(mode="after")
     def _consistent(self) -> Plan:
