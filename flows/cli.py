@@ -168,13 +168,11 @@ def gc(
     as_json: Json = False,
 ) -> None:
     """Removes what attempts that never committed have left in a run's folder; do so while nothing runs there."""
-    from storage.integrity import stray
+    from storage.integrity import collect, stray
     from tasks.run import Run
 
     root = Run.open(run).folder.root
-    found = stray(root)
-    for name in [] if dry_run else found:
-        root.remove(name)
+    found = stray(root) if dry_run else collect(root)
     verb = "would be removed" if dry_run else "removed"
     _show(found, as_json, lambda: _lines([f"{verb}: {name}" for name in found], "nothing to remove"))
 

@@ -26,6 +26,8 @@ def stages(where: str, summary: list[StageSummary]) -> None:
         losses = (f"{stage.targets[name]['loss']:.4f}" for name in targets)
         table.add_row(str(stage.stage), str(stage.samples), *kept, *losses)
     show(table)
+    for stage in (stage for stage in summary if stage.candidates):
+        print(f"online selection in stage {stage.stage} trained on {stage.chosen:,} of {stage.candidates:,} candidates")
     for sentence in (sentence for stage in summary for sentence in stage.skipped):
         print(f"left out: {sentence}")
     if audits := [stage.audited for stage in summary if stage.audited]:
@@ -107,6 +109,11 @@ def estimate(found: Estimate) -> None:
     show(blocks)
     targets = ", ".join(f"{name} ({count} samples)" for name, count in found.targets.items())
     print(f"{found.parameters} parameters in {found.numbers} numbers a sample; targets: {targets}")
+    for stage, chosen in found.selections.items():
+        print(
+            f"online selection in {chosen.steps} steps of stage {stage} judges {chosen.judged:,} samples, which costs about "
+            f"{chosen.cost:.1f} trainings of that stage"
+        )
     for stage, trainings in found.audits.items():
         print(f"the audit of stage {stage} costs about {trainings:.1f} trainings of that stage")
     for stage, steps in found.trials.items():

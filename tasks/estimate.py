@@ -13,8 +13,19 @@ from tasks.order import Order
 from tasks.plan import Coordinates, Plan
 from tasks.removals import expected_cost
 from tasks.run import Run
-from tasks.samples import skipping, stage_samples, target_samples
+from tasks.samples import scoring_rows, skipping, stage_samples, target_samples
 from tasks.train import check_repeatable
+
+JUDGING_COST = 0.7  # of a sample in online selection, in trainings of one; see benchmarks/selection.py
+
+
+class SelectionEstimate(BaseModel):
+    """Online selection in a stage: the steps that select, the samples judged in them (candidates and target's), and what that
+    costs in trainings of the stage."""
+
+    steps: int
+    judged: int
+    cost: float
 
 
 class StageEstimate(BaseModel):
@@ -40,6 +51,7 @@ class Estimate(BaseModel):
     numbers: int
     targets: dict[str, int]
     stages: list[StageEstimate]
+    selections: dict[int, SelectionEstimate]
     audits: dict[int, float]
     trials: dict[int, int]
     disk_bytes: int
@@ -63,6 +75,7 @@ def estimate(plan: Plan) -> Estimate:
     for number, stage in enumerate(plan.stages):
         stages.append(_stage(plan, number, samples, sum(blocks.values()), slots, parameters))
         samples = round(samples * getattr(stage.prune, "keep", 1.0)) if stage.prune else samples
+    targets = {name: len(target_samples(run, name)) for name in plan.targets}
     trial = plan.trust.trial
     itemsize = 4 if plan.dtype == "float32" else 8
     widest = max(blocks.values()) if plan.curvature.coupling == "block" else sum(blocks.values())
@@ -77,8 +90,9 @@ def estimate(plan: Plan) -> Estimate:
         numbers=sum(blocks.values()),
         audits={s.stage: expected_cost(plan, Order(plan, s.stage, s.samples)) for s in stages if wanted(plan, s.stage)},
         trials={n: trial.steps * (1 + trial.draws) for n, stage in enumerate(plan.stages) if trial and stage.prune},
-        targets={name: len(target_samples(run, name)) for name in plan.targets},
+        targets=targets,
         stages=stages,
+        selections={s.stage: found for s in stages if (found := _selection(plan, s, targets)).steps},
         disk_bytes=sum(s.ledger_bytes + 2 * s.embedding_bytes + s.index_bytes + s.checkpoint_bytes for s in stages),
         memory_bytes=(walking + 4 * parameters) * itemsize,
     )
@@ -109,6 +123,19 @@ def _stage(plan: Plan, number: int, samples: int, width: int, slots: int, parame
         index_bytes=inside * batch * kept * {"flat": 4, "fp16": 2, "sq8": 1}[plan.index],
         checkpoint_bytes=-(-order.steps // plan.segment_steps) * parameters * state * itemsize,
     )
+
+
+def _selection(plan: Plan, stage: StageEstimate, targets: dict[str, int]) -> SelectionEstimate:
+    order, steps, judged = Order(plan, stage.stage, stage.samples), 0, 0
+    for window, spec in zip(order.windows(), order.stage.windows, strict=True):
+        if spec.select:
+            steps += len(window)
+            name = spec.select.target or plan.target
+            asked = spec.select.candidates * order.stage.batch_size
+            asked += min(spec.select.samples, len(scoring_rows(plan, name, targets[name])))
+            judged += asked * len(window) if spec.select.method != "random" else 0
+    cost = JUDGING_COST * judged / (stage.steps * min(order.stage.batch_size, stage.samples))
+    return SelectionEstimate(steps=steps, judged=judged, cost=cost)
 
 
 def _numbers(plan: Plan, bindings: Bindings) -> dict[str, int]:

@@ -18,8 +18,8 @@ from tasks.loop import Loop
 from tasks.order import seed_for
 from tasks.plan import Policy, Schedule
 from tasks.run import Run
-from tasks.samples import stage_samples, target_samples
-from tasks.targets import judging_rows, target_loss
+from tasks.samples import judging_rows, stage_samples, target_samples
+from tasks.targets import target_loss
 from tasks.tracin import policy_scores
 from tasks.train import end_checkpoint
 

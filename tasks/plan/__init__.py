@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
-from tasks.plan.base import Data, Factory, Strict, Target, TaskSpec
+from tasks.plan.base import Data, Factory, Strict, Target, TaskSpec, without_credentials
 from tasks.plan.bases import Coordinates, Curvature, EmpiricalFisher, Fisher, Hessian, Kronecker, NoCurvature
 from tasks.plan.optimizers import SGD, Adam, AdamW, Optimizer, ParameterGroup, RMSprop, Schedule
 from tasks.plan.scores import Audit, Replay, Score, Trial, Trust, is_effect
@@ -20,6 +20,7 @@ from tasks.plan.stages import (
     LossControl,
     Policy,
     RandomControl,
+    Select,
     Stage,
     Threshold,
     Top,
@@ -58,6 +59,7 @@ __all__ = [
     "Replay",
     "Schedule",
     "Score",
+    "Select",
     "Stage",
     "Strict",
     "Target",
@@ -75,7 +77,7 @@ __all__ = [
 class Plan(Strict):
     """A whole run."""
 
-    run: str = Field(pattern=r"^[\w.-]+$", description="the run's name, a folder under `root`")
+    run: str = Field(pattern=r"^\w[\w.-]*$", description="the run's name, a folder under `root`")
     root: str = Field("runs", description="path or URL of the folder that holds runs")
     seed: NonNegativeInt = 0
     device: str = "cpu"
@@ -112,10 +114,19 @@ class Plan(Strict):
         Workers(), description="who does it; a run may be started with some workers and resumed with others"
     )
 
+    @field_validator("root")
+    @classmethod
+    def _without_credentials(cls, url: str) -> str:
+        return without_credentials(url)
+
     @model_validator(mode="after")
     def _consistent(self) -> Plan:
         if self.score.target is not None and self.score.target not in self.targets:
             raise ValueError(f"score.target {self.score.target} is none of the targets {', '.join(self.targets)}")
+        for window in (window for stage in self.stages for window in stage.windows if window.select):
+            asked = window.select.target if window.select else None
+            if asked is not None and asked not in self.targets:
+                raise ValueError(f"a window's select.target {asked} is none of the targets {', '.join(self.targets)}")
         if isinstance(self.basis, Kronecker) and not isinstance(self.optimizer, SGD):
             raise ValueError(
                 f"a kronecker basis cannot follow {self.optimizer.kind}, which treats every parameter by its own history; "

@@ -9,12 +9,25 @@ from pydantic import Field, PositiveInt, model_validator
 from tasks.plan.base import Fraction, Strict
 
 
+class Select(Strict):
+    """Online selection: each step of a window trains on the best of more candidates than its batch holds."""
+
+    method: Literal["grad_align", "greats", "random"] = Field(
+        "greats",
+        description="`grad_align`: alignment with the target's gradient; `greats`: greedily, less what picks share",
+    )
+    candidates: Annotated[int, Field(ge=2)] = Field(3, description="candidates a step, as a multiple of `batch_size`")
+    target: str | None = Field(None, description="the target whose loss is to fall; the one pruned for if null")
+    samples: PositiveInt = Field(64, description="of the target's samples, others at every step, that judge candidates")
+
+
 class Window(Strict):
     """A stretch of a stage in which samples are recorded and judged."""
 
     start: Annotated[float, Field(ge=0)] = Field(0.0, description="fraction of the stage's steps, or a step")
     stop: Annotated[float, Field(gt=0)] = Field(1.0, description="fraction of the stage's steps, or a step")
     unit: Literal["fraction", "steps"] = "fraction"
+    select: Select | None = Field(None, description="online selection; without it steps train on what the order gives")
 
     @model_validator(mode="after")
     def _ordered(self) -> Window:
