@@ -159,6 +159,21 @@ def compare(
 
 
 @app.command()
+def windows(
+    run: RunUrl,
+    stage: Annotated[int | None, typer.Option(help="one stage only")] = None,
+    budget: Annotated[float, typer.Option(help="share of a stage's steps that windows may hold at most")] = 0.4,
+    as_json: Json = False,
+) -> None:
+    """When in training the samples' influence is high, and the windows that suggests for a stage like it."""
+    from flows import tables
+    from tasks.windows import suggest_windows
+
+    found = suggest_windows.fn(run, stage, budget)
+    _show(found, as_json, lambda: tables.windows(found))
+
+
+@app.command()
 def verify(run: RunUrl, as_json: Json = False) -> None:
     """Rereads all that a run has committed, and names what is missing, changed, damaged or extra (exit code 2)."""
     from storage.integrity import verify as verify_root

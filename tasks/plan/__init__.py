@@ -12,6 +12,8 @@ from tasks.plan.optimizers import SGD, Adam, AdamW, Optimizer, ParameterGroup, R
 from tasks.plan.scores import Audit, Replay, Score, Trial, Trust, is_effect
 from tasks.plan.stages import (
     POLICIES,
+    PREVIOUS,
+    AutoWindows,
     Balanced,
     Baseline,
     DropHarmful,
@@ -31,10 +33,12 @@ from tasks.plan.workers import Workers
 
 __all__ = [
     "POLICIES",
+    "PREVIOUS",
     "SGD",
     "Adam",
     "AdamW",
     "Audit",
+    "AutoWindows",
     "Balanced",
     "Baseline",
     "Coordinates",
@@ -131,8 +135,7 @@ class Plan(Strict):
     def _consistent(self) -> Plan:
         if self.score.target is not None and self.score.target not in self.targets:
             raise ValueError(f"score.target {self.score.target} is none of the targets {', '.join(self.targets)}")
-        for window in (window for stage in self.stages for window in stage.windows if window.select):
-            asked = window.select.target if window.select else None
+        for asked in (select.target for stage in self.stages for select in stage.selections):
             if asked is not None and asked not in self.targets:
                 raise ValueError(f"a window's select.target {asked} is none of the targets {', '.join(self.targets)}")
         if isinstance(self.basis, Kronecker) and not isinstance(self.optimizer, SGD):
@@ -144,6 +147,20 @@ class Plan(Strict):
             raise ValueError(
                 "a schedule over the run needs `steps` in every stage, for epochs shrink as data is pruned"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _windows_known(self) -> Plan:
+        for number, stage in enumerate(self.stages):
+            if (
+                isinstance(stage.windows, AutoWindows)
+                and stage.windows.auto == PREVIOUS
+                and self.profiled_before(number) < 0
+            ):
+                raise ValueError(
+                    f"stage {number} takes its windows from the stage before it, and no stage before it is recorded whole; give "
+                    f"one of them windows over all its steps, or name an earlier run: `windows: {{auto: <run>}}`"
+                )
         return self
 
     @model_validator(mode="after")
@@ -167,6 +184,10 @@ class Plan(Strict):
             if stage >= len(self.stages):
                 raise ValueError(f"audit.stages names stage {stage}; the last is {len(self.stages) - 1}")
         return self
+
+    def profiled_before(self, number: int) -> int:
+        """The nearest stage before one that is recorded whole, so that its profile can show phases; -1 if there is none."""
+        return next((n for n in reversed(range(number)) if self.stages[n].recorded_whole), -1)
 
     @property
     def numbers(self) -> Kronecker | Coordinates:
