@@ -18,7 +18,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from secateur.errors import SecateurError
 from storage.errors import StorageError
 from tasks.errors import PlanError
-from tasks.plan import Policy
+from tasks.plan import POLICIES, Policy
 from tasks.reading import plan_schema, read_plan
 
 # What imports Prefect is imported within the commands: it reads its settings once, as it is imported.
@@ -88,17 +88,18 @@ def query(
 def prune(
     run: RunUrl,
     stage: Annotated[int, typer.Option(help="the stage to prune")],
-    policy: Annotated[str | None, typer.Option(help="top, threshold, drop_harmful, balanced, random or loss")] = None,
+    policy: Annotated[str | None, typer.Option(help=f"one of {', '.join(POLICIES)}")] = None,
     keep: Annotated[float | None, typer.Option(help="fraction to keep")] = None,
     at_least: Annotated[float | None, typer.Option(help="lowest score to keep (threshold)")] = None,
     by: Annotated[str | None, typer.Option(help="member or member:field to balance by (balanced)")] = None,
+    prefer: Annotated[str | None, typer.Option(help="lowest or highest (loss, grand, el2n)")] = None,
     as_json: Json = False,
 ) -> None:
     """Prunes one stage of an existing run, by the plan's policy or by another beside it."""
     from flows import tables
     from flows.prune import prune as prune_flow
 
-    settings = {"policy": policy, "keep": keep, "at_least": at_least, "by": by}
+    settings = {"policy": policy, "keep": keep, "at_least": at_least, "by": by, "prefer": prefer}
     given = {name: value for name, value in settings.items() if value is not None}
     found = prune_flow(run, stage, _policy(given) if given else None)
     if found is None:
@@ -127,6 +128,28 @@ def audit(
 
 
 @app.command()
+def compare(
+    plan: PlanFile,
+    seeds: Annotated[int, typer.Option(min=1, help="how many seeds, from the plan's on")] = 5,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(help="a further arm, again for each: a policy's name, or name=key:value,key:value"),
+    ] = None,
+    arms: Annotated[Path | None, typer.Option(help="further arms: a YAML file of `name: {key: value}`")] = None,
+    judge: Annotated[str | None, typer.Option(help="the target that judges")] = None,
+    as_json: Json = False,
+) -> None:
+    """Says whether pruning pays: the plan beside random pruning and none, over several seeds."""
+    from flows import tables
+    from flows.compare import compare as compare_flow
+    from tasks.comparison.arms import read_arms
+
+    further = read_arms(arm or [], str(arms) if arms else None)
+    found = compare_flow(read_plan(str(plan)), seeds, further, judge)
+    _show(found, as_json, lambda: tables.comparison(found))
+
+
+@app.command()
 def verify(run: RunUrl, as_json: Json = False) -> None:
     """Rereads all that a run has committed, and names what is missing, changed, damaged or extra (exit code 2)."""
     from storage.integrity import verify as verify_root
@@ -145,13 +168,11 @@ def gc(
     as_json: Json = False,
 ) -> None:
     """Removes what attempts that never committed have left in a run's folder; do so while nothing runs there."""
-    from storage.integrity import stray
+    from storage.integrity import collect, stray
     from tasks.run import Run
 
     root = Run.open(run).folder.root
-    found = stray(root)
-    for name in [] if dry_run else found:
-        root.remove(name)
+    found = stray(root) if dry_run else collect(root)
     verb = "would be removed" if dry_run else "removed"
     _show(found, as_json, lambda: _lines([f"{verb}: {name}" for name in found], "nothing to remove"))
 
@@ -207,7 +228,7 @@ def _option_sentence(error: ValidationError, settings: dict[str, Any]) -> str:
     if first["type"] == "extra_forbidden":
         return f"--policy {policy} takes no {option}; leave it out"
     if option == "--policy":
-        return f"--policy is {policy or 'missing'}; give one of top, threshold, drop_harmful, balanced, random and loss"
+        return f"--policy is {policy or 'missing'}; give one of {', '.join(POLICIES)}"
     return f"{option}: {first['msg'].lower()}"
 
 

@@ -7,7 +7,8 @@ from prefect import flow
 from flows import events
 from flows.alone import alone
 from flows.deployment import of_its_time
-from flows.prune import appraise, cut
+from flows.stage import appraise, cut
+from flows.workers import crew
 from tasks.fit import fit_basis
 from tasks.plan import Plan
 from tasks.run import Run
@@ -30,15 +31,15 @@ def curate(plan: Plan, dated: bool = False) -> list[StageSummary]:
         PlanError, StorageError, SecateurError: what is wrong with plan, data or model, in one sentence.
     """
     run = Run.start(of_its_time(plan) if dated else plan)
-    with alone(run):
+    with alone(run), crew(plan.workers) as workers:
         for stage, spec in enumerate(plan.stages):
-            list_samples(run.url, stage)
+            workers.call(list_samples, run.url, stage)
             if stage == 0:
-                fit_basis(run.url)
-            train(run.url, stage)
+                workers.call(fit_basis, run.url)
+            workers.call(train, run.url, stage)
             events.trained(run.url, stage)
-            appraise(run.url, stage)
+            appraise(workers, run.url, stage)
             if spec.prune is not None:
-                cut(run.url, stage)
+                cut(workers, run.url, stage)
     events.finished(run.url)
     return summarise(run.url)

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 from flows.alone import whole_url
 from storage.manifest import Artefact
-from tasks.audit import audited, wanted
+from tasks.audit import Fidelity, audited, wanted
 from tasks.prune import DECISIONS
 from tasks.prune import pruned as record_of
 from tasks.run import Run
@@ -142,12 +142,17 @@ def fidelity(run_url: str, stage: int) -> None:
         return
     found, least = audited(run, stage), run.plan.trust.min_fidelity
     measured = found.fidelity[run.plan.estimate]
-    if measured.spearman < least if least is not None else measured.spearman_interval[0] <= 0:
+    if is_low(measured, least):
         told = FidelityLow(
             run=whole_url(run), stage=stage, target=found.target, estimate=run.plan.estimate, spearman=measured.spearman,
             interval=measured.spearman_interval, least=least or 0.0,
         )  # fmt: skip
         _tell(run, told, run.folder.stage(stage).audit(found.removals))
+
+
+def is_low(measured: Fidelity, least: float | None) -> bool:
+    """Whether scores agree less with retraining than the plan asks; where it asks nothing, not even surely at all."""
+    return measured.spearman < least if least is not None else measured.spearman_interval[0] <= 0
 
 
 def _tell(run: Run, payload: RunEvent, committed: Artefact, kind: str = "run") -> None:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tasks.audit import Audited
+from tasks.comparison.report import Comparison
 from tasks.estimate import Estimate
 from tasks.prune import Pruned
 from tasks.search import Hit
@@ -66,6 +67,29 @@ def audited(found: list[Audited]) -> None:
     show(table)
     for one in found:
         print(one.plot)
+
+
+def comparison(found: Comparison) -> None:
+    """Whether pruning pays: what the arms used, and each figure of the target that judges."""
+    count = len(found.seeds)
+    used = Table("arm", "samples", "steps", "training s", "selecting s", title=f"{found.url}: {count} seeds, means")
+    for arm in found.arms:
+        selecting = "-" if arm.select_seconds is None else f"{arm.select_seconds:.1f}"
+        used.add_row(arm.arm, f"{arm.samples:.0f}", f"{arm.steps:.0f}", f"{arm.train_seconds:.1f}", selecting)
+    show(used)
+    for figure, before in found.before.items():
+        title = f"{figure} on {found.judge}: mean over seeds (95% interval)"
+        table = Table("arm", "at the end", "less unpruned", "less random", title=title)
+        table.add_row("before pruning", before.text(), "", "")
+        for arm in found.arms:
+            gaps = (arm.differences[figure].get(other) for other in ("unpruned", "random"))
+            table.add_row(arm.arm, arm.figures[figure].text(), *(gap.text(signed=True) if gap else "" for gap in gaps))
+        show(table)
+    print(found.verdict)
+    for sentence in found.notes:
+        print(f"note: {sentence}")
+    for file in found.files:
+        print(file)
 
 
 def estimate(found: Estimate) -> None:

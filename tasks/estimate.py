@@ -7,10 +7,11 @@ from pydantic import BaseModel
 from secateur.bindings import Bindings
 from secateur.fitting import shares
 from storage.shards import expand, index_shards
-from tasks.audit import expected_cost, wanted
+from tasks.audit import wanted
 from tasks.optimizer import linearised
 from tasks.order import Order
 from tasks.plan import Coordinates, Plan
+from tasks.removals import expected_cost
 from tasks.run import Run
 from tasks.samples import scoring_rows, skipping, stage_samples, target_samples
 from tasks.train import check_repeatable
@@ -117,7 +118,7 @@ def _stage(plan: Plan, number: int, samples: int, width: int, slots: int, parame
         samples=samples,
         steps=order.steps,
         records=inside * batch,
-        ledger_bytes=recorded * batch * (width * itemsize + 48),
+        ledger_bytes=recorded * batch * (width * itemsize + 56),
         embedding_bytes=embeddings,
         index_bytes=inside * batch * kept * {"flat": 4, "fp16": 2, "sq8": 1}[plan.index],
         checkpoint_bytes=-(-order.steps // plan.segment_steps) * parameters * state * itemsize,
@@ -129,10 +130,9 @@ def _selection(plan: Plan, stage: StageEstimate, targets: dict[str, int]) -> Sel
     for window, spec in zip(order.windows(), order.stage.windows, strict=True):
         if spec.select:
             steps += len(window)
+            name = spec.select.target or plan.target
             asked = spec.select.candidates * order.stage.batch_size
-            asked += min(
-                spec.select.samples, len(range(targets[spec.select.target or plan.target])[scoring_rows(plan)])
-            )
+            asked += min(spec.select.samples, len(scoring_rows(plan, name, targets[name])))
             judged += asked * len(window) if spec.select.method != "random" else 0
     cost = JUDGING_COST * judged / (stage.steps * min(order.stage.batch_size, stage.samples))
     return SelectionEstimate(steps=steps, judged=judged, cost=cost)

@@ -54,7 +54,7 @@ class Run:
 
     @staticmethod
     def start(plan: Plan) -> Run:
-        """Makes the run's folder, or joins it where the same plan has been started before.
+        """Makes the run's folder, or joins it where the same plan has been started before, perhaps with other `workers`.
 
         Raises:
             PlanError: the folder holds a run of another plan, or the store ignores conditional puts.
@@ -69,9 +69,9 @@ class Run:
             with folder.plan.attempt("plan", {}) as attempt:
                 attempt.write("plan.yaml", plan_text(plan).encode())
         run = Run.open(folder.url)
-        if run.plan != plan:
+        if differing := _differences(run.plan, plan):
             raise PlanError(
-                f"{folder.url} holds a run of another plan (they differ in {', '.join(_differences(run.plan, plan))}); "
+                f"{folder.url} holds a run of another plan (they differ in {', '.join(differing)}); "
                 f"choose another `run` name, or remove that folder"
             )
         return run
@@ -86,7 +86,10 @@ class Run:
         folder = RunFolder(url.rstrip("/"))
         if not folder.plan.committed:
             raise PlanError(f"{url} holds no run; give the folder that `secateur run` made (root/run of the plan)")
-        return Run(parse_plan(folder.plan.read("plan.yaml").decode(), f"{url}/plan"), folder)
+        plan = parse_plan(folder.plan.read("plan.yaml").decode(), f"{url}/plan")
+        if plan.threads:  # whatever process this is, its results are to be the same
+            torch.set_num_threads(plan.threads)
+        return Run(plan, folder)
 
     def task(self) -> Task:
         """The plan's task."""
@@ -135,6 +138,6 @@ def build(factory: Factory, role: str) -> Any:
 
 
 def _differences(old: Plan, new: Plan) -> list[str]:
-    """Top-level keys in which two plans differ."""
-    before, after = (json.loads(plan.model_dump_json()) for plan in (old, new))
+    """Top-level keys in which two plans differ; who does the work is no part of what is done."""
+    before, after = (json.loads(plan.model_dump_json(exclude={"workers"})) for plan in (old, new))
     return [key for key in after if before[key] != after[key]]

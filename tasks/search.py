@@ -8,13 +8,13 @@ from functools import partial
 import numpy as np
 import polars as pl
 import torch
-from prefect import task
 from pydantic import BaseModel
 from torch import Tensor
 
 from secateur.pullback import pull_back, query_at_end
 from storage.index import read_index, search_index
 from storage.shards import Samples
+from tasks.behaviour import task
 from tasks.embed import in_embeddings, spans_of, stage_embeddings, stage_transition
 from tasks.errors import PlanError
 from tasks.run import Run
@@ -35,7 +35,7 @@ class Hit(BaseModel):
     window: int
 
 
-@task(name="search")
+@task("search", draws=True)
 def search(
     run_url: str,
     target: str | None = None,

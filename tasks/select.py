@@ -117,7 +117,7 @@ class TargetGroups:
 
     def __init__(self, loop: Loop, name: str, size: int) -> None:
         samples, order = target_samples(loop.run, name), loop.order
-        scoring = torch.arange(len(samples))[scoring_rows(loop.run.plan)]
+        scoring = scoring_rows(loop.run.plan, name, len(samples))
         generator = torch.Generator().manual_seed(seed_for(loop.run.plan.seed, "target", order.number, name))
         self._groups = scoring[torch.randperm(len(scoring), generator=generator)].split(size)
         micro = order.stage.batch_size // order.stage.accumulate

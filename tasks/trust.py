@@ -6,13 +6,12 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-import torch
-from prefect import task
 from pydantic import TypeAdapter
 
 from storage.ledger import read_checkpoint
 from storage.shards import Samples
 from tasks.audit import audited
+from tasks.behaviour import task
 from tasks.decide import decide
 from tasks.errors import PlanError
 from tasks.loop import Loop
@@ -20,12 +19,12 @@ from tasks.order import seed_for
 from tasks.plan import Policy, Schedule
 from tasks.run import Run
 from tasks.samples import judging_rows, stage_samples, target_samples
-from tasks.score import stage_scores
 from tasks.targets import target_loss
+from tasks.tracin import policy_scores
 from tasks.train import end_checkpoint
 
 
-@task(name="try what is kept")
+@task("try what is kept", makes=lambda run, stage, name, policy: run.folder.stage(stage).trial(name), draws=True)
 def try_kept(run_url: str, stage: int, name: str, policy: dict[str, Any]) -> dict[str, Any]:
     """Trains a few steps on what a policy keeps and on as many samples at random, from the stage's end.
 
@@ -39,7 +38,7 @@ def try_kept(run_url: str, stage: int, name: str, policy: dict[str, Any]) -> dic
     if not artefact.committed:
         samples = stage_samples(run, stage)
         chosen: Policy = TypeAdapter(Policy).validate_python(policy)
-        keep = decide(run.plan, stage, chosen, stage_scores(run, stage), samples)["keep"].to_numpy()
+        keep = decide(run.plan, stage, chosen, policy_scores(run, stage, chosen), samples)["keep"].to_numpy()
         seeds = [seed_for(run.plan.seed, "trial", stage, draw) for draw in range(spec.draws)]
         draws = [np.random.default_rng(seed).permutation(keep) for seed in seeds]
         with artefact.attempt("trial", {"scores": run.folder.stage(stage).scores.fingerprint}) as attempt:
@@ -95,4 +94,4 @@ def _trained(run: Run, stage: int, samples: Samples, keep: np.ndarray, steps: in
     for step in range(steps):
         loop.step(step)
     target = target_samples(run, run.plan.target)
-    return target_loss(loop, target, torch.arange(len(target))[judging_rows(run.plan)])
+    return target_loss(loop, target, judging_rows(run.plan, run.plan.target, len(target)))

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
-from tasks.plan.base import Data, Factory, Strict, TaskSpec
+from tasks.plan.base import Data, Factory, Strict, Target, TaskSpec, without_credentials
 from tasks.plan.bases import Coordinates, Curvature, EmpiricalFisher, Fisher, Hessian, Kronecker, NoCurvature
 from tasks.plan.optimizers import SGD, Adam, AdamW, Optimizer, ParameterGroup, RMSprop, Schedule
 from tasks.plan.scores import Audit, Replay, Score, Trial, Trust, is_effect
 from tasks.plan.stages import (
+    POLICIES,
     Balanced,
+    Baseline,
     DropHarmful,
+    ErrorNorm,
+    GradientNorm,
     LossControl,
     Policy,
     RandomControl,
@@ -20,22 +24,28 @@ from tasks.plan.stages import (
     Stage,
     Threshold,
     Top,
+    TracIn,
     Window,
 )
+from tasks.plan.workers import Workers
 
 __all__ = [
+    "POLICIES",
     "SGD",
     "Adam",
     "AdamW",
     "Audit",
     "Balanced",
+    "Baseline",
     "Coordinates",
     "Curvature",
     "Data",
     "DropHarmful",
     "EmpiricalFisher",
+    "ErrorNorm",
     "Factory",
     "Fisher",
+    "GradientNorm",
     "Hessian",
     "Kronecker",
     "LossControl",
@@ -52,19 +62,22 @@ __all__ = [
     "Select",
     "Stage",
     "Strict",
+    "Target",
     "TaskSpec",
     "Threshold",
     "Top",
+    "TracIn",
     "Trial",
     "Trust",
     "Window",
+    "Workers",
 ]
 
 
 class Plan(Strict):
     """A whole run."""
 
-    run: str = Field(pattern=r"^[\w.-]+$", description="the run's name, a folder under `root`")
+    run: str = Field(pattern=r"^\w[\w.-]*$", description="the run's name, a folder under `root`")
     root: str = Field("runs", description="path or URL of the folder that holds runs")
     seed: NonNegativeInt = 0
     device: str = "cpu"
@@ -73,7 +86,7 @@ class Plan(Strict):
     model: Factory
     task: TaskSpec
     data: Data
-    targets: dict[Annotated[str, Field(pattern=r"^\w+$")], Data] = Field(min_length=1)
+    targets: dict[Annotated[str, Field(pattern=r"^\w+$")], Target] = Field(min_length=1)
     optimizer: Optimizer
     schedule: Schedule = Schedule()
     stages: list[Stage] = Field(min_length=1)
@@ -97,6 +110,14 @@ class Plan(Strict):
         "which run the same stage at once either replaces what the other committed",
     )
     index: Literal["flat", "fp16", "sq8"] = "flat"
+    workers: Workers = Field(
+        Workers(), description="who does it; a run may be started with some workers and resumed with others"
+    )
+
+    @field_validator("root")
+    @classmethod
+    def _without_credentials(cls, url: str) -> str:
+        return without_credentials(url)
 
     @model_validator(mode="after")
     def _consistent(self) -> Plan:
@@ -130,6 +151,10 @@ class Plan(Strict):
                 "`trust.min_fidelity` holds scores against retraining without a sample, which only `horizon: stage, "
                 "aggregate: mean` estimate; use `trust.trial` for other scores"
             )
+        if self.trust.trial and not self.judging(self.target):
+            raise ValueError(
+                f"`trust.trial` needs samples that judge and do not score; set `judging: 0.5` on target {self.target}"
+            )
         for stage in (self.audit and self.audit.stages) or []:
             if stage >= len(self.stages):
                 raise ValueError(f"audit.stages names stage {stage}; the last is {len(self.stages) - 1}")
@@ -149,3 +174,8 @@ class Plan(Strict):
     def target(self) -> str:
         """The target pruned for."""
         return self.score.target or next(iter(self.targets))
+
+    def judging(self, target: str) -> float:
+        """Share of a target's samples that judge and never score."""
+        share = self.targets[target].judging
+        return (0.5 if self.trust.trial and target == self.target else 0.0) if share is None else share

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -73,16 +73,48 @@ class RandomControl(Strict):
     keep: Fraction
 
 
-class LossControl(Strict):
-    """Control: keeps the fraction of lowest loss."""
+class Baseline(Strict):
+    """Keeps a fraction by a measure of each sample's last use that knows no target."""
+
+    policy: str
+    keep: Fraction
+    prefer: Literal["lowest", "highest"] = Field(
+        "lowest",
+        description="the end that is kept: `lowest` leaves out what fits badly (wrong labels), `highest` what is easy",
+    )
+
+
+class LossControl(Baseline):
+    """By the loss before the step."""
 
     policy: Literal["loss"] = "loss"
+
+
+class GradientNorm(Baseline):
+    """GraNd (Paul et al., 2021): by the norm of the loss's gradient, in the numbers of the basis."""
+
+    policy: Literal["grand"] = "grand"
+
+
+class ErrorNorm(Baseline):
+    """EL2N (Paul et al., 2021): by the norm of the loss's gradient with respect to the logits, softmax minus one-hot."""
+
+    policy: Literal["el2n"] = "el2n"
+
+
+class TracIn(Strict):
+    """Keeps the fraction of highest TracIn (Pruthi et al., 2020): the sum over a sample's uses of learning rate times
+    the product of its contribution with the target's mean gradient at the nearest segment checkpoint."""
+
+    policy: Literal["tracin"] = "tracin"
     keep: Fraction
 
 
 Policy = Annotated[
-    Top | Threshold | DropHarmful | Balanced | RandomControl | LossControl, Field(discriminator="policy")
+    Top | Threshold | DropHarmful | Balanced | RandomControl | LossControl | GradientNorm | ErrorNorm | TracIn,
+    Field(discriminator="policy"),
 ]
+POLICIES = [kind.model_fields["policy"].default for kind in get_args(get_args(Policy)[0])]
 
 
 class Stage(Strict):
