@@ -1,19 +1,21 @@
 """Online selection: in all steps, in an early and a late window, in either alone, never, and at random; loss and time.
 
-`python -m benchmarks.selection [--seeds 5] [--workloads images-constant ...] [--figure docs/figures/selection.png]`. Every arm of a seed
+`python -m benchmarks.selection [--seeds 5] [--workloads images-constant ...] [--keep FOLDER] [--figure FILE]`. Every arm of a seed
 trains the same model from the same start for as many steps of the same size, and records every step; arms differ in the steps in
 which they choose among three candidates for each place. Candidates are judged by one target, arms by another that no arm
-sees. Time is that of the process on one thread, arms by turns, as a ratio to `never`.
+sees. Time is that of the process on one thread, arms by turns, as a ratio to `never`. With `--keep`, finished seeds are kept
+in a folder and not run again.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -59,13 +61,13 @@ class Workload:
     scoring: str
     steps: int
     schedule: dict[str, Any]
+    model: dict[str, Any] = field(default_factory=dict)
 
 
 WORKLOADS = {
-    "images-constant": Workload("examples/images/plan.yaml", images.make, "clean", 720, {"kind": "constant"}),
-    "images-cosine": Workload("examples/images/plan.yaml", images.make, "clean", 720, COSINE),
-    "text-constant": Workload("examples/text/plan.yaml", text.make, "manual", 200, {"kind": "constant", "warmup": 0.1}),
-    "text-cosine": Workload("examples/text/plan.yaml", text.make, "manual", 200, COSINE),
+    "images-constant": Workload("examples/images/plan.yaml", images.make, "clean", 480, {"kind": "constant"}),
+    "images-cosine": Workload("examples/images/plan.yaml", images.make, "clean", 480, COSINE),
+    "text-cosine": Workload("examples/text/plan.yaml", text.make, "manual", 100, COSINE, {"layers": 1, "width": 32}),
 }
 
 
@@ -82,9 +84,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--keep", type=Path)
     parser.add_argument("--figure")
     asked = parser.parse_args()
-    found = {name: measured(WORKLOADS[name], range(asked.seeds)) for name in asked.workloads}
+    found = {name: measured(name, range(asked.seeds), asked.keep) for name in asked.workloads}
     for name, arms in found.items():
         show(name, arms)
     if asked.figure:
@@ -92,15 +95,28 @@ def main() -> None:
         draw(found, asked.figure)
 
 
-def measured(workload: Workload, seeds: range) -> dict[str, list[Outcome]]:
-    """What each arm came to, one outcome a seed."""
+def measured(name: str, seeds: range, keep: Path | None) -> dict[str, list[Outcome]]:
+    """What each arm of a workload came to, one outcome a seed."""
     found: dict[str, list[Outcome]] = {arm: [] for arm in ARMS}
     for seed in seeds:
-        with tempfile.TemporaryDirectory() as root:
-            workload.make(f"{root}/data", seed)
-            for arm in ARMS:
-                found[arm].append(outcome(plan_of(workload, arm, seed, root)))
+        file = keep / f"{name}-{seed}.json" if keep else None
+        if file and file.exists():
+            outcomes = {arm: Outcome(**held) for arm, held in json.loads(file.read_text()).items()}
+        else:
+            outcomes = of_seed(WORKLOADS[name], seed)
+        if file:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps({arm: asdict(outcome) for arm, outcome in outcomes.items()}))
+        for arm, outcome in outcomes.items():
+            found[arm].append(outcome)
     return found
+
+
+def of_seed(workload: Workload, seed: int) -> dict[str, Outcome]:
+    """Trains each arm once."""
+    with tempfile.TemporaryDirectory() as root:
+        workload.make(f"{root}/data", seed)
+        return {arm: outcome(plan_of(workload, arm, seed, root)) for arm in ARMS}
 
 
 def plan_of(workload: Workload, arm: str, seed: int, root: str) -> Plan:
@@ -109,8 +125,7 @@ def plan_of(workload: Workload, arm: str, seed: int, root: str) -> Plan:
     select = {"method": method, "candidates": CANDIDATES, "samples": JUDGES, "target": workload.scoring}
     edges = sorted({0.0, 1.0, *(edge for stretch in stretches for edge in stretch)})
     windows = [
-        {"start": a, "stop": b} | ({"select": select} if (a, b) in stretches else {})
-        for a, b in pairwise(edges)
+        {"start": a, "stop": b} | ({"select": select} if (a, b) in stretches else {}) for a, b in pairwise(edges)
     ]
     targets = {workload.scoring: f"{root}/data/target-000000.tar", "test": f"{root}/data/test-000000.tar"}
     changes: dict[str, Any] = {
@@ -119,7 +134,9 @@ def plan_of(workload: Workload, arm: str, seed: int, root: str) -> Plan:
         "targets": {name: {"shards": shards} for name, shards in targets.items()},
         "stages": [{"steps": workload.steps, "batch_size": 32, "windows": windows}],
     }  # fmt: skip
-    return read_plan(workload.plan, changes)
+    plan = read_plan(workload.plan, changes)
+    model = plan.model.model_copy(update={"args": plan.model.args | workload.model})
+    return plan.model_copy(update={"model": model})
 
 
 def outcome(plan: Plan) -> Outcome:
