@@ -105,12 +105,12 @@ def windows_of(plan: Plan, stage: int, samples: int, steps: int | None) -> list[
     spec = plan.stages[stage]
     if spec.windows == [Window()]:
         return None
-    if steps is None and any(window.unit == "fraction" for window in spec.windows):
+    if steps is None and any(window.unit == "fraction" for window in spec.given):
         raise PlanError(
             f"the windows of stage {stage} are fractions of its steps, and only the trainer knows how many there will be; "
             f"give `steps` to the recording, or use `unit: steps`"
         )
-    length = steps or max(round(window.stop) for window in spec.windows)
+    length = steps or max((round(window.stop) for window in spec.given), default=1)
     stages = [*plan.stages]
     stages[stage] = spec.model_copy(update={"steps": length, "epochs": None})
     return Order(plan.model_copy(update={"stages": stages}), stage, samples).windows()

@@ -79,7 +79,7 @@ class Recording:
         by: str = "outside",
         tolerance: float = 1e-3,
     ) -> None:
-        self.plan = plan if isinstance(plan, Plan) else read_plan(str(plan))
+        self.plan = _read(plan)
         self.stage, self.steps, self.by, self.finished = stage, steps, by, False
         self._model, self._optimizer, self._tolerance = model, optimizer, tolerance
         self._recorder: Recorder | None = None
@@ -102,6 +102,11 @@ class Recording:
         """The next optimizer step's number within the stage, from 0."""
         return self._done if self._recorder is None else self._recorder.next_step
 
+    @property
+    def at_boundary(self) -> bool:
+        """Whether a segment has just been committed."""
+        return self._recorder is not None and self._segments > 0 and self.step == self._done
+
     def prepare(self) -> None:
         """Checks what was given; makes the run, its list of samples, its start and its basis, where they are not there."""
         check_plan(self.plan, self.stage)
@@ -119,8 +124,7 @@ class Recording:
             if self.stage == 0:
                 self._first()
         self.finished = self._folder.trained.committed
-        if self._segments:
-            self._done = int(self._folder.segment(self._segments - 1).manifest.facts["next_step"])
+        self._done = steps_committed(self.plan, self.stage)
 
     def begin(self) -> None:
         """Gives model and optimizer the state that the stage goes on from, and listens to the optimizer from here."""
@@ -179,8 +183,11 @@ class Recording:
         self._check_losses(batch, step)
 
     def finish(self) -> Trained:
-        """Commits the steps since the last whole segment, and that the stage is trained."""
-        if not self.finished:
+        """Commits the steps since the last whole segment, and that the stage is trained; where it was before, gives model
+        and optimizer the state of its end."""
+        if self.finished:
+            self._restore()
+        else:
             if self._recorder is not None and self.step > self._done:
                 self._commit()
             self._check_recorded()
@@ -266,6 +273,16 @@ class Recording:
                 f"no step of stage {self.stage} of {self.run.url} was recorded in a window; take its steps within the "
                 f"block, each with `recording.batch`"
             )
+
+
+def steps_committed(plan: Plan | str | Path, stage: int) -> int:
+    """The first step of a stage that its ledger lacks."""
+    segments = Run.of(_read(plan)).folder.stage(stage).segments()
+    return int(segments[-1].manifest.facts["next_step"]) if segments else 0
+
+
+def _read(plan: Plan | str | Path) -> Plan:
+    return plan if isinstance(plan, Plan) else read_plan(str(plan))
 
 
 def _listed(keys: Keys) -> Sequence[str] | Sequence[int]:

@@ -15,6 +15,7 @@ from secateur.recorder import Recorder
 from secateur.segment import Segment
 from storage.ledger import read_checkpoint, write_checkpoint, write_ledger
 from storage.manifest import Artefact, Attempt
+from tasks.artifacts import Live
 from tasks.behaviour import task
 from tasks.curvature import record_curvature
 from tasks.errors import PlanError
@@ -64,6 +65,7 @@ def train(run_url: str, stage: int) -> Trained:
         _begin(run, loop, stage, done)
         recorder = loop.recorder()
         selector = Selector(loop, recorder)
+        live = Live(run, f"stage-{stage}-training", order.steps)
         for number, steps in list(enumerate(bounds))[done:]:
             recorder.start_at(steps.start)
             began = time.monotonic()
@@ -73,6 +75,7 @@ def train(run_url: str, stage: int) -> Trained:
                 recording = recording_of(recorder, order, step)
                 record_curvature(recorder, loop, range(step, steps.stop), (step - steps.start), recording is not None)
                 loop.step(step, recording)
+                live.reach(step + 1)
             noted = partial(_note, selector, began)
             commit_segment(run, stage, number, recorder.take(), loop.tensors(), SECATEUR, noted)
     counts = selected(folder)

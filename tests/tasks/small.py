@@ -19,6 +19,7 @@ from tasks.embed import compose_stage, embed_segment
 from tasks.fit import fit_basis
 from tasks.index import index_stage
 from tasks.plan import Plan
+from tasks.profile import profile
 from tasks.prune import prune_stage
 from tasks.replay import replay
 from tasks.run import Run
@@ -27,6 +28,7 @@ from tasks.score import score
 from tasks.targets import differentiate_targets
 from tasks.train import train
 from tasks.trust import try_kept
+from tasks.windows import settle_windows
 
 
 class Digits:
@@ -130,6 +132,7 @@ def curate(plan: Plan) -> Run:
     run = Run.start(plan)
     for stage, spec in enumerate(plan.stages):
         list_samples.fn(run.url, stage)
+        settle_windows.fn(run.url, stage)
         if stage == 0:
             fit_basis.fn(run.url)
         train.fn(run.url, stage)
@@ -152,5 +155,6 @@ def appraise(run: Run, stage: int) -> None:
     if run.plan.estimate == "replay":
         replay.fn(run.url, stage)
     score.fn(run.url, stage)
+    profile.fn(run.url, stage)
     if wanted(run.plan, stage):
         audit.fn(run.url, stage)
