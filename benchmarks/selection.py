@@ -47,7 +47,6 @@ ARMS: dict[str, tuple[str, Stretches]] = {
     "early": ("greats", [EARLY]),
     "late": ("greats", [LATE]),
     "always, grad_align": ("grad_align", [WHOLE]),
-    "early and late, grad_align": ("grad_align", [EARLY, LATE]),
     "always, random": ("random", [WHOLE]),
 }
 
@@ -65,8 +64,8 @@ class Workload:
 
 
 WORKLOADS = {
-    "images-constant": Workload("examples/images/plan.yaml", images.make, "clean", 480, {"kind": "constant"}),
-    "images-cosine": Workload("examples/images/plan.yaml", images.make, "clean", 480, COSINE),
+    "images-constant": Workload("examples/images/plan.yaml", images.make, "clean", 320, {"kind": "constant"}),
+    "images-cosine": Workload("examples/images/plan.yaml", images.make, "clean", 320, COSINE),
     "text-cosine": Workload("examples/text/plan.yaml", text.make, "manual", 100, COSINE, {"layers": 1, "width": 32}),
 }
 
