@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,15 @@ import polars as pl
 import torch
 from pydantic import TypeAdapter
 from sklearn.metrics import roc_auc_score
-from torch import nn
 from torch.nn import functional
 
 from benchmarks.arms import Arms, best, decoded, first_stage, judged
-from benchmarks.mislabelled import Pictures, make
+from benchmarks.mislabelled import SIZES, Pictures, make
 from examples.images.model import mlp
 from tasks.decide import decide
 from tasks.loop import Tensors
 from tasks.plan import Plan, Policy, Score
+from tasks.progress import say
 from tasks.replay import replay, replay_scores
 from tasks.run import Run
 from tasks.samples import target_samples
@@ -30,19 +29,16 @@ from tasks.tracin import policy_scores
 
 KEEP = 0.7
 EPOCHS, LONGER = 6, 3  # the second stage takes three times the first one's steps
-BASELINES = ("loss", "grand", "el2n", "tracin")
+BASELINES = ("loss", "el2n", "grand", "tracin")
+DEFAULT = "nearest 0.1"
 SHORT = 20
-SWEEP: dict[str, dict[str, Any]] = {
-    "nearest 1": {"nearest": 1},
-    "nearest 3": {"nearest": 3},
-    "nearest 10": {"nearest": 10},
-    "nearest 30": {"nearest": 30},
-    f"nearest 10, horizon {SHORT}": {"horizon": SHORT},
-    "nearest 10, horizon stage": {"horizon": "stage", "estimate": "embedding"},
+AGGREGATES: dict[str, dict[str, Any]] = {
+    "nearest 0.03": {"temperature": 0.03},
+    DEFAULT: {"temperature": 0.1},
+    "nearest 0.3": {"temperature": 0.3},
     "mean": {"aggregate": "mean"},
-    f"mean, horizon {SHORT}": {"aggregate": "mean", "horizon": SHORT},
-    "mean, horizon stage": {"aggregate": "mean", "horizon": "stage", "estimate": "embedding"},
 }
+LATER = (DEFAULT, "mean")  # what longer horizons are combined with
 
 
 def plan_of(folder: Path, name: str, seed: int, samples: int) -> Plan:
@@ -69,32 +65,51 @@ def plan_of(folder: Path, name: str, seed: int, samples: int) -> Plan:
     )
 
 
-def study(folder: Path, name: str, kind: str, seed: int, arms: bool) -> dict[str, Any]:
-    """Areas under the ROC curve, and with `arms` each one's figures on clean test data."""
+def study(folder: Path, name: str, kind: str, seed: int) -> dict[str, Any]:
+    """Areas under the ROC curve and, but for the harder kind, every arm's figures on clean test data."""
     make(folder / "data", name, kind, seed)
-    samples = json.loads((folder / "samples.json").read_text()) if (folder / "samples.json").exists() else None
-    from benchmarks.mislabelled import SIZES
-
     run = first_stage(plan_of(folder, name, seed, SIZES[name][0]))
     held = Arms.of(run)
     facts = [json.loads(s["json"]) for s in held.samples.read(range(len(held.samples)))]
-    true = torch.tensor([f["true"] for f in facts])
+    true = torch.tensor([fact["true"] for fact in facts])
     wrong = (true != held.tensors["labels"]).numpy()
-    scores = all_scores(run, held)
+    scores = all_scores(run, held, horizons=kind != "alike")
     scores["ideal"] = cross_fitted(held.tensors, true, seed)
     found: dict[str, Any] = {"share": float(wrong.mean())}
-    found["area"] = {which: float(roc_auc_score(wrong, -s)) for which, s in scores.items()}
+    found["area"] = {which: float(roc_auc_score(wrong, -values)) for which, values in scores.items()}
+    if kind != "alike":
+        found["arms"] = _arms(run, held, scores, wrong)
     return found
 
 
-def all_scores(run: Run, held: Arms) -> dict[str, np.ndarray]:
-    """A value a sample for every score and baseline, high where it should be kept."""
-    found = {name: swept(run, Score(**settings)) for name, settings in SWEEP.items()}
-    replay.fn(run.url, 0)
-    count = len(run.folder.stage(0).segments())
-    per_use = np.concatenate([replay_scores(run, 0, n)["clean"].numpy() for n in range(count)])
-    uses = stage_scores(run, 0).with_columns(value=per_use).group_by("sample").agg(pl.col("value").sum()).sort("sample")
-    found["mean, replay"] = uses["value"].to_numpy()
+def _arms(run: Run, held: Arms, scores: dict[str, np.ndarray], wrong: np.ndarray) -> dict[str, dict[str, float]]:
+    """What each arm keeps and comes to."""
+    ruled = {"ours": scores[DEFAULT], **{name: scores[name] for name in (*BASELINES, "ideal")}}
+    keeps = {name: best(values, KEEP) for name, values in ruled.items()}
+    keeps["ours, score not under 0"] = scores[DEFAULT] >= 0
+    keeps["random"] = np.random.default_rng(run.plan.seed).permutation(keeps["ours"])
+    keeps["unpruned"], keeps["oracle"] = np.ones(len(wrong), bool), ~wrong
+    test = {
+        "test": run.plan.targets["clean"].model_copy(
+            update={"shards": str(Path(run.plan.root, "data/test-000000.tar"))}
+        )
+    }
+    judging = decoded(run, target_samples(Run(run.plan.model_copy(update={"targets": test}), run.folder), "test"))
+    found = {}
+    for name, keep in keeps.items():
+        say(f"  second stage: {name}")
+        figures = judged(run, held.second_stage(keep), judging)
+        found[name] = {"kept": float(keep.mean()), "wrong": float(wrong[keep].mean()), **figures}
+    return found
+
+
+def all_scores(run: Run, held: Arms, horizons: bool) -> dict[str, np.ndarray]:
+    """A value a sample for every score and baseline, high where it should be kept; with `horizons` beyond 0 too."""
+    found = swept(run, 0, list(AGGREGATES))
+    if horizons:
+        for horizon in (SHORT, "stage"):
+            found |= {f"{name}, horizon {horizon}": v for name, v in swept(run, horizon, list(LATER)).items()}
+        found["mean, replay"] = _replayed(run)
     for policy in BASELINES:
         chosen: Policy = TypeAdapter(Policy).validate_python({"policy": policy, "keep": KEEP})
         decisions = decide(run.plan, 0, chosen, policy_scores(run, 0, chosen), held.samples)
@@ -102,16 +117,29 @@ def all_scores(run: Run, held: Arms) -> dict[str, np.ndarray]:
     return found
 
 
-def swept(run: Run, score: Score) -> np.ndarray:
-    """Each sample's score under other settings, from the same ledger."""
-    other = Run(run.plan.model_copy(update={"score": score}), run.folder)
+def swept(run: Run, horizon: Any, names: list[str]) -> dict[str, np.ndarray]:
+    """Each sample's score under several aggregates of one horizon, from the same ledger."""
     gradients = scoring_gradients(run, 0, "clean")
+    settings = {name: Score(horizon=horizon, estimate="embedding", **AGGREGATES[name]) for name in names}
+    runs = {n: Run(run.plan.model_copy(update={"score": score}), run.folder) for n, score in settings.items()}
     parts = [
-        pl.DataFrame({"sample": s.samples[s.selected].numpy(), "value": aggregate(other, vectors, gradients)})
-        for s, vectors in scored_vectors(other, 0)
+        pl.DataFrame(
+            {"sample": s.samples[s.selected].numpy()} | {n: aggregate(r, vectors, gradients) for n, r in runs.items()}
+        )
+        for s, vectors in scored_vectors(runs[names[0]], 0)
     ]
-    total = pl.col("value").sum() if score.aggregate == "mean" else pl.col("value").last()
-    return pl.concat(parts).group_by("sample", maintain_order=True).agg(total).sort("sample")["value"].to_numpy()
+    totals = [pl.col(n).sum() if settings[n].aggregate == "mean" else pl.col(n).last() for n in names]
+    uses = pl.concat(parts).group_by("sample", maintain_order=True).agg(totals).sort("sample")
+    return {name: uses[name].to_numpy() for name in names}
+
+
+def _replayed(run: Run) -> np.ndarray:
+    """Each sample's effect on the target at the stage's end, over its uses, by replay."""
+    replay.fn(run.url, 0)
+    count = len(run.folder.stage(0).segments())
+    effects = np.concatenate([replay_scores(run, 0, number)["clean"].numpy() for number in range(count)])
+    uses = stage_scores(run, 0).with_columns(effect=effects).group_by("sample").agg(pl.col("effect").sum())
+    return uses.sort("sample")["effect"].to_numpy()
 
 
 def cross_fitted(tensors: Tensors, true: torch.Tensor, seed: int) -> np.ndarray:
