@@ -160,6 +160,21 @@ def compare(
 
 
 @app.command()
+def windows(
+    run: RunUrl,
+    stage: Annotated[int | None, typer.Option(help="one stage only")] = None,
+    budget: Annotated[float, typer.Option(help="share of a stage's steps that windows may hold at most")] = 0.4,
+    as_json: Json = False,
+) -> None:
+    """When in training the samples' influence is high, and the windows that suggests for a stage like it."""
+    from flows import tables
+    from tasks.windows import suggest_windows
+
+    found = suggest_windows.fn(run, stage, budget)
+    _show(found, as_json, lambda: tables.windows(found))
+
+
+@app.command()
 def verify(run: RunUrl, as_json: Json = False) -> None:
     """Rereads all that a run has committed, and names what is missing, changed, damaged or extra (exit code 2)."""
     from storage.integrity import verify as verify_root
@@ -178,13 +193,11 @@ def gc(
     as_json: Json = False,
 ) -> None:
     """Removes what attempts that never committed have left in a run's folder; do so while nothing runs there."""
-    from storage.integrity import stray
+    from storage.integrity import collect, stray
     from tasks.run import Run
 
     root = Run.open(run).folder.root
-    found = stray(root)
-    for name in [] if dry_run else found:
-        root.remove(name)
+    found = stray(root) if dry_run else collect(root)
     verb = "would be removed" if dry_run else "removed"
     _show(found, as_json, lambda: _lines([f"{verb}: {name}" for name in found], "nothing to remove"))
 

@@ -15,6 +15,7 @@ from tasks.run import Run
 from tasks.samples import list_samples
 from tasks.summary import StageSummary, summarise
 from tasks.train import train
+from tasks.windows import settle_windows
 
 
 @flow(name="curate", flow_run_name="curate {plan.run}")
@@ -34,6 +35,7 @@ def curate(plan: Plan, dated: bool = False) -> list[StageSummary]:
     with alone(run), crew(plan.workers) as workers:
         for stage, spec in enumerate(plan.stages):
             workers.call(list_samples, run.url, stage)
+            workers.call(settle_windows, run.url, stage)
             if stage == 0:
                 workers.call(fit_basis, run.url)
             workers.call(train, run.url, stage)

@@ -9,6 +9,7 @@ from tasks.audit import Audited, audit, wanted
 from tasks.embed import compose_stage, embed_segment
 from tasks.index import index_stage
 from tasks.plan import Policy
+from tasks.profile import profile
 from tasks.prune import Pruned, chosen_policy, decide_stage, name_of, prune_stage, rewrite_shard
 from tasks.removals import removals_left, retrain_without
 from tasks.replay import groups_of, replay
@@ -21,7 +22,7 @@ from tasks.trust import try_kept
 
 
 def appraise(crew: Crew, run_url: str, stage: int) -> None:
-    """Embeds, indexes and scores a trained stage, and audits it where the plan says so."""
+    """Embeds, indexes and scores a trained stage, draws its influence profile, and audits it where the plan says so."""
     run = Run.open(run_url)
     folder = run.folder.stage(stage)
     if not folder.embeddings.committed:
@@ -37,6 +38,7 @@ def appraise(crew: Crew, run_url: str, stage: int) -> None:
     crew.together(judged, f"stage {stage}, judging")
     events.indexed(run_url, stage)
     crew.call(score, run_url, stage)
+    crew.call(profile, run_url, stage)
     if wanted(run.plan, stage):
         audit_stage(crew, run_url, stage)
         events.fidelity(run_url, stage)

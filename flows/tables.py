@@ -14,6 +14,7 @@ from tasks.estimate import Estimate
 from tasks.prune import Pruned
 from tasks.search import Hit
 from tasks.summary import StageSummary
+from tasks.windows import Suggestion
 
 
 def stages(where: str, summary: list[StageSummary]) -> None:
@@ -92,15 +93,46 @@ def comparison(found: Comparison) -> None:
         print(file)
 
 
+def windows(found: list[Suggestion]) -> None:
+    """Phases and the windows that they suggest, with the lines to put in a plan."""
+    table = Table("stage", "phase", "steps", "begins (95%)", "influence / learning rate", "times the basin")
+    for one in found:
+        begins = {b.step: f"{b.low} to {b.high}" for b in one.phases.boundaries}
+        for phase in one.phases.phases:
+            ratio = f"{one.phases.ratio(phase.name):.3g}"
+            steps = f"{phase.start} to {phase.stop}"
+            table.add_row(str(one.stage), phase.name, steps, begins.get(phase.start, ""), f"{phase.level:.3e}", ratio)
+    if table.rows:
+        show(table)
+    for one in found:
+        print(f"stage {one.stage}, target {one.target}: {one.sentence}")
+        if one.windows:
+            spans = ", ".join(f"{{start: {w.start:g}, stop: {w.stop:g}}}" for w in one.windows)
+            print(f"    windows: [{spans}]  # {one.share:.0%} of the steps")
+        print(f"  {one.picture}")
+
+
 def estimate(found: Estimate) -> None:
     """What a plan would do."""
     table = Table(
-        "stage", "samples", "steps", "records", "ledger", "embeddings", "index", "checkpoints", title=found.run
+        "stage",
+        "samples",
+        "steps",
+        "windows",
+        "records",
+        "ledger",
+        "embeddings",
+        "index",
+        "checkpoints",
+        title=found.run,
     )
     for s in found.stages:
         sizes = (s.ledger_bytes, s.embedding_bytes, s.index_bytes, s.checkpoint_bytes)
-        table.add_row(*map(str, (s.stage, s.samples, s.steps, s.records)), *map(_bytes, sizes))
+        spans = ", ".join(f"{start} to {stop}" for start, stop in s.windows)
+        table.add_row(*map(str, (s.stage, s.samples, s.steps, spans, s.records)), *map(_bytes, sizes))
     show(table)
+    for stage, said in found.automatic.items():
+        print(f"the windows of stage {stage}: {said}")
     blocks = Table("block", "numbers")
     for name, numbers in found.blocks.items():
         blocks.add_row(name, str(numbers))

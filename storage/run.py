@@ -1,8 +1,8 @@
 """Room `storage`: where the artefacts of a run are.
 
 <root>/<run>/plan, basis, figures
-<root>/<run>/stages/00/samples, start, ledger/seg-00000, trained, local/seg-00000, embeddings, index, targets, scores,
-replay/<target>/seg-00000, gradients/00000, removals/<step>-<sample>, audit/<removals>, trial/<name>, decided/<name>,
+<root>/<run>/stages/00/samples, windows, start, ledger/seg-00000, trained, local/seg-00000, embeddings, index, targets,
+scores, profile, replay/<target>/seg-00000, gradients/00000, removals/<step>-<sample>, audit/<removals>, trial/<name>, decided/<name>,
 rewritten/<name>/00000, prune/<name>
 <root>/<run>-compare/seed-<seed>/<arm>, a run; and report/<name>
 """
@@ -19,6 +19,7 @@ class StageFolder:
     def __init__(self, root: Root) -> None:
         self.root = root
         self.samples = self._artefact("samples")
+        self.windows = self._artefact("windows")
         self.start = self._artefact("start")
         self.trained = self._artefact("trained")
         self.embeddings = self._artefact("embeddings")
@@ -26,6 +27,7 @@ class StageFolder:
         self.targets = self._artefact("targets")
         self.scores = self._artefact("scores")
         self.report = self._artefact("report")
+        self.profile = self._artefact("profile")
 
     def segment(self, number: int) -> Artefact:
         """Ledger of a segment and the checkpoint at its end, committed together."""

@@ -15,6 +15,7 @@ from tasks.removals import expected_cost
 from tasks.run import Run
 from tasks.samples import scoring_rows, skipping, stage_samples, target_samples
 from tasks.train import check_repeatable
+from tasks.windows import foreseen
 
 JUDGING_COST = 0.7  # of a sample in online selection, in trainings of one; see benchmarks/selection.py
 
@@ -29,11 +30,12 @@ class SelectionEstimate(BaseModel):
 
 
 class StageEstimate(BaseModel):
-    """One stage's expected size; samples of later stages follow from the policies' fractions where they have one."""
+    """One stage's expected size, and its windows in steps; samples of later stages follow from the policies' fractions where they have one."""
 
     stage: int
     samples: int
     steps: int
+    windows: list[tuple[int, int]]
     records: int
     ledger_bytes: int
     embedding_bytes: int
@@ -42,7 +44,8 @@ class StageEstimate(BaseModel):
 
 
 class Estimate(BaseModel):
-    """What a plan would do; `audits` in trainings of their stage, `trials` in steps."""
+    """What a plan would do; `audits` in trainings of their stage, `trials` in steps; `automatic` says where a stage's windows
+    are taken from."""
 
     run: str
     blocks: dict[str, int]
@@ -51,6 +54,7 @@ class Estimate(BaseModel):
     numbers: int
     targets: dict[str, int]
     stages: list[StageEstimate]
+    automatic: dict[int, str]
     selections: dict[int, SelectionEstimate]
     audits: dict[int, float]
     trials: dict[int, int]
@@ -72,7 +76,9 @@ def estimate(plan: Plan) -> Estimate:
     slots = len(linearised(plan.optimizer).slots) + 1 if plan.optimizer.at_stage == "carry" else 1
     parameters = sum(p.numel() for p in model.parameters())
     stages: list[StageEstimate] = []
+    automatic: dict[int, str] = {}
     for number, stage in enumerate(plan.stages):
+        plan, automatic[number] = foreseen(plan, number, samples)
         stages.append(_stage(plan, number, samples, sum(blocks.values()), slots, parameters))
         samples = round(samples * getattr(stage.prune, "keep", 1.0)) if stage.prune else samples
     targets = {name: len(target_samples(run, name)) for name in plan.targets}
@@ -92,6 +98,7 @@ def estimate(plan: Plan) -> Estimate:
         trials={n: trial.steps * (1 + trial.draws) for n, stage in enumerate(plan.stages) if trial and stage.prune},
         targets=targets,
         stages=stages,
+        automatic={number: said for number, said in automatic.items() if said},
         selections={s.stage: found for s in stages if (found := _selection(plan, s, targets)).steps},
         disk_bytes=sum(s.ledger_bytes + 2 * s.embedding_bytes + s.index_bytes + s.checkpoint_bytes for s in stages),
         memory_bytes=(walking + 4 * parameters) * itemsize,
@@ -117,6 +124,7 @@ def _stage(plan: Plan, number: int, samples: int, width: int, slots: int, parame
         stage=number,
         samples=samples,
         steps=order.steps,
+        windows=[(window.start, window.stop) for window in order.windows()],
         records=inside * batch,
         ledger_bytes=recorded * batch * (width * itemsize + 56),
         embedding_bytes=embeddings,
@@ -127,7 +135,7 @@ def _stage(plan: Plan, number: int, samples: int, width: int, slots: int, parame
 
 def _selection(plan: Plan, stage: StageEstimate, targets: dict[str, int]) -> SelectionEstimate:
     order, steps, judged = Order(plan, stage.stage, stage.samples), 0, 0
-    for window, spec in zip(order.windows(), order.stage.windows, strict=True):
+    for window, spec in zip(order.windows(), order.stage.given, strict=True):
         if spec.select:
             steps += len(window)
             name = spec.select.target or plan.target

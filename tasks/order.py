@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tasks.errors import PlanError
-from tasks.plan import Plan, Schedule, Select, Stage
+from tasks.plan import AutoWindows, Plan, Schedule, Select, Stage
 
 
 def seed_for(*parts: int | str) -> int:
@@ -62,7 +62,7 @@ class Order:
 
     def selecting(self, step: int) -> tuple[int, Select] | None:
         """The window that a step is in and its online selection, or None where it trains on its batch."""
-        for number, (window, spec) in enumerate(zip(self.windows(), self.stage.windows, strict=True)):
+        for number, (window, spec) in enumerate(zip(self.windows(), self.stage.given, strict=True)):
             if step in window and spec.select:
                 return number, spec.select
         return None
@@ -83,10 +83,15 @@ class Order:
         """The stage's windows, in steps.
 
         Raises:
-            PlanError: a window lies outside the stage, two overlap, or one asks for more candidates than there are samples.
+            PlanError: they are automatic and not settled yet, a window lies outside the stage, two overlap, or one asks for more candidates than there are samples.
         """
+        if isinstance(self.stage.windows, AutoWindows):
+            raise PlanError(
+                f"the windows of stage {self.number} are taken from {self.stage.windows.auto}, which happens as the stage "
+                f"begins; `secateur run` does so, and a loop of your own by tasks.windows.settle_windows"
+            )
         ranges = []
-        for window in self.stage.windows:
+        for window in self.stage.given:
             unit = self.steps if window.unit == "fraction" else 1
             found = range(round(window.start * unit), round(window.stop * unit))
             if found.stop > self.steps or not found:

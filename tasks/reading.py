@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from tasks.errors import PlanError
 from tasks.plan import Plan
+from tasks.plan.stages import GIVEN
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -65,7 +66,7 @@ def plan_schema() -> str:
 def _sentence(error: ValidationError, model: type[BaseModel]) -> str:
     """Every finding, the first in full, the rest counted."""
     first, rest = error.errors()[0], error.error_count() - 1
-    where = ".".join(str(part) for part in first["loc"]) or "as a whole"
+    where = ".".join(str(part) for part in first["loc"] if part != GIVEN) or "as a whole"
     if first["type"] == "extra_forbidden":
         key = str(first["loc"][-1])
         known = _fields_at(model, first["loc"][:-1])
