@@ -88,7 +88,14 @@ def content(run: Run) -> dict[str, str]:
             manifest = Artefact(root.child(folder)).manifest
             found[folder] = json.dumps(manifest.facts, sort_keys=True).replace(run.url, "")
             found |= {f"{folder}/{file}": facts["sha256"] for file, facts in manifest.files.items()}
-    own = ("stages/01/samples", "stages/01/scores", "stages/01/report", "stages/00/report")
+    own = (
+        "stages/01/samples",
+        "stages/01/scores",
+        "stages/01/profile",
+        "stages/01/report",
+        "stages/00/profile",
+        "stages/00/report",
+    )
     return {name: value for name, value in found.items() if not name.startswith(own)}
 
 
@@ -114,7 +121,7 @@ def serial(folder: Path) -> Run:
 def strip(run: Run) -> None:
     """Removes everything that is made of the trained first stage."""
     own = run.folder.stage(0)
-    for artefact in (own.embeddings, own.index, own.targets, own.scores, own.prune(OWN), own.audit(4)):
+    for artefact in (own.embeddings, own.index, own.targets, own.scores, own.profile, own.prune(OWN), own.audit(4)):
         artefact.remove()
     for name in ("replay", "removals"):
         own.root.child(name).delete()
@@ -130,7 +137,7 @@ def test_parts_in_any_order_are_the_serial_run(folder: Path) -> None:
     assert content(run) == before
     names = [name for name, _ in workers.given]
     assert {n: names.count(n) for n in set(names)} == {
-        "embed segment": 4, "compose embeddings": 1, "index": 1, "differentiate targets": 1, "score": 1, "replay": 2,
+        "embed segment": 4, "compose embeddings": 1, "index": 1, "differentiate targets": 1, "score": 1, "profile": 1, "replay": 2,
         "retrain without a sample": 4, "audit": 2, "decide": 1, "rewrite shard": 2, "prune": 1,
     }  # fmt: skip
     assert max(len(arguments) for _, arguments in workers.given) < 500  # URLs and small values

@@ -52,6 +52,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @task("sleep")
 def sleeping(run_url: str, seconds: float, number: int = 0) -> None:
+    _sleep(seconds)
+
+
+@task("sleep by turns")
+def sleeping_by_turns(run_url: str, seconds: float, number: int) -> None:
+    _sleep(seconds)
+
+
+def _sleep(seconds: float) -> None:
     begun = time.monotonic()
     time.sleep(seconds)
     SPANS.append((begun, time.monotonic()))
@@ -138,20 +147,19 @@ def test_what_takes_too_long_is_a_sentence() -> None:
     assert time.monotonic() - begun < 20
 
 
-@pytest.mark.parametrize("limit", [None, 1])
-def test_a_limit_on_a_tag_is_kept(limit: int | None) -> None:
+@pytest.mark.parametrize(("of", "limited"), [(sleeping, False), (sleeping_by_turns, True)])
+def test_a_limit_on_a_tag_is_kept(of: Task[..., None], limited: bool) -> None:
     @flow
     def side_by_side() -> None:
         with crew(Workers(kind="threads", count=2)) as workers:
-            workers.together([Call(sleeping, ("runs/any", 0.6, number)) for number in range(2)], "sleeping")
+            workers.together([Call(of, ("runs/any", 0.6, number)) for number in range(2)], "sleeping")
 
     SPANS.clear()
-    if limit:
-        with get_client(sync_client=True) as client:
-            client.create_concurrency_limit("secateur-sleep", limit)
+    with get_client(sync_client=True) as client:
+        client.create_concurrency_limit("secateur-sleep-by-turns", 1)
     side_by_side()
     (_, first_end), (second_begin, _) = sorted(SPANS)
-    assert (second_begin > first_end) is (limit == 1)
+    assert (second_begin > first_end) is limited
 
 
 def test_every_task_is_one_of_ours() -> None:
