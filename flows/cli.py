@@ -150,12 +150,16 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Says whether pruning pays: the plan beside random pruning and none, over several seeds."""
-    from flows import tables
-    from flows.compare import compare as compare_flow
-    from tasks.comparison.arms import read_arms
+    from flows.server import some_server
 
-    further = read_arms(arm or [], str(arms) if arms else None)
-    found = compare_flow(read_plan(str(plan)), seeds, further, judge)
+    spec = read_plan(str(plan))
+    with some_server():
+        from flows import tables
+        from flows.compare import compare as compare_flow
+        from tasks.comparison.arms import read_arms
+
+        further = read_arms(arm or [], str(arms) if arms else None)
+        found = compare_flow(spec, seeds, further, judge)
     _show(found, as_json, lambda: tables.comparison(found))
 
 
