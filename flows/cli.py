@@ -31,6 +31,7 @@ QUIET = {
 }
 
 INTERRUPTED = 130  # how typer ends after Ctrl-C
+TERMINATED = 128 + signal.SIGTERM
 
 app = typer.Typer(
     name="secateur",
@@ -218,6 +219,7 @@ def main() -> None:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     logging.getLogger("EventsWorker").setLevel(logging.CRITICAL)  # Prefect's, which its own settings do not reach
+    signal.signal(signal.SIGTERM, _terminate)
     with _explained():
         app(standalone_mode=True)
 
@@ -231,16 +233,14 @@ def _explained() -> Iterator[None]:
         print(f"secateur: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except SystemExit as end:
-        if end.code == INTERRUPTED:
+        if end.code in (INTERRUPTED, TERMINATED):
             print("secateur: interrupted; the same command carries on from the last whole segment", file=sys.stderr)
         raise
-    except BaseException as error:
-        from prefect.exceptions import TerminationSignal
 
-        if not isinstance(error, TerminationSignal):
-            raise
-        print("secateur: terminated; the same command carries on from the last whole segment", file=sys.stderr)
-        raise SystemExit(128 + signal.SIGTERM) from None
+
+def _terminate(*_: object) -> None:
+    """On SIGTERM; within a flow Prefect ends the flow run first, and then sends it again."""
+    raise SystemExit(TERMINATED)
 
 
 def _policy(settings: dict[str, Any]) -> Policy:

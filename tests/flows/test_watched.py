@@ -93,7 +93,7 @@ def test_a_run_is_ended_by_a_signal_resumed_and_shown(server: httpx.Client, fold
     _, errors = process.communicate(timeout=120)
     assert time.monotonic() - begun < 60
     assert process.returncode == 128 + signal.SIGTERM
-    assert "terminated; the same command carries on from the last whole segment" in errors
+    assert "interrupted; the same command carries on from the last whole segment" in errors
     assert "Traceback" not in errors
     wait_for(lambda: found(server, "flow_runs")[0]["state"]["type"] == "CRASHED", 60)
     done = [segment.fingerprint for segment in stage.segments()]
