@@ -44,6 +44,10 @@ def check_plan(plan: Plan, stage: int) -> None:
             f"the plan has stage {stage} audited, and {again}; take the stage out of `audit.stages` and leave out "
             f"`trust.min_fidelity`"
         )
+    if any(window.select for window in plan.stages[stage].windows):
+        raise PlanError(
+            f"a window of stage {stage} selects online, which only `secateur run` does; leave out its `select`"
+        )
     if plan.curvature.kind in ("fisher", "hessian"):
         raise PlanError(
             f"`curvature.kind: {plan.curvature.kind}` needs more passes than another trainer makes; set `empirical_fisher` "
