@@ -66,7 +66,7 @@ def _failure(run: Run, stage: int) -> str | None:
         found = client.read_flow_runs(flow_run_filter=name, sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=1)
     if not found or found[0].state is None or not (found[0].state.is_failed() or found[0].state.is_crashed()):
         return None
-    message = found[0].state.message or found[0].state.name
+    message = str(found[0].state.message or found[0].state.name)
     if "not wholly trained" in message:
         return None
     return f"stage {stage} of {run.url} is not pruned, flow run {found[0].id} has failed ({message}); mend that and retry it"
