@@ -7,7 +7,7 @@ from prefect import flow
 from flows import events
 from flows.alone import alone
 from flows.deployment import of_its_time
-from flows.stage import appraise, cut
+from flows.stage import appraise, cut, tell
 from flows.workers import crew
 from tasks.fit import fit_basis
 from tasks.plan import Plan
@@ -15,6 +15,7 @@ from tasks.run import Run
 from tasks.samples import list_samples
 from tasks.summary import StageSummary, summarise
 from tasks.train import train
+from tasks.windows import settle_windows
 
 
 @flow(name="curate", flow_run_name="curate {plan.run}")
@@ -34,6 +35,7 @@ def curate(plan: Plan, dated: bool = False) -> list[StageSummary]:
     with alone(run), crew(plan.workers) as workers:
         for stage, spec in enumerate(plan.stages):
             workers.call(list_samples, run.url, stage)
+            workers.call(settle_windows, run.url, stage)
             if stage == 0:
                 workers.call(fit_basis, run.url)
             workers.call(train, run.url, stage)
@@ -41,5 +43,6 @@ def curate(plan: Plan, dated: bool = False) -> list[StageSummary]:
             appraise(workers, run.url, stage)
             if spec.prune is not None:
                 cut(workers, run.url, stage)
+            tell(workers, run.url, stage)
     events.finished(run.url)
     return summarise(run.url)

@@ -1,9 +1,10 @@
 """Room `storage`: where the artefacts of a run are.
 
-<root>/<run>/plan, basis
-<root>/<run>/stages/00/samples, start, ledger/seg-00000, trained, local/seg-00000, embeddings, index, targets, scores,
-replay/<target>/seg-00000, gradients/00000, removals/<step>-<sample>, audit/<removals>, trial/<name>, decided/<name>,
+<root>/<run>/plan, basis, figures
+<root>/<run>/stages/00/samples, windows, start, ledger/seg-00000, trained, local/seg-00000, embeddings, index, targets,
+scores, profile, replay/<target>/seg-00000, gradients/00000, removals/<step>-<sample>, audit/<removals>, trial/<name>, decided/<name>,
 rewritten/<name>/00000, prune/<name>
+<root>/<run>-compare/seed-<seed>/<arm>, a run; and report/<name>
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ class StageFolder:
     def __init__(self, root: Root) -> None:
         self.root = root
         self.samples = self._artefact("samples")
+        self.windows = self._artefact("windows")
         self.start = self._artefact("start")
         self.trained = self._artefact("trained")
         self.embeddings = self._artefact("embeddings")
         self.index = self._artefact("index")
         self.targets = self._artefact("targets")
         self.scores = self._artefact("scores")
+        self.report = self._artefact("report")
+        self.profile = self._artefact("profile")
 
     def segment(self, number: int) -> Artefact:
         """Ledger of a segment and the checkpoint at its end, committed together."""
@@ -84,7 +88,23 @@ class RunFolder:
         self.url = self.root.url
         self.plan = Artefact(self.root.child("plan"))
         self.basis = Artefact(self.root.child("basis"))
+        self.figures = Artefact(self.root.child("figures"))
 
     def stage(self, number: int) -> StageFolder:
         """A stage's artefacts."""
         return StageFolder(self.root.child("stages", f"{number:02d}"))
+
+
+class ComparisonFolder:
+    """The runs of a comparison, and its reports."""
+
+    def __init__(self, root: str, run: str) -> None:
+        self.root = Root(f"{root.rstrip('/')}/{run}-compare")
+
+    def seed(self, number: int) -> Root:
+        """The folder that holds a seed's runs, one an arm."""
+        return self.root.child(f"seed-{number}")
+
+    def report(self, name: str) -> Artefact:
+        """Table, plot and figures."""
+        return Artefact(self.root.child("report", name))

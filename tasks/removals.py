@@ -14,9 +14,9 @@ from tasks.order import Order, seed_for
 from tasks.plan import Audit, Plan
 from tasks.progress import track
 from tasks.run import Run
-from tasks.samples import stage_samples, target_samples
+from tasks.samples import scoring_rows, stage_samples, target_samples
 from tasks.score import stage_scores
-from tasks.targets import scoring_rows, target_loss
+from tasks.targets import target_loss
 from tasks.train import check_repeatable, to_segment
 
 REPLAY_COST = 3.5  # trainings of a stage for one target, and for each further one; see benchmarks/cost.py

@@ -17,8 +17,8 @@ from tasks.loop import Loop, MicroBatch, evaluating
 from tasks.optimizer import linearised
 from tasks.progress import track
 from tasks.run import Run
-from tasks.samples import stage_samples, target_samples
-from tasks.targets import EVALUATION_BATCH, scoring_rows
+from tasks.samples import scoring_rows, stage_samples, target_samples
+from tasks.targets import EVALUATION_BATCH
 from tasks.train import check_repeatable, end_checkpoint, segment_bounds, to_segment
 
 SCORES, ADJOINT = "scores", "adjoint"

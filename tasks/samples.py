@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import polars as pl
+import torch
+from torch import Tensor
 
 from storage.frames import read_frame, write_frame
 from storage.integrity import differing
 from storage.shards import Samples, expand, index_shards
 from tasks.behaviour import task
 from tasks.errors import PlanError
-from tasks.plan import Data
+from tasks.order import seed_for
+from tasks.plan import Data, Plan
 from tasks.progress import say
 from tasks.run import Run
 
@@ -59,6 +62,33 @@ def target_samples(run: Run, target: str) -> Samples:
     if not len(frame):
         raise PlanError(f"target {target} has no samples in {', '.join(urls)}; give it shards that hold some")
     return Samples(urls, frame)
+
+
+def scoring_rows(plan: Plan, target: str, count: int) -> Tensor:
+    """Which of a target's `count` samples score: those that do not judge."""
+    return _split(plan, target, count)[1]
+
+
+def judging_rows(plan: Plan, target: str, count: int) -> Tensor:
+    """Which of a target's `count` samples judge and never score; the same for every seed of the plan."""
+    return _split(plan, target, count)[0]
+
+
+def _split(plan: Plan, target: str, count: int) -> tuple[Tensor, Tensor]:
+    """The rows that judge and the rows that score, each in order.
+
+    Raises:
+        PlanError: the target is too small to be split.
+    """
+    share = plan.judging(target)
+    judges = round(share * count)
+    if share and not 0 < judges < count:
+        raise PlanError(
+            f"target {target} has {count} samples, too few to keep {share:g} of them for judging; give it more, or judge by "
+            f"a target of its own"
+        )
+    drawn = torch.randperm(count, generator=torch.Generator().manual_seed(seed_for("judging", target)))
+    return drawn[:judges].sort().values, drawn[judges:].sort().values
 
 
 def skipping(data: Data, skipped: list[str]) -> Callable[[str], None] | None:

@@ -13,13 +13,10 @@ from storage.manifest import Artefact
 from storage.shards import Samples
 from storage.tensors import read_tensors, write_tensors
 from tasks.behaviour import task
-from tasks.errors import PlanError
 from tasks.loop import Loop, collate, evaluating
-from tasks.order import seed_for
-from tasks.plan import Plan
 from tasks.progress import track
 from tasks.run import Run
-from tasks.samples import stage_samples, target_samples
+from tasks.samples import judging_rows, scoring_rows, stage_samples, target_samples
 from tasks.train import end_checkpoint
 
 EVALUATION_BATCH = 256
@@ -47,33 +44,6 @@ def differentiate_targets(run_url: str, stage: int) -> dict[str, dict[str, float
                 write_tensors(attempt, f"{name}.safetensors", {"gradients": rows}, {})
                 attempt.facts[name] = figures
     return dict(artefact.manifest.facts)
-
-
-def scoring_rows(plan: Plan, target: str, count: int) -> Tensor:
-    """Which of a target's `count` samples score: those that do not judge."""
-    return _split(plan, target, count)[1]
-
-
-def judging_rows(plan: Plan, target: str, count: int) -> Tensor:
-    """Which of a target's `count` samples judge and never score; the same for every seed of the plan."""
-    return _split(plan, target, count)[0]
-
-
-def _split(plan: Plan, target: str, count: int) -> tuple[Tensor, Tensor]:
-    """The rows that judge and the rows that score, each in order.
-
-    Raises:
-        PlanError: the target is too small to be split.
-    """
-    share = plan.judging(target)
-    judges = round(share * count)
-    if share and not 0 < judges < count:
-        raise PlanError(
-            f"target {target} has {count} samples, too few to keep {share:g} of them for judging; give it more, or judge by "
-            f"a target of its own"
-        )
-    drawn = torch.randperm(count, generator=torch.Generator().manual_seed(seed_for("judging", target)))
-    return drawn[:judges].sort().values, drawn[judges:].sort().values
 
 
 def target_loss(loop: Loop, samples: Samples, rows: Tensor) -> float:

@@ -15,9 +15,9 @@ from tasks.optimizer import linearised
 from tasks.plan import Policy, TracIn
 from tasks.progress import track
 from tasks.run import Run
-from tasks.samples import stage_samples, target_samples
+from tasks.samples import scoring_rows, stage_samples, target_samples
 from tasks.score import stage_scores
-from tasks.targets import EVALUATION_BATCH, gradients_of, scoring_rows
+from tasks.targets import EVALUATION_BATCH, gradients_of
 from tasks.train import start_checkpoint
 
 FILE = "gradients.safetensors"

@@ -17,10 +17,10 @@ from tasks.embed import dynamics_of, segment_of, spans_of
 from tasks.loop import Loop
 from tasks.prune import OWN, stage_decisions
 from tasks.run import Run
-from tasks.samples import stage_samples, target_samples
+from tasks.samples import judging_rows, stage_samples, target_samples
 from tasks.score import stage_scores
 from tasks.search import search
-from tasks.targets import judging_rows, target_gradients
+from tasks.targets import target_gradients
 from tests.tasks.small import curate, make_data, sample, small_plan
 
 ALL = {"kind": "coordinates", "numbers": None, "fit_steps": 1}

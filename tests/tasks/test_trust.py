@@ -145,7 +145,7 @@ def _losses() -> Any:
 
 
 def test_the_half_that_scores_does_not_judge(folder: Path) -> None:
-    from tasks.targets import judging_rows, scoring_rows
+    from tasks.samples import judging_rows, scoring_rows
 
     plan = small_plan(folder, trust={"trial": {}})
     score, judge = (rows(plan, "clean", 24).tolist() for rows in (scoring_rows, judging_rows))
