@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat
 
 from tasks.errors import PlanError
 from tasks.plan import Plan
@@ -34,7 +34,7 @@ class Arm(Strict):
     horizon: NonNegativeInt | Literal["stage"] | None = None
     aggregate: Literal["mean", "nearest"] | None = None
     estimate: Literal["embedding", "replay"] | None = None
-    nearest: PositiveInt | None = None
+    temperature: PositiveFloat | None = None
 
     @property
     def policy_settings(self) -> dict[str, Any]:
