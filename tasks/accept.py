@@ -44,6 +44,10 @@ def check_plan(plan: Plan, stage: int) -> None:
             f"the plan has stage {stage} audited, and {again}; take the stage out of `audit.stages` and leave out "
             f"`trust.min_fidelity`"
         )
+    if plan.stages[stage].selections:
+        raise PlanError(
+            f"a window of stage {stage} has `select`, and another trainer chooses its own batches; leave `select` out"
+        )
     if plan.curvature.kind in ("fisher", "hessian"):
         raise PlanError(
             f"`curvature.kind: {plan.curvature.kind}` needs more passes than another trainer makes; set `empirical_fisher` "
