@@ -170,7 +170,7 @@ def test_it_goes_on_where_it_was(
 @pytest.mark.slow
 def test_the_command(folder: Path) -> None:
     plan = write_plan(folder, run="command", stages=STAGES)
-    done = secateur("compare", plan, "--seeds", "1", "--arm", "near=nearest:3", "--json")
+    done = secateur("compare", plan, "--seeds", "1", "--arm", "near=horizon:3", "--json")
     assert done.returncode == 0, done.stderr
     assert "compare command: seed 0, arm near (4 of 4)" in done.stderr
     assert [arm["arm"] for arm in json.loads(done.stdout)["arms"]] == ["plan", "random", "unpruned", "near"]

@@ -27,10 +27,10 @@ TRIAL = {"trial": {"steps": 3}}
 
 def test_arms_are_read_from_options_and_a_file(tmp_path: Path) -> None:
     path = tmp_path / "arms.yaml"
-    path.write_text("near3: {nearest: 3}\nhard: {policy: el2n, prefer: highest}\n")
+    path.write_text("warm: {temperature: 0.5}\nhard: {policy: el2n, prefer: highest}\n")
     options = ["grand", "mean=aggregate:mean,horizon:stage,estimate:embedding", "by=policy:balanced,by:json:domain"]
     assert read_arms(options, str(path)) == {
-        "near3": {"nearest": 3},
+        "warm": {"temperature": 0.5},
         "hard": {"policy": "el2n", "prefer": "highest"},
         "grand": {"policy": "grand"},
         "mean": {"aggregate": "mean", "horizon": "stage", "estimate": "embedding"},
