@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import dask
 import pytest
 
 from flows.stage import appraise, audit_stage, cut
@@ -22,6 +23,7 @@ from tasks.plan import Workers
 from tasks.prune import OWN, rewrite_shard
 from tasks.reading import parse_plan, plan_text
 from tasks.run import Run
+from tests.servers import free_ports
 from tests.tasks.small import curate, make_data, small_plan
 
 CHANGES: dict[str, Any] = {
@@ -210,6 +212,17 @@ def test_a_missing_extra_is_a_sentence(kind: str, monkeypatch: pytest.MonkeyPatc
         crew(Workers(kind=kind, count=2)) as workers,
         pytest.raises(PlanError, match=rf"pip install secateur\[{kind}\]"),
     ):  # type: ignore[arg-type]
+        workers.together(calls, "rewriting")
+
+
+def test_workers_that_are_not_there_are_a_sentence() -> None:
+    (port,) = free_ports(1)
+    calls = [Call(rewrite_shard, ("runs/any", 0, "plan", number)) for number in range(2)]
+    with (
+        dask.config.set({"distributed.comm.timeouts.connect": "1s"}),
+        crew(Workers(kind="dask", address=f"tcp://127.0.0.1:{port}")) as workers,
+        pytest.raises(PlanError, match=rf"the dask workers at tcp://127.0.0.1:{port} cannot be reached"),
+    ):
         workers.together(calls, "rewriting")
 
 
