@@ -44,7 +44,7 @@ def check_plan(plan: Plan, stage: int) -> None:
             f"the plan has stage {stage} audited, and {again}; take the stage out of `audit.stages` and leave out "
             f"`trust.min_fidelity`"
         )
-    if any(window.select for window in plan.stages[stage].windows):
+    if plan.stages[stage].selections:
         raise PlanError(
             f"a window of stage {stage} has `select`, and another trainer chooses its own batches; leave `select` out"
         )
