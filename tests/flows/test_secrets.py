@@ -60,7 +60,6 @@ def test_errors_of_the_store_show_no_credentials(
             Root(f"{seaweedfs}/secrets").create("a", b"x")
         told += "".join(traceback.format_exception(raised.value))
     told += "".join(capsys.readouterr())
-    assert "127.0.0.1:9" in told
     assert "trying again" in told
     assert not any(secret in told for secret in (SECRET, WRONG, USER))
 
