@@ -30,8 +30,7 @@ QUIET = {
     "DO_NOT_TRACK": "1",
 }
 
-INTERRUPTED = 130  # how typer ends after Ctrl-C
-TERMINATED = 128 + signal.SIGTERM
+INTERRUPTED, TERMINATED = 130, 143  # how typer ends after Ctrl-C, and what a scheduler that ends us politely expects
 
 app = typer.Typer(
     name="secateur",
@@ -219,9 +218,14 @@ def main() -> None:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     logging.getLogger("EventsWorker").setLevel(logging.CRITICAL)  # Prefect's, which its own settings do not reach
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, _terminated)
     with _explained():
         app(standalone_mode=True)
+
+
+def _terminated(*_: object) -> None:
+    """By default nothing would be tidied up. Within a flow Prefect ends the flow run first, and then sends the signal again."""
+    raise SystemExit(TERMINATED)
 
 
 @contextmanager
@@ -236,11 +240,6 @@ def _explained() -> Iterator[None]:
         if end.code in (INTERRUPTED, TERMINATED):
             print("secateur: interrupted; the same command carries on from the last whole segment", file=sys.stderr)
         raise
-
-
-def _terminate(*_: object) -> None:
-    """On SIGTERM; within a flow Prefect ends the flow run first, and then sends it again."""
-    raise SystemExit(TERMINATED)
 
 
 def _policy(settings: dict[str, Any]) -> Policy:
