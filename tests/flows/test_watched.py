@@ -120,7 +120,7 @@ def test_a_run_is_ended_by_a_signal_resumed_and_shown(server: httpx.Client, fold
 def cached(server: httpx.Client, flow_run: str) -> set[str]:
     """Names of a flow run's tasks that took their result from the cache."""
     runs = found(server, "task_runs", flow_runs={"id": {"any_": [flow_run]}})
-    return {run["name"].rsplit("-", 1)[0] for run in runs if run["state"]["name"] == "Cached"}
+    return {run["name"].split(",")[0] for run in runs if run["state"]["name"] == "Cached"}
 
 
 def check_shown(server: httpx.Client, folder: Path) -> None:
