@@ -160,9 +160,7 @@ def _dask(spec: Workers, count: int | None) -> TaskRunner[Any]:
 
 
 def _ray(spec: Workers, count: int | None) -> TaskRunner[Any]:
-    os.environ.setdefault(
-        "RAY_AUTH_MODE", "disabled"
-    )  # as Ray itself starts on one machine; it refuses to start otherwise
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # Ray wants a token otherwise, even of itself on one machine
     from prefect_ray import RayTaskRunner
 
     if spec.address:
