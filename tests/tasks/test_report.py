@@ -15,6 +15,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from flows.artifacts import figures, plain, top_samples
+from tasks import artifacts
 from tasks.artifacts import key_of
 from tasks.profile import PICTURE
 from tasks.report import HTML, TOP, extremes, report, stored_extremes
@@ -159,11 +160,9 @@ def test_members_that_are_looked_at() -> None:
 
 
 def test_an_artifact_that_is_not_taken_is_reported_once(
-    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from tasks import artifacts
-
-    asked = []
+    run, asked = Run.of(small_plan(tmp_path)), list[object]()
 
     def refuse(**fields: object) -> None:
         asked.append(fields)
@@ -189,8 +188,6 @@ def test_an_artifact_that_is_not_taken_is_reported_once(
     assert len(asked) == 2
 
 
-def test_nothing_is_asked_of_a_server_that_is_not_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tasks import artifacts
-
+def test_nothing_is_asked_of_a_server_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(artifacts, "create_progress_artifact", None)
-    artifacts.Live(run, "stage-0-training", 5).reach(5)
+    artifacts.Live(Run.of(small_plan(tmp_path)), "stage-0-training", 5).reach(5)
