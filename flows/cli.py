@@ -19,16 +19,15 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from secateur.errors import SecateurError
 from storage.errors import StorageError
 from tasks.errors import PlanError
-from tasks.plan import Policy
+from tasks.plan import POLICIES, Policy
 from tasks.reading import plan_schema, read_plan
 
 # What imports Prefect is imported within the commands: it reads its settings once, as it is imported.
 QUIET = {
-    "PREFECT_LOGGING_LEVEL": "CRITICAL",  # a flow that fails would print its traceback; the sentence says it
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # a flow that fails would print its traceback; the sentence says it
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",  # its first start makes a database; a busy machine is slow
 }
 
 INTERRUPTED, TERMINATED = 130, 143  # how typer ends after Ctrl-C, and what a scheduler that ends us politely expects
@@ -48,11 +47,14 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON document")]
 @app.command()
 def run(plan: PlanFile, as_json: Json = False) -> None:
     """Trains a plan's stages and prunes the data between them; a rerun carries on where it was."""
-    from flows import tables
-    from flows.curate import curate
+    from flows.server import some_server
 
     spec = read_plan(str(plan))
-    summary = curate(spec)
+    with some_server():
+        from flows import tables
+        from flows.curate import curate
+
+        summary = curate(spec)
     _show(summary, as_json, lambda: tables.stages(f"{spec.root}/{spec.run}", summary))
 
 
@@ -89,19 +91,26 @@ def query(
 def prune(
     run: RunUrl,
     stage: Annotated[int, typer.Option(help="the stage to prune")],
-    policy: Annotated[str | None, typer.Option(help="top, threshold, drop_harmful, balanced, random or loss")] = None,
+    policy: Annotated[str | None, typer.Option(help=f"one of {', '.join(POLICIES)}")] = None,
     keep: Annotated[float | None, typer.Option(help="fraction to keep")] = None,
     at_least: Annotated[float | None, typer.Option(help="lowest score to keep (threshold)")] = None,
     by: Annotated[str | None, typer.Option(help="member or member:field to balance by (balanced)")] = None,
+    prefer: Annotated[str | None, typer.Option(help="lowest or highest (loss, grand, el2n)")] = None,
     as_json: Json = False,
 ) -> None:
     """Prunes one stage of an existing run, by the plan's policy or by another beside it."""
-    from flows import tables
-    from flows.prune import prune as prune_flow
+    from flows.server import some_server
 
-    settings = {"policy": policy, "keep": keep, "at_least": at_least, "by": by}
+    settings = {"policy": policy, "keep": keep, "at_least": at_least, "by": by, "prefer": prefer}
     given = {name: value for name, value in settings.items() if value is not None}
-    found = prune_flow(run, stage, _policy(given) if given else None)
+    chosen = _policy(given) if given else None
+    with some_server():
+        from flows import tables
+        from flows.prune import prune as prune_flow
+
+        found = prune_flow(run, stage, chosen)
+    if found is None:
+        raise PlanError(f"stage {stage} of the plan has no `prune`; name one with --policy")
     _show(found, as_json, lambda: tables.pruned(found))
 
 
@@ -115,14 +124,58 @@ def audit(
     as_json: Json = False,
 ) -> None:
     """Retrains a stage without a few samples, one at a time, and says how far its scores can be trusted."""
-    from flows import tables
-    from flows.audit import audit as audit_flow
-    from tasks.estimate import audit_cost
+    from flows.server import some_server
 
-    cost = audit_cost(run, stage, removals)
-    print(f"the audit will cost about {cost:.1f} trainings of stage {stage}", file=sys.stderr)
-    found = audit_flow(run, stage, removals)
+    with some_server():
+        from flows import tables
+        from flows.audit import audit as audit_flow
+        from tasks.estimate import audit_cost
+
+        cost = audit_cost(run, stage, removals)
+        print(f"the audit will cost about {cost:.1f} trainings of stage {stage}", file=sys.stderr)
+        found = audit_flow(run, stage, removals)
     _show(found, as_json, lambda: tables.audited([found]))
+
+
+@app.command()
+def compare(
+    plan: PlanFile,
+    seeds: Annotated[int, typer.Option(min=1, help="how many seeds, from the plan's on")] = 5,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(help="a further arm, again for each: a policy's name, or name=key:value,key:value"),
+    ] = None,
+    arms: Annotated[Path | None, typer.Option(help="further arms: a YAML file of `name: {key: value}`")] = None,
+    judge: Annotated[str | None, typer.Option(help="the target that judges")] = None,
+    as_json: Json = False,
+) -> None:
+    """Says whether pruning pays: the plan beside random pruning and none, over several seeds."""
+    from flows.server import some_server
+
+    spec = read_plan(str(plan))
+    with some_server():
+        from flows import tables
+        from flows.compare import compare as compare_flow
+        from tasks.comparison.arms import read_arms
+
+        further = read_arms(arm or [], str(arms) if arms else None)
+        found = compare_flow(spec, seeds, further, judge)
+    _show(found, as_json, lambda: tables.comparison(found))
+
+
+@app.command()
+def windows(
+    run: RunUrl,
+    stage: Annotated[int | None, typer.Option(help="one stage only")] = None,
+    budget: Annotated[float, typer.Option(help="share of a stage's steps that windows may hold at most")] = 0.4,
+    as_json: Json = False,
+) -> None:
+    """When in training the samples' influence is high, and the windows that suggests for a stage like it."""
+    from flows import tables
+    from tasks.windows import suggest_windows
+
+    found = suggest_windows.fn(run, stage, budget)
+    _show(found, as_json, lambda: tables.windows(found))
 
 
 @app.command()
@@ -187,6 +240,13 @@ def _explained() -> Iterator[None]:
         if end.code in (INTERRUPTED, TERMINATED):
             print("secateur: interrupted; the same command carries on from the last whole segment", file=sys.stderr)
         raise
+    except BaseException as error:
+        from prefect.exceptions import TerminationSignal
+
+        if not isinstance(error, TerminationSignal):
+            raise
+        print("secateur: terminated; the same command carries on from the last whole segment", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGTERM) from None
 
 
 def _policy(settings: dict[str, Any]) -> Policy:
@@ -210,7 +270,7 @@ def _option_sentence(error: ValidationError, settings: dict[str, Any]) -> str:
     if first["type"] == "extra_forbidden":
         return f"--policy {policy} takes no {option}; leave it out"
     if option == "--policy":
-        return f"--policy is {policy or 'missing'}; give one of top, threshold, drop_harmful, balanced, random and loss"
+        return f"--policy is {policy or 'missing'}; give one of {', '.join(POLICIES)}"
     return f"{option}: {first['msg'].lower()}"
 
 

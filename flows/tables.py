@@ -9,10 +9,12 @@ from rich.console import Console
 from rich.table import Table
 
 from tasks.audit import Audited
+from tasks.comparison.report import Comparison
 from tasks.estimate import Estimate
 from tasks.prune import Pruned
 from tasks.search import Hit
 from tasks.summary import StageSummary
+from tasks.windows import Suggestion
 
 
 def stages(where: str, summary: list[StageSummary]) -> None:
@@ -25,6 +27,8 @@ def stages(where: str, summary: list[StageSummary]) -> None:
         losses = (f"{stage.targets[name]['loss']:.4f}" for name in targets)
         table.add_row(str(stage.stage), str(stage.samples), *kept, *losses)
     show(table)
+    for stage in (stage for stage in summary if stage.candidates):
+        print(f"online selection in stage {stage.stage} trained on {stage.chosen:,} of {stage.candidates:,} candidates")
     for sentence in (sentence for stage in summary for sentence in stage.skipped):
         print(f"left out: {sentence}")
     if audits := [stage.audited for stage in summary if stage.audited]:
@@ -66,15 +70,69 @@ def audited(found: list[Audited]) -> None:
         print(one.plot)
 
 
+def comparison(found: Comparison) -> None:
+    """Whether pruning pays: what the arms used, and each figure of the target that judges."""
+    count = len(found.seeds)
+    used = Table("arm", "samples", "steps", "training s", "selecting s", title=f"{found.url}: {count} seeds, means")
+    for arm in found.arms:
+        selecting = "-" if arm.select_seconds is None else f"{arm.select_seconds:.1f}"
+        used.add_row(arm.arm, f"{arm.samples:.0f}", f"{arm.steps:.0f}", f"{arm.train_seconds:.1f}", selecting)
+    show(used)
+    for figure, before in found.before.items():
+        title = f"{figure} on {found.judge}: mean over seeds (95% interval)"
+        table = Table("arm", "at the end", "less unpruned", "less random", title=title)
+        table.add_row("before pruning", before.text(), "", "")
+        for arm in found.arms:
+            gaps = (arm.differences[figure].get(other) for other in ("unpruned", "random"))
+            table.add_row(arm.arm, arm.figures[figure].text(), *(gap.text(signed=True) if gap else "" for gap in gaps))
+        show(table)
+    print(found.verdict)
+    for sentence in found.notes:
+        print(f"note: {sentence}")
+    for file in found.files:
+        print(file)
+
+
+def windows(found: list[Suggestion]) -> None:
+    """Phases and the windows that they suggest, with the lines to put in a plan."""
+    table = Table("stage", "phase", "steps", "begins (95%)", "influence / learning rate", "times the basin")
+    for one in found:
+        begins = {b.step: f"{b.low} to {b.high}" for b in one.phases.boundaries}
+        for phase in one.phases.phases:
+            ratio = f"{one.phases.ratio(phase.name):.3g}"
+            steps = f"{phase.start} to {phase.stop}"
+            table.add_row(str(one.stage), phase.name, steps, begins.get(phase.start, ""), f"{phase.level:.3e}", ratio)
+    if table.rows:
+        show(table)
+    for one in found:
+        print(f"stage {one.stage}, target {one.target}: {one.sentence}")
+        if one.windows:
+            spans = ", ".join(f"{{start: {w.start:g}, stop: {w.stop:g}}}" for w in one.windows)
+            print(f"    windows: [{spans}]  # {one.share:.0%} of the steps")
+        print(f"  {one.picture}")
+
+
 def estimate(found: Estimate) -> None:
     """What a plan would do."""
     table = Table(
-        "stage", "samples", "steps", "records", "ledger", "embeddings", "index", "checkpoints", title=found.run
+        "stage",
+        "samples",
+        "steps",
+        "windows",
+        "records",
+        "ledger",
+        "embeddings",
+        "index",
+        "checkpoints",
+        title=found.run,
     )
     for s in found.stages:
         sizes = (s.ledger_bytes, s.embedding_bytes, s.index_bytes, s.checkpoint_bytes)
-        table.add_row(*map(str, (s.stage, s.samples, s.steps, s.records)), *map(_bytes, sizes))
+        spans = ", ".join(f"{start} to {stop}" for start, stop in s.windows)
+        table.add_row(*map(str, (s.stage, s.samples, s.steps, spans, s.records)), *map(_bytes, sizes))
     show(table)
+    for stage, said in found.automatic.items():
+        print(f"the windows of stage {stage}: {said}")
     blocks = Table("block", "numbers")
     for name, numbers in found.blocks.items():
         blocks.add_row(name, str(numbers))
@@ -83,6 +141,11 @@ def estimate(found: Estimate) -> None:
     show(blocks)
     targets = ", ".join(f"{name} ({count} samples)" for name, count in found.targets.items())
     print(f"{found.parameters} parameters in {found.numbers} numbers a sample; targets: {targets}")
+    for stage, chosen in found.selections.items():
+        print(
+            f"online selection in {chosen.steps} steps of stage {stage} judges {chosen.judged:,} samples, which costs about "
+            f"{chosen.cost:.1f} trainings of that stage"
+        )
     for stage, trainings in found.audits.items():
         print(f"the audit of stage {stage} costs about {trainings:.1f} trainings of that stage")
     for stage, steps in found.trials.items():

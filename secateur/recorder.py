@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -19,15 +20,34 @@ from secateur.segment import Segment
 from secateur.tap import Reducer, contributions, tap
 
 
-@dataclass
 class Batch:
-    """One recorded (micro-)batch; set `losses` before the block ends."""
+    """One recorded (micro-)batch.
 
-    samples: Int[Tensor, " batch"]
-    weights: Float[Tensor, " batch"]
-    window: int
-    losses: Float[Tensor, " batch"] | None = None
-    numbers: Float[Tensor, "batch p"] | None = None
+    Set `losses`, one a sample, before the backward pass. Where they are still part of its graph, the samples' weights
+    are read off the gradient that reaches them, however the loss was reduced or scaled; else they are those given.
+    """
+
+    def __init__(self, samples: Int[Tensor, " batch"], weights: Float[Tensor, " batch"], window: int) -> None:
+        self.samples, self.weights, self.window = samples, weights, window
+        self.numbers: Float[Tensor, "batch p"] | None = None
+        self.errors: Float[Tensor, " batch"] | None = None
+        self._losses: Tensor | None = None
+
+    @property
+    def losses(self) -> Float[Tensor, " batch"] | None:
+        """The samples' own losses before the step."""
+        return self._losses
+
+    @losses.setter
+    def losses(self, losses: Float[Tensor, " batch"]) -> None:
+        if losses.shape != self.samples.shape:
+            raise SecateurError(f"losses of shape {tuple(losses.shape)} for {len(self.samples)} samples; give one each")
+        if losses.requires_grad:
+            losses.register_hook(self._weigh)
+        self._losses = losses.detach()
+
+    def _weigh(self, gradient: Tensor) -> None:
+        self.weights = gradient.detach().double().cpu()
 
 
 @dataclass
@@ -51,7 +71,7 @@ class Recorder:
 
         with recorder.batch(ids) as batch:
             losses = criterion(model(x), y)          # one a sample
-            batch.losses = losses.detach()
+            batch.losses = losses
             losses.mean().backward()
         optimizer.step()
         ...
@@ -59,7 +79,8 @@ class Recorder:
 
     Several `batch` blocks before one `optimizer.step()` are gradient accumulation. A step without one is passed
     through by the recursion, without curvature. The recorder listens to `optimizer.step()`, so what happens to the
-    gradients in between (clipping by norm, unscaling) is seen, as the scale it applied.
+    gradients in between (clipping by norm, unscaling) is seen, as the scale it applied. A batch whose gradients were
+    cleared without a step (a `GradScaler` that met an overflow) is forgotten.
 
     Args:
         model: its layers are those `bindings` names.
@@ -95,6 +116,11 @@ class Recorder:
         self._first_step, self._steps = 0, _Steps()
         self._handle = optimizer.register_step_pre_hook(self._before_step)
 
+    @property
+    def next_step(self) -> int:
+        """The step that the next `optimizer.step()` will be."""
+        return self._first_step + len(self._steps.strides)
+
     def close(self) -> None:
         """Stops listening to the optimizer."""
         self._handle.remove()
@@ -116,13 +142,17 @@ class Recorder:
             stride: how many steps this one's curvature stands for.
         """
         first = next(iter(self._parameters.values()))
+        if self._pending and all(p.grad is None or not p.grad.any() for p in self._parameters.values()):
+            self._pending, self._pending_fisher = [], []
         if weights is None:
             weights = torch.full((len(samples),), 1.0 / len(samples), dtype=torch.float64)
         batch = Batch(samples, weights, window)
         reducer = Reducer(self.basis, len(samples), first.dtype, first.device)
-        with tap(self._bindings, reducer):
+        with tap(self._bindings, reducer, reducer.watch, len(samples)):
             yield batch
         batch.numbers = reducer.numbers
+        if reducer.errors is not None:
+            batch.errors = reducer.errors / batch.weights.to(reducer.errors)
         self._pending.append(batch)
         self._stride = stride
 
@@ -138,7 +168,19 @@ class Recorder:
 
     def hessian(self, flattened: Float[Tensor, " entries"]) -> None:
         """Records the Hessian before the coming step, as `secateur.hessian.hessian` gives it."""
-        self._steps.hessian.append((self._first_step + len(self._steps.strides), flattened))
+        self._steps.hessian.append((self.next_step, flattened))
+
+    def sensitivity(self, gradient: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
+        """`dF/dg` of the coming step at a gradient, in float64: what the step itself adds to each number of theta for a unit
+        of gradient. The optimizer's learning rate must be the step's already."""
+        hyper = torch.tensor([self._settings(group) for group in self._optimizer.param_groups], dtype=torch.float64)
+        h = dict(zip(self.linearised.hyper, hyper[self._groups].unbind(-1), strict=True))
+        state = torch.zeros(len(self.linearised.slots) + 1, self.basis.size, dtype=torch.float64)
+        if not self.linearised.linear:
+            state = self._states().cpu().double()
+        later = torch.zeros_like(state)
+        later[0] = 1
+        return self.linearised.pull(later, state, gradient.cpu().double(), h)[1]
 
     def take(self) -> Segment:
         """The segment recorded since the last `take`, on the CPU; the next one starts empty."""
@@ -158,6 +200,7 @@ class Recorder:
             steps=numbered.repeat_interleave(torch.tensor(lengths, dtype=torch.int64)),
             weights=torch.cat([none, *(b.weights.cpu().double() for b in batches)]),
             losses=torch.cat([none, *(b.losses.cpu().double() for b in batches if b.losses is not None)]),
+            errors=torch.cat([none, *(b.errors.cpu().double() for b in batches if b.errors is not None)]),
             windows=torch.cat([ids, *(torch.full((len(b.samples),), b.window) for b in batches)]),
             first_step=first,
             strides=torch.tensor(steps.strides, dtype=torch.float64),
@@ -177,23 +220,39 @@ class Recorder:
         """Counts the next step as `step` of its stage."""
         self._first_step, self._steps = step, _Steps()
 
-    def _before_step(self, *_: object) -> None:
-        """Runs just before the optimizer's own step: the gradients are those it will use."""
+    def _before_step(
+        self, _: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Runs just before the optimizer's own step; where that is given a closure, once the closure has been called."""
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._record()
+            return None
+
+        def recorded() -> Any:
+            loss = closure()
+            self._record()
+            return loss
+
+        return args[:1], {"closure": recorded}
+
+    def _record(self) -> None:
+        """Takes in a step: the gradients are those that the optimizer will use."""
         missing = [name for name, p in self._parameters.items() if p.grad is None]
         if missing:
             raise SecateurError(
-                f"parameter {missing[0]} got no gradient at step {self._first_step + len(self._steps.strides)}; leave it "
+                f"parameter {missing[0]} got no gradient at step {self.next_step}; leave it "
                 f"out of the model, freeze it, or list it under `uncaptured`"
             )
         received = self.basis.project_all({n: p.grad for n, p in self._parameters.items() if p.grad is not None})
         if self._pending:
             total = torch.stack([b.numbers.sum(0) for b in self._pending if b.numbers is not None]).sum(0)
-            step = self._first_step + len(self._steps.strides)
-            self._scale_before = applied_scale(total, received, self.basis, self._tolerance, step)
+            self._scale_before = applied_scale(total, received, self.basis, self._tolerance, self.next_step)
         scale = self._scale_before
         for batch in self._pending:
-            if batch.losses is None:
-                batch.losses = torch.full((len(batch.samples),), float("nan"))
+            unknown = torch.full((len(batch.samples),), float("nan"))
+            batch.losses = unknown if batch.losses is None else batch.losses
+            batch.errors = unknown if batch.errors is None else batch.errors
             if scale != 1.0 and batch.numbers is not None:
                 batch.numbers, batch.weights = batch.numbers * scale, batch.weights * scale
         steps = self._steps
@@ -204,14 +263,18 @@ class Recorder:
         steps.hyper.append([self._settings(group) for group in self._optimizer.param_groups])
         if not self.linearised.linear:
             steps.gradients.append(received)
-            theta = self.basis.project_all({n: p.detach() for n, p in self._parameters.items()})
-            steps.states.append(torch.stack([theta, *(self._slot(name) for name in self.linearised.slots)]))
+            steps.states.append(self._states())
         self._pending, self._pending_fisher = [], []
 
     def _settings(self, group: dict[str, object]) -> list[float]:
         parameters = group["params"]
         assert isinstance(parameters, list)
         return self.linearised.settings(group, self._optimizer.state.get(parameters[0], {}))
+
+    def _states(self) -> Float[Tensor, "S p"]:
+        """Theta and the optimizer's slots in the numbers of the basis."""
+        theta = self.basis.project_all({n: p.detach() for n, p in self._parameters.items()})
+        return torch.stack([theta, *(self._slot(name) for name in self.linearised.slots)])
 
     def _slot(self, name: str) -> Float[Tensor, " p"]:
         """One slot of the optimizer's state in the numbers of the basis; zero before the first step."""

@@ -25,6 +25,9 @@ class Segment:
         steps: step of each record within the stage, from 0.
         weights: weight of the sample in the loss times the step's scale, so `contribution = weight * grad loss_i`.
         losses: the sample's own loss before the step.
+        errors: norm of the gradient of the sample's own loss with respect to the output of the model's last layer. Where
+            the loss is a cross-entropy of these logits it is the norm of softmax minus one-hot, EL2N (Paul et al., 2021);
+            over several positions the root of the sum of squares.
         windows: the selection window the record falls in; -1 where it serves the curvature only.
         first_step: step within the stage of row 0 of the step arrays.
         strides: how many steps the curvature of this one stands for; 0 where nothing was recorded.
@@ -45,6 +48,7 @@ class Segment:
     steps: Int[Tensor, " records"]
     weights: Float[Tensor, " records"]
     losses: Float[Tensor, " records"]
+    errors: Float[Tensor, " records"]
     windows: Int[Tensor, " records"]
     first_step: int
     strides: Float[Tensor, " steps"]

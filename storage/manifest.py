@@ -69,6 +69,12 @@ class Attempt:
         with self.open(name) as file:
             file.write(data)
 
+    def adopt(self, artefact: Artefact) -> None:
+        """Every file of a committed artefact, as it is."""
+        for name, facts in artefact.manifest.files.items():
+            self.root.take(artefact.files(), name)
+            self.files[name] = facts
+
     def check(self) -> None:
         """Looks whether all that was written is there.
 
@@ -125,7 +131,7 @@ class Artefact:
             StorageError: it isn't what was committed.
         """
         size, sha256 = self._promised(name)
-        data = self._files().read_bytes(name)
+        data = self.files().read_bytes(name)
         if (len(data), hashlib.sha256(data).hexdigest()) != (size, sha256):
             raise StorageError(f"{self.url(name)} is damaged; restore it or run that step again")
         return data
@@ -138,7 +144,7 @@ class Artefact:
             StorageError: it isn't what was committed.
         """
         size, sha256 = self._promised(name)
-        files = self._files()
+        files = self.files()
         try:
             if files.is_local:
                 with explained(self.url(name), "read"):
@@ -152,13 +158,13 @@ class Artefact:
 
     def url(self, name: str) -> str:
         """Path or URL of a file."""
-        return self._files().url_of(self._known(name))
+        return self.files().url_of(self._known(name))
 
     def remove(self) -> None:
         """Removes an artefact that served its purpose, its manifest first, and nothing that another attempt is writing."""
         if not self.committed:
             return
-        files = self._files()
+        files = self.files()
         self._manifest = None
         self.root.remove(MANIFEST)
         files.delete()
@@ -198,7 +204,8 @@ class Artefact:
                     attempt.root.delete()
             raise
 
-    def _files(self) -> Root:
+    def files(self) -> Root:
+        """The folder that its files are in."""
         return self.root.child(self.manifest.attempt)
 
     def _promised(self, name: str) -> tuple[int, str]:

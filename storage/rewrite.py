@@ -34,18 +34,24 @@ def rewrite_shards(attempt: Attempt, urls: Sequence[str], frame: pl.DataFrame, k
     Raises:
         StorageError: a shard has changed since it was listed.
     """
-    bounds = np.searchsorted(frame["shard"].to_numpy(), np.arange(len(urls) + 1))
     written = []
-    for number, (url, name) in enumerate(zip(urls, _names(urls), strict=True)):
-        rows = slice(int(bounds[number]), int(bounds[number + 1]))
-        if not keep[rows].any():
-            continue
-        listed = frame[rows]
-        with open_shard(url) as source, attempt.open(name) as target:
-            for block in _joined(_kept(source, url, listed, keep[rows])):
-                target.write(block)
-        written.append(name)
+    for number in range(len(urls)):
+        written += rewrite_shard(attempt, urls, number, frame, keep)
     return written
+
+
+def rewrite_shard(
+    attempt: Attempt, urls: Sequence[str], number: int, frame: pl.DataFrame, keep: np.ndarray
+) -> list[str]:
+    """The shard `urls[number]` of `rewrite_shards` alone; its name, or nothing where it is not written."""
+    start, stop = np.searchsorted(frame["shard"].to_numpy(), [number, number + 1]).tolist()
+    listed, kept, name = frame[start:stop], keep[start:stop], _names(urls)[number]
+    if not kept.any():
+        return []
+    with open_shard(urls[number]) as source, attempt.open(name) as target:
+        for block in _joined(_kept(source, urls[number], listed, kept)):
+            target.write(block)
+    return [name]
 
 
 def _kept(source: IO[bytes], url: str, listed: pl.DataFrame, keep: np.ndarray) -> Iterator[memoryview]:

@@ -11,12 +11,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, cast
 
-from botocore.exceptions import BotoCoreError  # type: ignore[import-untyped]
+from botocore.exceptions import (  # type: ignore[import-untyped]
+    BotoCoreError,
+    ConnectionError,
+    HTTPClientError,
+)
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from storage.errors import StorageError
+from storage.errors import StorageError, UnavailableError
 from storage.retries import show_retries
 from storage.urls import check_url, redacted
 
@@ -28,6 +32,10 @@ REMEDIES = {
     errno.EISDIR: "it is a folder; name a file",
     errno.ENOTDIR: "a part of its path is a file; choose another path",
 }
+PASSING = {  # s3fs gives a store's own failures as EREMOTEIO, EBUSY, EIO, or without a number
+    None, errno.EIO, errno.EBUSY, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED,
+    errno.ECONNABORTED, errno.EPIPE, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EREMOTEIO,
+}  # fmt: skip
 
 
 class Root:
@@ -126,6 +134,16 @@ class Root:
         """The size of every file within, in bytes."""
         return {name: int(found["size"]) for name, found in self._found().items()}
 
+    def take(self, source: Root, name: str) -> None:
+        """Puts a file of another folder of the same disk or store into this one under its name, its bytes unmoved: linked
+        on the disk, copied by the store itself elsewhere."""
+        with explained(self.url_of(name), "written"):
+            if self.is_local:
+                os.makedirs(os.path.dirname(self._at(name)), exist_ok=True)
+                os.link(source._at(name), self._at(name))
+            else:
+                self._fs.copy(source._at(name), self._at(name))
+
     def remove(self, name: str) -> None:
         """Removes a file within, if it is there."""
         with explained(self.url_of(name), "removed"), suppress(FileNotFoundError):
@@ -218,7 +236,15 @@ def explained(what: str, verb: str) -> Iterator[None]:
         remedy = REMEDIES.get(number or 0, "check the disk or the connection and run the same command again")
         told = " ".join(redacted(str(reason)).split())
         cause = error if redacted(str(error)) == str(error) else None  # its text would stand in a traceback
-        raise StorageError(f"{what} cannot be {verb}: {told}; {remedy}") from cause
+        raise _kind(error, number)(f"{what} cannot be {verb}: {told}; {remedy}") from cause
+
+
+def _kind(error: BaseException, number: int | None) -> type[StorageError]:
+    """Whether the cause can pass by itself: it is the connection's or the store's, not the request's."""
+    if isinstance(error, BotoCoreError):
+        return UnavailableError if isinstance(error, (ConnectionError, HTTPClientError)) else StorageError
+    forbidden = isinstance(error, PermissionError)  # s3fs gives no number with it
+    return UnavailableError if number in PASSING and not forbidden else StorageError
 
 
 def _refused(error: BaseException) -> bool:

@@ -1,8 +1,10 @@
 """Room `storage`: where the artefacts of a run are.
 
-<root>/<run>/plan, basis
-<root>/<run>/stages/00/samples, start, ledger/seg-00000, local/seg-00000, embeddings, index, targets, scores, replay/seg-00000,
-removals/<step>-<sample>, audit/<removals>, trial/<name>, prune/<name>
+<root>/<run>/plan, basis, figures
+<root>/<run>/stages/00/samples, windows, start, ledger/seg-00000, trained, local/seg-00000, embeddings, index, targets,
+scores, profile, replay/<target>/seg-00000, gradients/00000, removals/<step>-<sample>, audit/<removals>, trial/<name>, decided/<name>,
+rewritten/<name>/00000, prune/<name>
+<root>/<run>-compare/seed-<seed>/<arm>, a run; and report/<name>
 """
 
 from __future__ import annotations
@@ -17,11 +19,15 @@ class StageFolder:
     def __init__(self, root: Root) -> None:
         self.root = root
         self.samples = self._artefact("samples")
+        self.windows = self._artefact("windows")
         self.start = self._artefact("start")
+        self.trained = self._artefact("trained")
         self.embeddings = self._artefact("embeddings")
         self.index = self._artefact("index")
         self.targets = self._artefact("targets")
         self.scores = self._artefact("scores")
+        self.report = self._artefact("report")
+        self.profile = self._artefact("profile")
 
     def segment(self, number: int) -> Artefact:
         """Ledger of a segment and the checkpoint at its end, committed together."""
@@ -38,9 +44,13 @@ class StageFolder:
         """A segment's embeddings as of its own end, and its transition; gone once the stage's are composed."""
         return self._artefact(f"local/seg-{number:05d}")
 
-    def replay(self, number: int) -> Artefact:
-        """A segment's scores by replay, and the adjoint at its start."""
-        return self._artefact(f"replay/seg-{number:05d}")
+    def replay(self, target: str, number: int) -> Artefact:
+        """A segment's scores by replay for a target, and the adjoint at its start."""
+        return self._artefact(f"replay/{target}/seg-{number:05d}")
+
+    def gradients(self, number: int) -> Artefact:
+        """The targets' gradients at the start of a segment, or with the number of segments at the stage's end."""
+        return self._artefact(f"gradients/{number:05d}")
 
     def removal(self, step: int, sample: int) -> Artefact:
         """What leaving a sample out of a step did, for an audit."""
@@ -53,6 +63,14 @@ class StageFolder:
     def trial(self, name: str) -> Artefact:
         """The trial of a pruning, under the pruning's name."""
         return self._artefact(f"trial/{name}")
+
+    def decided(self, name: str) -> Artefact:
+        """What a pruning keeps and drops; gone once its shards are written."""
+        return self._artefact(f"decided/{name}")
+
+    def rewritten(self, name: str, number: int) -> Artefact:
+        """One shard of a pruning, by its place among the stage's shards; gone once they are together."""
+        return self._artefact(f"rewritten/{name}/{number:05d}")
 
     def prune(self, name: str) -> Artefact:
         """Decisions and pruned shards under one policy; `plan` is the plan's own."""
@@ -70,7 +88,23 @@ class RunFolder:
         self.url = self.root.url
         self.plan = Artefact(self.root.child("plan"))
         self.basis = Artefact(self.root.child("basis"))
+        self.figures = Artefact(self.root.child("figures"))
 
     def stage(self, number: int) -> StageFolder:
         """A stage's artefacts."""
         return StageFolder(self.root.child("stages", f"{number:02d}"))
+
+
+class ComparisonFolder:
+    """The runs of a comparison, and its reports."""
+
+    def __init__(self, root: str, run: str) -> None:
+        self.root = Root(f"{root.rstrip('/')}/{run}-compare")
+
+    def seed(self, number: int) -> Root:
+        """The folder that holds a seed's runs, one an arm."""
+        return self.root.child(f"seed-{number}")
+
+    def report(self, name: str) -> Artefact:
+        """Table, plot and figures."""
+        return Artefact(self.root.child("report", name))

@@ -5,30 +5,25 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 import torch
-from prefect import task
 from pydantic import BaseModel
 from scipy import stats
 
 from secateur.pullback import query_at_end
 from storage.frames import read_frame, write_frame
+from storage.manifest import Artefact
+from tasks.behaviour import task
 from tasks.embed import in_embeddings, spans_of, stage_embeddings, stage_transition
-from tasks.errors import PlanError
-from tasks.loop import Loop
-from tasks.order import Order, seed_for
-from tasks.plan import Audit, Plan
+from tasks.order import seed_for
+from tasks.plan import Plan
 from tasks.plot import scatter
-from tasks.progress import track
+from tasks.removals import drawn, settings, truths
 from tasks.replay import replay, replay_scores
 from tasks.run import Run
-from tasks.samples import stage_samples, target_samples
-from tasks.score import stage_scores
-from tasks.targets import scoring_rows, target_gradients, target_loss
-from tasks.train import to_segment
+from tasks.targets import scoring_gradients
+from tasks.train import check_repeatable
 
 FRAME = "audit.parquet"
 RESAMPLES = 2000
-REPLAY_COST = 3.5  # trainings of a stage for one target, and for each further one; see benchmarks/cost.py
-FURTHER_COST = 2.2
 
 
 class Fidelity(BaseModel):
@@ -52,7 +47,7 @@ class Audited(BaseModel):
     plot: str
 
 
-@task(name="audit")
+@task("audit", makes=lambda run, stage, removals: _artefact(run, stage, removals), draws=True)
 def audit(run_url: str, stage: int, removals: int | None = None) -> Audited:
     """Retrains from the segment checkpoint to the stage's end without one use of a sample, for a sample of uses that
     is stratified by step, and holds embedding and replay scores against what that does to the target's loss.
@@ -61,17 +56,17 @@ def audit(run_url: str, stage: int, removals: int | None = None) -> Audited:
         removals: instead of the plan's.
 
     Raises:
-        PlanError: it would cost more than the plan allows, or training does not repeat itself.
+        PlanError: it would cost more than the plan allows, another trainer trained the stage, or training does not repeat
+            itself.
     """
     run = Run.open(run_url)
     spec, folder = settings(run.plan, removals), run.folder.stage(stage)
-    artefact = folder.audit(spec.removals)
+    artefact = _artefact(run, stage, removals)
     if not artefact.committed:
-        uses = _drawn(run, stage, spec.removals)
-        cost = _cost(run.plan, Order(run.plan, stage, len(stage_samples(run, stage))), uses["step"].to_list())
-        _check_budget(spec, cost, stage)
+        check_repeatable(run, stage)
+        uses, cost = drawn(run, stage, spec)
         replay.fn(run_url, stage)
-        columns = {"truth": _truths, "embedding": _embedded, "replay": _replayed}
+        columns = {"truth": truths, "embedding": _embedded, "replay": _replayed}
         frame = uses.with_columns(pl.Series(name, make(run, stage, uses)) for name, make in columns.items())
         rng = seed_for(run.plan.seed, "bootstrap", stage) % 2**32
         fidelity = {name: _fidelity(frame[name].to_numpy(), frame["truth"].to_numpy(), rng) for name in ESTIMATES}
@@ -90,19 +85,17 @@ ESTIMATES = ("embedding", "replay")
 
 def audited(run: Run, stage: int, removals: int | None = None) -> Audited:
     """A finished audit."""
-    artefact = run.folder.stage(stage).audit(settings(run.plan, removals).removals)
+    artefact = _artefact(run, stage, removals)
     return Audited(plot=artefact.url("audit.png"), **artefact.manifest.facts)
 
 
 def audit_frame(run: Run, stage: int) -> pl.DataFrame:
     """The plan's audit, one row a removal: `key`, `step`, `truth`, `embedding`, `replay` among others."""
-    return read_frame(run.folder.stage(stage).audit(settings(run.plan).removals), FRAME)
+    return read_frame(_artefact(run, stage), FRAME)
 
 
-def settings(plan: Plan, removals: int | None = None) -> Audit:
-    """The plan's audit, or the default one."""
-    spec = plan.audit or Audit()
-    return spec if removals is None else spec.model_copy(update={"removals": removals})
+def _artefact(run: Run, stage: int, removals: int | None = None) -> Artefact:
+    return run.folder.stage(stage).audit(settings(run.plan, removals).removals)
 
 
 def wanted(plan: Plan, stage: int) -> bool:
@@ -111,62 +104,10 @@ def wanted(plan: Plan, stage: int) -> bool:
     return listed or (plan.trust.min_fidelity is not None and plan.stages[stage].prune is not None)
 
 
-def expected_cost(plan: Plan, order: Order, removals: int | None = None) -> float:
-    """What an audit of a stage costs, in trainings of the stage; expected over the draw of its removals."""
-    steps = [step for window in order.windows() for step in window]
-    drawn = np.linspace(0, len(steps) - 1, settings(plan, removals).removals).round().astype(int)
-    return _cost(plan, order, [steps[i] for i in drawn])
-
-
-def _cost(plan: Plan, order: Order, steps: list[int]) -> float:
-    size, total = plan.segment_steps, order.steps
-    return sum(1 - step // size * size / total for step in steps) + REPLAY_COST + FURTHER_COST * (len(plan.targets) - 1)
-
-
-def _check_budget(spec: Audit, cost: float, stage: int) -> None:
-    if cost > spec.budget:
-        raise PlanError(
-            f"an audit of stage {stage} with {spec.removals} removals would cost {cost:.1f} trainings of the stage, and the "
-            f"plan allows {spec.budget:g}; ask for fewer removals, or raise audit.budget"
-        )
-
-
-def _drawn(run: Run, stage: int, removals: int) -> pl.DataFrame:
-    """One use from each of equal stretches of the stage's uses, in the order of their steps."""
-    uses = stage_scores(run, stage).select("sample", "key", "step", "window", "loss", "norm").with_row_index("row")
-    if len(uses) < removals:
-        raise PlanError(f"stage {stage} of {run.url} has {len(uses)} recorded uses, fewer than {removals} removals")
-    rng = np.random.default_rng(seed_for(run.plan.seed, "audit", stage))
-    strata = np.array_split(np.arange(len(uses)), removals)
-    return uses[[int(rng.choice(stratum)) for stratum in strata]]
-
-
-def _truths(run: Run, stage: int, uses: pl.DataFrame) -> list[float]:
-    """What leaving each use out did to the target's loss at the stage's end; each segment's removals are kept."""
-    samples, size = stage_samples(run, stage), run.plan.segment_steps
-    loop, target = Loop(run, stage, samples), target_samples(run, run.plan.target)
-    rows = torch.arange(len(target))[scoring_rows(run.plan)]
-    to_segment(run, loop, stage, -(-loop.order.steps // size))
-    base, found = target_loss(loop, target, rows), []
-    for step, row in track(
-        uses.select("step", "sample").iter_rows(), f"stage {stage}, retraining without a sample", len(uses)
-    ):
-        artefact = run.folder.stage(stage).removal(step, row)
-        if not artefact.committed:
-            to_segment(run, loop, stage, step // size)
-            loop.left_out = (step, row)
-            for again in range(step // size * size, loop.order.steps):
-                loop.step(again)
-            with artefact.attempt("removal", {}) as attempt:
-                attempt.facts["loss"] = target_loss(loop, target, rows)
-        found.append(float(artefact.manifest.facts["loss"]) - base)
-    return found
-
-
 def _embedded(run: Run, stage: int, uses: pl.DataFrame) -> list[float]:
     """The embeddings' scores of some uses, for the target's mean loss at the stage's end."""
     folder = run.folder.stage(stage)
-    gradient = target_gradients(folder.targets, run.plan.target)[scoring_rows(run.plan)].mean(0, keepdim=True)
+    gradient = scoring_gradients(run, stage, run.plan.target).mean(0, keepdim=True)
     whole = torch.cat(query_at_end(gradient, spans_of(run), stage_transition(folder.embeddings)), 1)
     query = in_embeddings(run, stage, whole)[0]
     products = torch.cat([part.double() @ query.double() for part in stage_embeddings(folder.embeddings)])

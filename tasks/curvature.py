@@ -31,10 +31,14 @@ def record_curvature(recorder: Recorder, loop: Loop, ahead: range, done: int, re
 
 
 def _hessian(recorder: Recorder, loop: Loop, spec: Hessian, steps: range) -> Tensor:
-    """The Hessian now, of the mean loss of some coming steps; of an even choice of their samples where they are many."""
-    parts = [part for step in steps for part in loop.micro_batches(step)]
+    """The Hessian now, of the mean loss of some coming steps; of an even choice of their samples where they are many.
+
+    A step that online selection is yet to choose for has no part in it: it is not known what it will train on.
+    """
+    known = [step for step in steps if step in loop.chosen or not loop.order.selecting(step)]
+    parts = [part for step in known for part in loop.micro_batches(step)]
     rows = torch.cat([part.rows for part in parts])
-    weights = torch.cat([part.weights for part in parts]) / len(steps)
+    weights = torch.cat([part.weights for part in parts]) / len(known)
     chosen = torch.linspace(0, len(rows) - 1, min(len(rows), spec.samples)).round().long()
     share = weights[chosen] * (weights.sum() / weights[chosen].sum())
     torch.manual_seed(loop.order.seed(steps.start))

@@ -12,7 +12,20 @@ import polars as pl
 from storage.shards import Samples
 from tasks.errors import PlanError
 from tasks.order import seed_for
-from tasks.plan import Balanced, DropHarmful, LossControl, Plan, Policy, RandomControl, Threshold, Top
+from tasks.plan import (
+    Balanced,
+    Baseline,
+    DropHarmful,
+    ErrorNorm,
+    GradientNorm,
+    LossControl,
+    Plan,
+    Policy,
+    RandomControl,
+    Threshold,
+    Top,
+    TracIn,
+)
 
 OUTSIDE = "kept: not used in a window"
 
@@ -20,15 +33,20 @@ OUTSIDE = "kept: not used in a window"
 def decide(plan: Plan, stage: int, policy: Policy, scores: pl.DataFrame, samples: Samples) -> pl.DataFrame:
     """One row a sample of the stage: `sample`, `key`, `shard`, `score`, `loss`, `uses`, `keep`, `reason`, `rank`.
 
-    Uses of a sample add up for `mean`; the last one counts for `nearest`. The best sample has rank 1. Samples that were
+    Uses of a sample add up for `mean` and TracIn; the last one counts for `nearest`, loss, GraNd and EL2N. The best sample has rank 1. Samples that were
     not used in a window are kept, without a rank.
+
+    Args:
+        scores: the stage's, as `tasks.tracin.policy_scores` gives them for the policy.
     """
-    column = f"score_{plan.target}"
-    total = pl.col(column).sum() if plan.score.aggregate == "mean" else pl.col(column).last()
     judged = (
         scores.sort("step", maintain_order=True)
         .group_by("sample", maintain_order=True)
-        .agg(total.alias("score"), pl.col("loss").last(), pl.len().cast(pl.UInt32).alias("uses"))
+        .agg(
+            _total(plan, policy).alias("score"),
+            pl.col("loss", "grand", "el2n").last(),
+            pl.len().cast(pl.UInt32).alias("uses"),
+        )
         .sort("sample")
     )
     listed = samples.frame.select("sample", "key", "shard")
@@ -42,6 +60,14 @@ def decide(plan: Plan, stage: int, policy: Policy, scores: pl.DataFrame, samples
     return decided.with_columns(
         pl.col("uses").fill_null(0), pl.col("keep").fill_null(True), pl.col("reason").fill_null(OUTSIDE)
     )
+
+
+def _total(plan: Plan, policy: Policy) -> pl.Expr:
+    """A sample's score from those of its uses, in the order of their steps."""
+    if isinstance(policy, TracIn):
+        return pl.col(f"tracin_{plan.target}").sum()
+    column = pl.col(f"score_{plan.target}")
+    return column.sum() if plan.score.aggregate == "mean" else column.last()
 
 
 def counts(decisions: pl.DataFrame) -> dict[str, Any]:
@@ -60,8 +86,15 @@ def _top(policy: Top, judged: pl.DataFrame, *_: object) -> pl.DataFrame:
     return _best(_ranked(judged, pl.col("score"), True), policy.keep, "score", "top")
 
 
-def _loss(policy: LossControl, judged: pl.DataFrame, *_: object) -> pl.DataFrame:
-    return _best(_ranked(judged, pl.col("loss"), False), policy.keep, "loss", "loss")
+def _tracin(policy: TracIn, judged: pl.DataFrame, *_: object) -> pl.DataFrame:
+    return _best(_ranked(judged, pl.col("score"), True), policy.keep, "score", "tracin")
+
+
+def _baseline(policy: Baseline, judged: pl.DataFrame, *_: object) -> pl.DataFrame:
+    """By the column of the policy's name."""
+    ranked = _ranked(judged, pl.col(policy.policy).fill_nan(None), policy.prefer == "highest")
+    within = pl.col("rank") <= round(len(ranked) * policy.keep)
+    return _ruled(ranked, within, policy.policy, f"not among the {policy.prefer} {policy.keep:g}")
 
 
 def _threshold(policy: Threshold, judged: pl.DataFrame, *_: object) -> pl.DataFrame:
@@ -97,7 +130,10 @@ _RULES: dict[type, Callable[..., pl.DataFrame]] = {
     DropHarmful: _drop_harmful,
     Balanced: _balanced,
     RandomControl: _random,
-    LossControl: _loss,
+    LossControl: _baseline,
+    GradientNorm: _baseline,
+    ErrorNorm: _baseline,
+    TracIn: _tracin,
 }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from prefect import task
 from torch import Tensor
 
 from secateur.basis import leading
@@ -16,6 +15,7 @@ from storage.integrity import artefacts
 from storage.ledger import read_ledger
 from storage.manifest import Artefact
 from storage.tensors import read_tensors, write_tensors
+from tasks.behaviour import task
 from tasks.optimizer import linearised
 from tasks.progress import track
 from tasks.run import Run
@@ -24,13 +24,13 @@ from tasks.train import end_checkpoint
 AXES = "axes.safetensors"
 
 
-@task(name="embed segment")
+@task("embed segment")
 def embed_segment(run_url: str, stage: int, number: int) -> None:
     """Walks one segment by itself: embeddings as of its end, and its transition. Segments may run in parallel."""
     run = Run.open(run_url)
     folder = run.folder.stage(stage)
     artefact = folder.local(number)
-    if artefact.committed:
+    if artefact.committed or folder.embeddings.committed:
         return
     segment = segment_of(folder.segment(number))
     start = identity(spans_of(run), len(linearised(run.plan.optimizer).slots) + 1, segment.contributions.dtype)
@@ -40,7 +40,7 @@ def embed_segment(run_url: str, stage: int, number: int) -> None:
         write_tensors(attempt, "transition.safetensors", _numbered(transition), {})
 
 
-@task(name="compose embeddings")
+@task("compose embeddings", makes=lambda run, stage: run.folder.stage(stage).embeddings)
 def compose_stage(run_url: str, stage: int) -> int:
     """Carries every segment's embeddings to the stage's end; memory is one segment's.
 

@@ -7,21 +7,35 @@ from pydantic import BaseModel
 from secateur.bindings import Bindings
 from secateur.fitting import shares
 from storage.shards import expand, index_shards
-from tasks.audit import expected_cost, wanted
+from tasks.audit import wanted
 from tasks.optimizer import linearised
 from tasks.order import Order
 from tasks.plan import Coordinates, Plan
+from tasks.removals import expected_cost
 from tasks.run import Run
-from tasks.samples import skipping, stage_samples, target_samples
-from tasks.train import end_checkpoint
+from tasks.samples import scoring_rows, skipping, stage_samples, target_samples
+from tasks.train import check_repeatable
+from tasks.windows import foreseen
+
+JUDGING_COST = 0.7  # of a sample in online selection, in trainings of one; see benchmarks/selection.py
+
+
+class SelectionEstimate(BaseModel):
+    """Online selection in a stage: the steps that select, the samples judged in them (candidates and target's), and what that
+    costs in trainings of the stage."""
+
+    steps: int
+    judged: int
+    cost: float
 
 
 class StageEstimate(BaseModel):
-    """One stage's expected size; samples of later stages follow from the policies' fractions where they have one."""
+    """One stage's expected size, and its windows in steps; samples of later stages follow from the policies' fractions where they have one."""
 
     stage: int
     samples: int
     steps: int
+    windows: list[tuple[int, int]]
     records: int
     ledger_bytes: int
     embedding_bytes: int
@@ -30,7 +44,8 @@ class StageEstimate(BaseModel):
 
 
 class Estimate(BaseModel):
-    """What a plan would do; `audits` in trainings of their stage, `trials` in steps."""
+    """What a plan would do; `audits` in trainings of their stage, `trials` in steps; `automatic` says where a stage's windows
+    are taken from."""
 
     run: str
     blocks: dict[str, int]
@@ -39,6 +54,8 @@ class Estimate(BaseModel):
     numbers: int
     targets: dict[str, int]
     stages: list[StageEstimate]
+    automatic: dict[int, str]
+    selections: dict[int, SelectionEstimate]
     audits: dict[int, float]
     trials: dict[int, int]
     disk_bytes: int
@@ -59,9 +76,12 @@ def estimate(plan: Plan) -> Estimate:
     slots = len(linearised(plan.optimizer).slots) + 1 if plan.optimizer.at_stage == "carry" else 1
     parameters = sum(p.numel() for p in model.parameters())
     stages: list[StageEstimate] = []
+    automatic: dict[int, str] = {}
     for number, stage in enumerate(plan.stages):
+        plan, automatic[number] = foreseen(plan, number, samples)
         stages.append(_stage(plan, number, samples, sum(blocks.values()), slots, parameters))
         samples = round(samples * getattr(stage.prune, "keep", 1.0)) if stage.prune else samples
+    targets = {name: len(target_samples(run, name)) for name in plan.targets}
     trial = plan.trust.trial
     itemsize = 4 if plan.dtype == "float32" else 8
     widest = max(blocks.values()) if plan.curvature.coupling == "block" else sum(blocks.values())
@@ -76,8 +96,10 @@ def estimate(plan: Plan) -> Estimate:
         numbers=sum(blocks.values()),
         audits={s.stage: expected_cost(plan, Order(plan, s.stage, s.samples)) for s in stages if wanted(plan, s.stage)},
         trials={n: trial.steps * (1 + trial.draws) for n, stage in enumerate(plan.stages) if trial and stage.prune},
-        targets={name: len(target_samples(run, name)) for name in plan.targets},
+        targets=targets,
         stages=stages,
+        automatic={number: said for number, said in automatic.items() if said},
+        selections={s.stage: found for s in stages if (found := _selection(plan, s, targets)).steps},
         disk_bytes=sum(s.ledger_bytes + 2 * s.embedding_bytes + s.index_bytes + s.checkpoint_bytes for s in stages),
         memory_bytes=(walking + 4 * parameters) * itemsize,
     )
@@ -86,7 +108,7 @@ def estimate(plan: Plan) -> Estimate:
 def audit_cost(run_url: str, stage: int, removals: int | None = None) -> float:
     """What an audit of a trained stage will cost, in trainings of the stage."""
     run = Run.open(run_url)
-    end_checkpoint(run, stage)
+    check_repeatable(run, stage)
     return expected_cost(run.plan, Order(run.plan, stage, len(stage_samples(run, stage))), removals)
 
 
@@ -102,12 +124,26 @@ def _stage(plan: Plan, number: int, samples: int, width: int, slots: int, parame
         stage=number,
         samples=samples,
         steps=order.steps,
+        windows=[(window.start, window.stop) for window in order.windows()],
         records=inside * batch,
-        ledger_bytes=recorded * batch * (width * itemsize + 48),
+        ledger_bytes=recorded * batch * (width * itemsize + 56),
         embedding_bytes=embeddings,
         index_bytes=inside * batch * kept * {"flat": 4, "fp16": 2, "sq8": 1}[plan.index],
         checkpoint_bytes=-(-order.steps // plan.segment_steps) * parameters * state * itemsize,
     )
+
+
+def _selection(plan: Plan, stage: StageEstimate, targets: dict[str, int]) -> SelectionEstimate:
+    order, steps, judged = Order(plan, stage.stage, stage.samples), 0, 0
+    for window, spec in zip(order.windows(), order.stage.given, strict=True):
+        if spec.select:
+            steps += len(window)
+            name = spec.select.target or plan.target
+            asked = spec.select.candidates * order.stage.batch_size
+            asked += min(spec.select.samples, len(scoring_rows(plan, name, targets[name])))
+            judged += asked * len(window) if spec.select.method != "random" else 0
+    cost = JUDGING_COST * judged / (stage.steps * min(order.stage.batch_size, stage.samples))
+    return SelectionEstimate(steps=steps, judged=judged, cost=cost)
 
 
 def _numbers(plan: Plan, bindings: Bindings) -> dict[str, int]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from prefect import task
-
 from storage.index import build_index, write_index
+from tasks.behaviour import task
 from tasks.embed import stage_embeddings
 from tasks.run import Run
 
 
-@task(name="index")
+@task("index", makes=lambda run, stage: run.folder.stage(stage).index)
 def index_stage(run_url: str, stage: int) -> int:
     """Indexes a stage's embeddings; ids are rows of its `scores.parquet`.
 

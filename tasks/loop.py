@@ -17,8 +17,7 @@ from tasks.errors import PlanError
 from tasks.optimizer import make_optimizer
 from tasks.order import Order
 from tasks.run import Run, Task
-
-Tensors = dict[str, Tensor]
+from tasks.state import Tensors, state_of, take_state
 
 
 @dataclass(frozen=True)
@@ -36,13 +35,13 @@ class Loop:
     Attributes:
         scale: what clipping multiplied the last step's gradient by.
         left_out: a step and a sample's row; in that step the sample weighs nothing.
+        chosen: rows that online selection has chosen for a step, instead of those that the order gives.
     """
 
     def __init__(self, run: Run, number: int, samples: Samples) -> None:
-        if run.plan.threads:
-            torch.set_num_threads(run.plan.threads)
         self.run, self.samples = run, samples
         self.scale, self.left_out = 1.0, (-1, -1)
+        self.chosen: dict[int, Tensor] = {}
         self.order = Order(run.plan, number, len(samples))
         self.task: Task = run.task()
         self.model = run.model()
@@ -55,13 +54,17 @@ class Loop:
             The loss of every sample before the step.
         """
         self.backward(step, recording)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * self.order.rate(step)
+        self.set_rates(step)
         if largest := self.run.plan.optimizer.clip_norm:
             norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), largest))
             self.scale = min(1.0, largest / (norm + 1e-6))  # as torch clips
         self.optimizer.step()
         return self._losses
+
+    def set_rates(self, step: int) -> None:
+        """Gives the optimizer the learning rates of a step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * self.order.rate(step)
 
     def backward(self, step: int, recording: Callable[..., Any] | None = None) -> None:
         """The gradients of a step, left in `.grad`."""
@@ -70,7 +73,7 @@ class Loop:
         losses = []
         for part in self.micro_batches(step):
             with recording(part.rows, part.weights) if recording else _nothing() as record:
-                losses.append(self._checked(self.task.losses(self.model, part.tensors), part.rows, step))
+                losses.append(self.checked(self.task.losses(self.model, part.tensors), part.rows, step))
                 (losses[-1] * part.weights.to(losses[-1])).sum().backward()
                 if record is not None:
                     record.losses = losses[-1].detach()
@@ -78,7 +81,7 @@ class Loop:
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """What a step trains on."""
-        rows = self.order.batch(step)
+        rows = self.chosen[step] if step in self.chosen else self.order.batch(step)
         parts = rows.chunk(min(self.order.stage.accumulate, len(rows)))
         batches = [self.batch(part) for part in parts]
         sizes = [self.sizes(batch, len(part)) for batch, part in zip(batches, parts, strict=True)]
@@ -99,7 +102,12 @@ class Loop:
             return sizes.double().cpu()
         return torch.ones(count, dtype=torch.float64)
 
-    def _checked(self, losses: Tensor, rows: Tensor, step: int) -> Tensor:
+    def checked(self, losses: Tensor, rows: Tensor, step: int) -> Tensor:
+        """The losses of some rows at a step.
+
+        Raises:
+            PlanError: they are not one a sample, or not finite.
+        """
         if losses.shape != rows.shape:
             raise PlanError(
                 f"{self.run.plan.task.factory}.losses gave shape {tuple(losses.shape)} for {len(rows)} samples; it must "
@@ -117,21 +125,11 @@ class Loop:
 
     def tensors(self) -> Tensors:
         """Weights, buffers and optimizer state, by name."""
-        held = {f"model.{name}": t for name, t in self.model.state_dict().items()}
-        for index, state in self.optimizer.state_dict()["state"].items():
-            held |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in state.items() if v is not None}
-        return {name: t.detach().cpu().clone() for name, t in held.items()}  # tied ones apart
+        return state_of(self.model, self.optimizer)
 
     def restore(self, tensors: Tensors, optimizer: bool = True) -> None:
         """Takes up the state that `tensors()` gave; without `optimizer` its state is reset."""
-        model = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
-        self.model.load_state_dict(model)
-        state: dict[int, Tensors] = {}
-        for name, tensor in tensors.items() if optimizer else ():
-            if name.startswith("optimizer."):
-                _, index, key = name.split(".", 2)
-                state.setdefault(int(index), {})[key] = tensor.clone()  # torch would train on it
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        take_state(tensors, self.model, self.optimizer, optimizer)
 
     def recorder(self) -> Recorder:
         """A recorder of this loop's steps in the run's basis."""

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tasks.errors import PlanError
-from tasks.plan import Plan, Schedule, Stage
+from tasks.plan import AutoWindows, Plan, Schedule, Select, Stage
 
 
 def seed_for(*parts: int | str) -> int:
@@ -50,12 +50,29 @@ class Order:
         start = place * self.stage.batch_size
         return self._permutation(epoch)[start : start + self.stage.batch_size]
 
-    def _permutation(self, epoch: int) -> Int[Tensor, " samples"]:
-        cached = self.__dict__.get("_last")
+    def candidates(self, step: int, times: int) -> Int[Tensor, " candidates"]:
+        """Rows that online selection chooses among at a step: `times` batches of them, each once.
+
+        They walk through the data in epochs of their own, so that all samples are candidates equally often; what is
+        left at an epoch's end, too few for a step, waits for the next one's order.
+        """
+        size = times * self.stage.batch_size
+        epoch, place = divmod(step, self.samples // size)
+        return self._permutation(epoch, "candidates")[place * size : (place + 1) * size]
+
+    def selecting(self, step: int) -> tuple[int, Select] | None:
+        """The window that a step is in and its online selection, or None where it trains on its batch."""
+        for number, (window, spec) in enumerate(zip(self.windows(), self.stage.given, strict=True)):
+            if step in window and spec.select:
+                return number, spec.select
+        return None
+
+    def _permutation(self, epoch: int, purpose: str = "order") -> Int[Tensor, " samples"]:
+        cached = self.__dict__.get(f"_{purpose}")
         if cached is None or cached[0] != epoch:
-            generator = torch.Generator().manual_seed(seed_for(self.plan.seed, "order", self.number, epoch))
+            generator = torch.Generator().manual_seed(seed_for(self.plan.seed, purpose, self.number, epoch))
             cached = epoch, torch.randperm(self.samples, generator=generator)
-            self.__dict__["_last"] = cached  # one epoch at a time: a frozen dataclass's cache
+            self.__dict__[f"_{purpose}"] = cached  # one epoch at a time: a frozen dataclass's cache
         return cached[1]
 
     def seed(self, step: int) -> int:
@@ -66,16 +83,27 @@ class Order:
         """The stage's windows, in steps.
 
         Raises:
-            PlanError: a window lies outside the stage, or two overlap.
+            PlanError: they are automatic and not settled yet, a window lies outside the stage, two overlap, or one asks for more candidates than there are samples.
         """
+        if isinstance(self.stage.windows, AutoWindows):
+            raise PlanError(
+                f"the windows of stage {self.number} are taken from {self.stage.windows.auto}, which happens as the stage "
+                f"begins; `secateur run` does so, and a loop of your own by tasks.windows.settle_windows"
+            )
         ranges = []
-        for window in self.stage.windows:
+        for window in self.stage.given:
             unit = self.steps if window.unit == "fraction" else 1
             found = range(round(window.start * unit), round(window.stop * unit))
             if found.stop > self.steps or not found:
                 raise PlanError(
                     f"window {window.start:g} to {window.stop:g} {window.unit} of stage {self.number} is not within its "
                     f"{self.steps} steps; use fractions, or steps up to {self.steps}"
+                )
+            asked = window.select.candidates * self.stage.batch_size if window.select else 0
+            if asked > self.samples:
+                raise PlanError(
+                    f"window {window.start:g} to {window.stop:g} {window.unit} of stage {self.number} selects among {asked} "
+                    f"candidates a step and the stage has {self.samples} samples; lower `candidates` or `batch_size`"
                 )
             ranges.append(found)
         for early, late in pairwise(sorted(ranges, key=lambda r: r.start)):

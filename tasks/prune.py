@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import polars as pl
-from prefect import task
 from pydantic import BaseModel, TypeAdapter
 
+from storage.errors import StorageError
 from storage.frames import read_frame, write_frame
 from storage.manifest import Artefact
-from storage.rewrite import rewrite_shards
+from storage.rewrite import rewrite_shard as rewritten
+from tasks.behaviour import task
 from tasks.decide import counts, decide
 from tasks.errors import PlanError
 from tasks.plan import Policy
+from tasks.progress import track
 from tasks.run import Run
 from tasks.samples import stage_samples
-from tasks.score import stage_scores
+from tasks.tracin import policy_scores
 from tasks.trust import apply, verdict
 
 DECISIONS = "decisions.parquet"
@@ -37,9 +41,51 @@ class Pruned(BaseModel):
     shards: list[str]
 
 
-@task(name="prune")
+@task("decide", makes=lambda run, stage, policy: run.folder.stage(stage).decided(name_of(run, stage, policy)))
+def decide_stage(run_url: str, stage: int, policy: dict[str, Any] | None = None) -> int:
+    """Decides which of a stage's samples stay, for `rewrite_shard` to carry out; see `prune_stage`.
+
+    Returns:
+        Number of shards to rewrite.
+    """
+    run = Run.open(run_url)
+    chosen, name = chosen_policy(run, stage, policy), name_of(run, stage, policy)
+    artefact, samples = run.folder.stage(stage).decided(name), stage_samples(run, stage)
+    inputs = {"scores": run.folder.stage(stage).scores.fingerprint}
+    if artefact.committed and artefact.manifest.inputs != inputs:
+        artefact.remove()
+    if not artefact.committed:
+        gates = verdict(run, stage, name)
+        ruled = decide(run.plan, stage, chosen, policy_scores(run, stage, chosen), samples)
+        decisions = apply(run, stage, ruled, gates)
+        with artefact.attempt("decisions", inputs) as attempt:
+            write_frame(attempt, DECISIONS, decisions)
+            dropped = decisions.filter(~pl.col("keep")).select("key", "reason").iter_rows()
+            attempt.write(DROPPED, "".join(f"{key}\t{reason}\n" for key, reason in dropped).encode())
+            attempt.facts.update(counts(decisions), policy=chosen.model_dump(mode="json"), trust=gates)
+    return len(samples.urls)
+
+
+@task("rewrite shard")
+def rewrite_shard(run_url: str, stage: int, name: str, number: int) -> None:
+    """Writes what is kept of one of a stage's shards, under the name of its pruning. Shards may be written side by side."""
+    run = Run.open(run_url)
+    folder = run.folder.stage(stage)
+    artefact = folder.rewritten(name, number)
+    with given_up_where(folder.prune(name)):
+        inputs = {"decisions": folder.decided(name).fingerprint}
+        if artefact.committed and artefact.manifest.inputs != inputs:
+            artefact.remove()
+        if not artefact.committed:
+            samples, decisions = stage_samples(run, stage), read_frame(folder.decided(name), DECISIONS)
+            with artefact.attempt("shard", inputs) as attempt:
+                rewritten(attempt, samples.urls, number, samples.frame, decisions["keep"].to_numpy())
+
+
+@task("prune", makes=lambda run, stage, policy: run.folder.stage(stage).prune(name_of(run, stage, policy)))
 def prune_stage(run_url: str, stage: int, policy: dict[str, Any] | None = None) -> Pruned:
-    """Decides which of a stage's samples stay and writes the shards of the next stage, and the dropped keys.
+    """Decides which of a stage's samples stay and writes the shards of the next stage, and the dropped keys; decisions and
+    shards that are there already are taken as they are.
 
     Args:
         policy: another policy than the plan's; its result stands beside the plan's own, under a name of its own.
@@ -48,24 +94,29 @@ def prune_stage(run_url: str, stage: int, policy: dict[str, Any] | None = None) 
         PlanError: the plan has no policy for the stage, or a trust gate does not hold and the plan says to fail.
     """
     run = Run.open(run_url)
-    chosen: Policy | None = TypeAdapter(Policy).validate_python(policy) if policy else run.plan.stages[stage].prune
-    if chosen is None:
-        raise PlanError(f"stage {stage} of the plan has no `prune`; name a policy")
-    artefact = run.folder.stage(stage).prune(name_of(run, stage, chosen))
+    folder, name = run.folder.stage(stage), name_of(run, stage, policy)
+    artefact, decided = folder.prune(name), folder.decided(name)
     if not artefact.committed:
-        samples = stage_samples(run, stage)
-        gates = verdict(run, stage, name_of(run, stage, chosen))
-        decisions = apply(run, stage, decide(run.plan, stage, chosen, stage_scores(run, stage), samples), gates)
-        inputs = {"scores": run.folder.stage(stage).scores.fingerprint}
-        with artefact.attempt("prune", inputs) as attempt:
-            write_frame(attempt, DECISIONS, decisions)
-            dropped = decisions.filter(~pl.col("keep"))
-            attempt.write(
-                DROPPED, "".join(f"{k}\t{r}\n" for k, r in dropped.select("key", "reason").iter_rows()).encode()
-            )
-            rewrite_shards(attempt, samples.urls, samples.frame, decisions["keep"].to_numpy())
-            attempt.facts.update(counts(decisions), policy=chosen.model_dump(mode="json"), trust=gates)
-    return pruned(artefact, stage, name_of(run, stage, chosen))
+        count = decide_stage.fn(run_url, stage, policy)
+        for number in track(range(count), f"stage {stage}, rewriting shards", count):
+            rewrite_shard.fn(run_url, stage, name, number)
+        with given_up_where(artefact), artefact.attempt("prune", decided.manifest.inputs) as attempt:
+            for part in (decided, *(folder.rewritten(name, number) for number in range(count))):
+                attempt.adopt(part)
+            attempt.facts.update(decided.manifest.facts)
+        for part in (*(folder.rewritten(name, number) for number in range(count)), decided):
+            part.remove()
+    return pruned(artefact, stage, name)
+
+
+@contextmanager
+def given_up_where(whole: Artefact) -> Iterator[None]:
+    """Lets a part go missing once the whole is there: another process that did the same has come first."""
+    try:
+        yield
+    except StorageError:
+        if not whole.committed:
+            raise
 
 
 def pruned(artefact: Artefact, stage: int, name: str) -> Pruned:
@@ -75,12 +126,31 @@ def pruned(artefact: Artefact, stage: int, name: str) -> Pruned:
     return Pruned(stage=stage, name=name, shards=shards, **facts)
 
 
-def name_of(run: Run, stage: int, policy: Policy) -> str:
+def chosen_policy(run: Run, stage: int, policy: dict[str, Any] | None) -> Policy:
+    """The policy that is asked for: one that was given, or the plan's.
+
+    Raises:
+        PlanError: the plan has none for the stage.
+    """
+    chosen: Policy | None = TypeAdapter(Policy).validate_python(policy) if policy else run.plan.stages[stage].prune
+    if chosen is None:
+        raise PlanError(f"stage {stage} of the plan has no `prune`; name a policy")
+    return chosen
+
+
+def name_of(run: Run, stage: int, policy: dict[str, Any] | None) -> str:
     """Folder of a policy's result: `plan` for the plan's own, else the policy and its settings."""
-    if policy == run.plan.stages[stage].prune:
+    chosen = chosen_policy(run, stage, policy)
+    if chosen == run.plan.stages[stage].prune:
         return OWN
-    settings = policy.model_dump(mode="json")
+    settings = chosen.model_dump(mode="json")
     return "-".join(str(value).replace("/", "_").replace(":", "_") for value in settings.values())
+
+
+def unpruned_before(run: Run, stage: int) -> list[int]:
+    """Earlier stages that the plan prunes and that nobody has pruned yet."""
+    planned = [number for number in range(stage) if run.plan.stages[number].prune is not None]
+    return [number for number in planned if not run.folder.stage(number).prune(OWN).committed]
 
 
 def stage_decisions(run: Run, stage: int) -> pl.DataFrame:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import difflib
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from tasks.errors import PlanError
 from tasks.plan import Plan
+from tasks.plan.stages import GIVEN
+
+M = TypeVar("M", bound=BaseModel)
 
 
 def read_plan(path: str, changes: dict[str, Any] | None = None) -> Plan:
@@ -35,10 +38,19 @@ def parse_plan(text: str, where: str, changes: dict[str, Any] | None = None) -> 
         raise PlanError(f"the plan {where} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise PlanError(f"the plan {where} holds no keys; see docs/plan.md for what it needs")
+    return validated(Plan, values | (changes or {}), f"the plan {where}")
+
+
+def validated(model: type[M], values: Any, what: str) -> M:
+    """A plan, or a part of one, from its keys; `what` names it in errors.
+
+    Raises:
+        PlanError: it is none.
+    """
     try:
-        return Plan.model_validate(values | (changes or {}))
+        return model.model_validate(values)
     except ValidationError as error:
-        raise PlanError(f"the plan {where}: {_sentence(error)}") from error
+        raise PlanError(f"{what}: {_sentence(error, model)}") from error
 
 
 def plan_text(plan: Plan) -> str:
@@ -51,13 +63,13 @@ def plan_schema() -> str:
     return json.dumps(Plan.model_json_schema(), indent=2) + "\n"
 
 
-def _sentence(error: ValidationError) -> str:
+def _sentence(error: ValidationError, model: type[BaseModel]) -> str:
     """Every finding, the first in full, the rest counted."""
     first, rest = error.errors()[0], error.error_count() - 1
-    where = ".".join(str(part) for part in first["loc"]) or "as a whole"
+    where = ".".join(str(part) for part in first["loc"] if part != GIVEN) or "as a whole"
     if first["type"] == "extra_forbidden":
         key = str(first["loc"][-1])
-        known = _fields_at(first["loc"][:-1])
+        known = _fields_at(model, first["loc"][:-1])
         near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
         hint = f"did you mean `{near[0]}`?" if near else f"known are {', '.join(sorted(known))}"
         message = f"unknown key `{where}`; {hint}"
@@ -68,9 +80,9 @@ def _sentence(error: ValidationError) -> str:
     return message + (f" (and {rest} more)" if rest else "")
 
 
-def _fields_at(location: tuple[int | str, ...]) -> list[str]:
-    """Known keys of the model found by following `location` down from the plan."""
-    models: list[type[BaseModel]] = [Plan]
+def _fields_at(root: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Known keys of the model found by following `location` down from `root`."""
+    models: list[type[BaseModel]] = [root]
     for part in location:
         if isinstance(part, int):
             continue

@@ -5,30 +5,30 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from prefect import task
 from torch import Tensor, nn
 
 from secateur.replay import Adjoint, Groups, Part, Tape, step_back
 from storage.ledger import read_checkpoint
 from storage.manifest import Artefact
 from storage.tensors import read_tensors, write_tensors
+from tasks.behaviour import task
 from tasks.errors import PlanError
 from tasks.loop import Loop, MicroBatch, evaluating
 from tasks.optimizer import linearised
 from tasks.progress import track
 from tasks.run import Run
-from tasks.samples import stage_samples, target_samples
-from tasks.targets import EVALUATION_BATCH, scoring_rows
-from tasks.train import end_checkpoint, segment_bounds, to_segment
+from tasks.samples import scoring_rows, stage_samples, target_samples
+from tasks.targets import EVALUATION_BATCH
+from tasks.train import check_repeatable, end_checkpoint, segment_bounds, to_segment
 
-SCORES = "scores"
+SCORES, ADJOINT = "scores", "adjoint"
 FILE = "replay.safetensors"
 REPRODUCED = 1e-3  # relative distance of a replayed segment's end from its checkpoint
 
 
-@task(name="replay")
-def replay(run_url: str, stage: int) -> int:
-    """Scores every selected record of a stage by the adjoint of its training, all targets in one walk.
+@task("replay", makes=lambda run, stage, targets: _first(run, stage, targets), draws=True)
+def replay(run_url: str, stage: int, targets: list[str] | None = None) -> int:
+    """Scores every selected record of a stage by the adjoint of its training, some targets (or all) in one walk.
 
     Memory is one segment's states. What an earlier, interrupted walk has committed is taken as it is.
 
@@ -36,39 +36,48 @@ def replay(run_url: str, stage: int) -> int:
         Number of segments.
 
     Raises:
-        PlanError: training does not repeat itself on this machine.
+        PlanError: the stage was trained by another trainer, or training does not repeat itself on this machine.
     """
     run = Run.open(run_url)
     folder = run.folder.stage(stage)
-    end_checkpoint(run, stage)
+    check_repeatable(run, stage)
     loop = Loop(run, stage, stage_samples(run, stage))
     bounds = segment_bounds(loop.order)
-    targets = list(run.plan.targets)
     later: dict[str, Adjoint] = {}
     for number in reversed(range(len(bounds))):
-        artefact = folder.replay(number)
-        if artefact.committed:
+        missing = [t for t in targets or run.plan.targets if not folder.replay(t, number).committed]
+        if not missing:
+            later = {}
             continue
-        if not later:
-            ended = number == len(bounds) - 1
-            later = _at_end(run, loop, stage) if ended else _stored(folder.replay(number + 1), targets)
-        inputs = {"segment": folder.segment(number).fingerprint}
-        with artefact.attempt("replay", inputs) as attempt:
-            scores, later = _walk(run, loop, stage, number, bounds[number], later)
-            adjoints = {f"{t}/{group:05d}": q for t in targets for group, q in enumerate(later[t])}
-            write_tensors(attempt, FILE, {SCORES: scores, **adjoints}, {})
+        later = {t: later[t] if t in later else _adjoint_after(run, loop, stage, number, t) for t in missing}
+        scores, later = _walk(run, loop, stage, number, bounds[number], later)
+        for name, q in later.items():
+            inputs = {"segment": folder.segment(number).fingerprint}
+            with folder.replay(name, number).attempt("replay", inputs) as attempt:
+                adjoints = {f"{ADJOINT}/{group:05d}": part for group, part in enumerate(q)}
+                write_tensors(attempt, FILE, {SCORES: scores[name], **adjoints}, {})
     return len(bounds)
+
+
+def groups_of(targets: list[str], count: int) -> list[list[str]]:
+    """The targets in at most `count` groups, one walk each: a further target costs less than another walk."""
+    return [targets[start::count] for start in range(min(count, len(targets)))]
 
 
 def replay_scores(run: Run, stage: int, number: int) -> dict[str, Tensor]:
     """Every target's scores of a segment's selected records, in the order of its ledger."""
-    scores = read_tensors(run.folder.stage(stage).replay(number), FILE)[SCORES]
-    return dict(zip(run.plan.targets, scores.unbind(1), strict=True))
+    folder = run.folder.stage(stage)
+    return {target: read_tensors(folder.replay(target, number), FILE)[SCORES] for target in run.plan.targets}
+
+
+def _first(run: Run, stage: int, targets: list[str] | None) -> list[Artefact]:
+    """What a walk makes last."""
+    return [run.folder.stage(stage).replay(target, 0) for target in targets or run.plan.targets]
 
 
 def _walk(
     run: Run, loop: Loop, stage: int, number: int, steps: range, later: dict[str, Adjoint]
-) -> tuple[Tensor, dict[str, Adjoint]]:
+) -> tuple[dict[str, Tensor], dict[str, Adjoint]]:
     """One segment: forwards, keeping its states, then backwards for each target."""
     to_segment(run, loop, stage, number)
     tape = Tape(loop.model, loop.optimizer, lambda: loop.scale)
@@ -77,20 +86,18 @@ def _walk(
     tape.close()
     _check_repeated(run, loop, stage, number)
     windows, spec = loop.order.windows(), run.plan.replay
-    rows: list[Tensor] = []
+    rows: dict[str, list[Tensor]] = {name: [torch.empty(0, dtype=torch.float64)] for name in later}
     for step in track(reversed(steps), f"stage {stage}, replaying segment {number}", len(steps)):
         parts = [Part(partial(_losses, loop, part), part.weights) for part in loop.micro_batches(step)]
         reseed = partial(torch.manual_seed, loop.order.seed(step))
-        moment, found = tape.moments.pop(), []
+        moment, selected = tape.moments.pop(), any(step in window for window in windows)
         for name, q in later.items():
             scores, later[name] = step_back(
                 loop.model, tape.groups, moment, tape.linearised, parts, q, spec.method, reseed, spec.step
             )
-            found.append(scores)
-        if any(step in window for window in windows):
-            rows.insert(0, torch.stack(found, 1))
-    empty = torch.empty(0, len(later), dtype=torch.float64)
-    return torch.cat([empty, *rows]), later
+            if selected:
+                rows[name].insert(0, scores)
+    return {name: torch.cat(found) for name, found in rows.items()}, later
 
 
 def _losses(loop: Loop, part: MicroBatch, model: nn.Module) -> Tensor:
@@ -109,18 +116,22 @@ def _check_repeated(run: Run, loop: Loop, stage: int, number: int) -> None:
                 )
 
 
-def _at_end(run: Run, loop: Loop, stage: int) -> dict[str, Adjoint]:
-    """Every target's loss gradient at the stage's end, in all parameters."""
+def _adjoint_after(run: Run, loop: Loop, stage: int, number: int, target: str) -> Adjoint:
+    """A target's adjoint at the end of a segment: where the next was replayed before, or its loss gradient, in all
+    parameters, at the stage's end."""
+    folder = run.folder.stage(stage)
+    if number < len(folder.segments()) - 1:
+        tensors = read_tensors(folder.replay(target, number + 1), FILE)
+        return [tensors[name] for name in sorted(tensors) if name.startswith(f"{ADJOINT}/")]
     loop.restore(read_checkpoint(end_checkpoint(run, stage)))
     slots = len(linearised(run.plan.optimizer).slots)
-    groups = Groups(loop.model, loop.optimizer)
-    return {name: groups.adjoint(_gradient(run, loop, name), slots) for name in run.plan.targets}
+    return Groups(loop.model, loop.optimizer).adjoint(_gradient(run, loop, target), slots)
 
 
 def _gradient(run: Run, loop: Loop, target: str) -> dict[str, Tensor]:
     """The gradient of a target's mean loss."""
     samples = target_samples(run, target)
-    scoring = torch.arange(len(samples))[scoring_rows(run.plan)]
+    scoring = scoring_rows(run.plan, target, len(samples))
     named = {name: p for name, p in loop.model.named_parameters() if p.requires_grad}
     total = [torch.zeros_like(p) for p in named.values()]
     with evaluating(loop.model):
@@ -129,9 +140,3 @@ def _gradient(run: Run, loop: Loop, target: str) -> dict[str, Tensor]:
             found = torch.autograd.grad(loss, list(named.values()), materialize_grads=True)
             total = [a + b for a, b in zip(total, found, strict=True)]
     return dict(zip(named, total, strict=True))
-
-
-def _stored(artefact: Artefact, targets: list[str]) -> dict[str, Adjoint]:
-    """The adjoint at the start of a segment that was replayed before."""
-    tensors = read_tensors(artefact, FILE)
-    return {target: [tensors[n] for n in sorted(tensors) if n.startswith(f"{target}/")] for target in targets}

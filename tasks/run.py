@@ -15,7 +15,7 @@ from secateur.bindings import Bindings, bind
 from storage.run import RunFolder
 from storage.tensors import read_tensors
 from tasks.errors import PlanError
-from tasks.plan import Factory, Plan
+from tasks.plan import AutoWindows, Factory, Plan, Window
 from tasks.reading import parse_plan, plan_text
 
 
@@ -54,7 +54,7 @@ class Run:
 
     @staticmethod
     def start(plan: Plan) -> Run:
-        """Makes the run's folder, or joins it where the same plan has been started before.
+        """Makes the run's folder, or joins it where the same plan has been started before, perhaps with other `workers`.
 
         Raises:
             PlanError: the folder holds a run of another plan, or the store ignores conditional puts.
@@ -68,17 +68,16 @@ class Run:
         if not folder.plan.committed:
             with folder.plan.attempt("plan", {}) as attempt:
                 attempt.write("plan.yaml", plan_text(plan).encode())
-        run = Run.open(folder.url)
-        if run.plan != plan:
+        if differing := _differences(_as_written(folder), plan):
             raise PlanError(
-                f"{folder.url} holds a run of another plan (they differ in {', '.join(_differences(run.plan, plan))}); "
+                f"{folder.url} holds a run of another plan (they differ in {', '.join(differing)}); "
                 f"choose another `run` name, or remove that folder"
             )
-        return run
+        return Run.open(folder.url)
 
     @staticmethod
     def open(url: str) -> Run:
-        """The run at a path or URL.
+        """The run at a path or URL; in its plan stand the automatic windows of stages that have begun as they were settled.
 
         Raises:
             PlanError: there is no run.
@@ -86,7 +85,10 @@ class Run:
         folder = RunFolder(url.rstrip("/"))
         if not folder.plan.committed:
             raise PlanError(f"{url} holds no run; give the folder that `secateur run` made (root/run of the plan)")
-        return Run(parse_plan(folder.plan.read("plan.yaml").decode(), f"{url}/plan"), folder)
+        plan = _with_settled_windows(_as_written(folder), folder)
+        if plan.threads:  # whatever process this is, its results are to be the same
+            torch.set_num_threads(plan.threads)
+        return Run(plan, folder)
 
     def task(self) -> Task:
         """The plan's task."""
@@ -134,7 +136,21 @@ def build(factory: Factory, role: str) -> Any:
         raise PlanError(f"the {role} factory {factory.factory} refuses its args: {error}") from error
 
 
+def _as_written(folder: RunFolder) -> Plan:
+    return parse_plan(folder.plan.read("plan.yaml").decode(), f"{folder.url}/plan")
+
+
+def _with_settled_windows(plan: Plan, folder: RunFolder) -> Plan:
+    """The plan with the automatic windows of every stage that has begun as they were settled then."""
+    stages = list(plan.stages)
+    for number, stage in enumerate(stages):
+        if isinstance(stage.windows, AutoWindows) and (settled := folder.stage(number).windows).committed:
+            found = [Window(**spec, select=stage.windows.select) for spec in settled.manifest.facts["windows"]]
+            stages[number] = stage.model_copy(update={"windows": found})
+    return plan.model_copy(update={"stages": stages})
+
+
 def _differences(old: Plan, new: Plan) -> list[str]:
-    """Top-level keys in which two plans differ."""
-    before, after = (json.loads(plan.model_dump_json()) for plan in (old, new))
+    """Top-level keys in which two plans differ; who does the work is no part of what is done."""
+    before, after = (json.loads(plan.model_dump_json(exclude={"workers"})) for plan in (old, new))
     return [key for key in after if before[key] != after[key]]

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 
 import polars as pl
-from prefect import task
+import torch
+from torch import Tensor
 
 from storage.frames import read_frame, write_frame
 from storage.integrity import differing
 from storage.shards import Samples, expand, index_shards
+from tasks.behaviour import task
 from tasks.errors import PlanError
-from tasks.plan import Data
+from tasks.order import seed_for
+from tasks.plan import Data, Plan
+from tasks.progress import say
 from tasks.run import Run
 
 
-@task(name="list samples")
+@task("list samples", makes=lambda run, stage: run.folder.stage(stage).samples)
 def list_samples(run_url: str, stage: int) -> int:
     """Indexes the stage's shards once: key, shard, place of every member.
 
@@ -61,6 +64,33 @@ def target_samples(run: Run, target: str) -> Samples:
     return Samples(urls, frame)
 
 
+def scoring_rows(plan: Plan, target: str, count: int) -> Tensor:
+    """Which of a target's `count` samples score: those that do not judge."""
+    return _split(plan, target, count)[1]
+
+
+def judging_rows(plan: Plan, target: str, count: int) -> Tensor:
+    """Which of a target's `count` samples judge and never score; the same for every seed of the plan."""
+    return _split(plan, target, count)[0]
+
+
+def _split(plan: Plan, target: str, count: int) -> tuple[Tensor, Tensor]:
+    """The rows that judge and the rows that score, each in order.
+
+    Raises:
+        PlanError: the target is too small to be split.
+    """
+    share = plan.judging(target)
+    judges = round(share * count)
+    if share and not 0 < judges < count:
+        raise PlanError(
+            f"target {target} has {count} samples, too few to keep {share:g} of them for judging; give it more, or judge by "
+            f"a target of its own"
+        )
+    drawn = torch.randperm(count, generator=torch.Generator().manual_seed(seed_for("judging", target)))
+    return drawn[:judges].sort().values, drawn[judges:].sort().values
+
+
 def skipping(data: Data, skipped: list[str]) -> Callable[[str], None] | None:
     """What the plan wants done about a damaged shard: nothing but to fail, or to add it to `skipped` and say so."""
     if data.damaged == "fail":
@@ -68,7 +98,7 @@ def skipping(data: Data, skipped: list[str]) -> Callable[[str], None] | None:
 
     def skip(sentence: str) -> None:
         skipped.append(sentence)
-        print(f"left out: {sentence}", file=sys.stderr, flush=True)
+        say(f"left out: {sentence}")
 
     return skip
 

@@ -7,30 +7,31 @@ from collections.abc import Iterator
 import numpy as np
 import polars as pl
 import torch
-from prefect import task
 from torch import Tensor
 
+from secateur.baselines import gradient_norms
 from secateur.pullback import query_at_end
 from secateur.recursion import short_horizon
+from secateur.scoring import alignment, nearest_alignment
 from secateur.segment import Segment
 from storage.frames import read_frame, write_frame
-from storage.index import build_index, search_index
+from tasks.behaviour import task
 from tasks.embed import dynamics_of, in_embeddings, segment_of, spans_of, stage_embeddings, stage_transition
 from tasks.progress import track
 from tasks.replay import replay_scores
 from tasks.run import Run
 from tasks.samples import stage_samples
-from tasks.targets import scoring_rows, target_gradients
+from tasks.targets import scoring_gradients
 
 SCORES = "scores.parquet"
 
 
-@task(name="score")
+@task("score", makes=lambda run, stage: run.folder.stage(stage).scores)
 def score(run_url: str, stage: int) -> int:
     """Writes `scores.parquet`: one row a recorded use of a sample, in the order of the stage's embeddings.
 
     Columns: `sample` (row of the stage's list), `key`, `shard`, `step`, `window`, `loss` before the step, `norm` of the
-    contribution, and for every target `score_<target>`, positive where the sample helped it.
+    contribution, the baselines `grand` and `el2n` (see the plan's policies), and for every target `score_<target>`, positive where the sample helped it.
 
     Returns:
         Number of rows.
@@ -39,7 +40,7 @@ def score(run_url: str, stage: int) -> int:
     folder = run.folder.stage(stage)
     if not folder.scores.committed:
         names = list(run.plan.targets)
-        targets = {name: target_gradients(folder.targets, name)[scoring_rows(run.plan)] for name in names}
+        targets = {name: scoring_gradients(run, stage, name) for name in names}
         listed = stage_samples(run, stage)
         inputs = {"embeddings": folder.embeddings.fingerprint, "targets": folder.targets.fingerprint}
         with folder.scores.attempt("scores", inputs) as attempt:
@@ -57,7 +58,7 @@ def score(run_url: str, stage: int) -> int:
                 samples.rename({"shard": "_", "url": "shard"}), "sample", maintain_order="left"
             )
             scores = [f"score_{name}" for name in names]
-            frame = frame.select("sample", "key", "shard", "step", "window", "loss", "norm", *scores)
+            frame = frame.select("sample", "key", "shard", "step", "window", "loss", "norm", "grand", "el2n", *scores)
             write_frame(attempt, SCORES, frame)
             attempt.facts.update(rows=len(frame), **run.plan.score.model_dump(mode="json"))
     return int(folder.scores.manifest.facts["rows"])
@@ -109,17 +110,10 @@ def theta_of(run: Run, embeddings: Tensor) -> Tensor:
 
 
 def aggregate(run: Run, vectors: Tensor, gradients: Tensor) -> np.ndarray:
-    """One score a vector: its product with the target's mean gradient, or its cosines with the nearest and the most
-    opposed of the target's samples (the sum of both means)."""
+    """One score a vector, as the plan's aggregate over a target's samples says."""
     if run.plan.score.aggregate == "mean":
-        return (vectors.double() @ gradients.double().mean(0)).numpy()
-    unit = torch.nn.functional.normalize(vectors.float(), dim=1).numpy()
-    targets = torch.nn.functional.normalize(gradients.float(), dim=1).numpy()
-    index = build_index([targets], "flat", targets.shape[1])
-    k = min(run.plan.score.nearest, len(targets))
-    near = np.array([scores.mean() for scores, _ in search_index(index, unit, k)], dtype=np.float64)
-    opposed = np.array([scores.mean() for scores, _ in search_index(index, -unit, k)], dtype=np.float64)
-    return near - opposed
+        return alignment(vectors, gradients).numpy()
+    return nearest_alignment(vectors, gradients, run.plan.score.temperature).numpy()
 
 
 def _frame(segment: Segment) -> pl.DataFrame:
@@ -132,5 +126,7 @@ def _frame(segment: Segment) -> pl.DataFrame:
             "window": segment.windows[chosen].numpy().astype(np.uint32),
             "loss": segment.losses[chosen].numpy(),
             "norm": segment.contributions[chosen].norm(dim=1).double().numpy(),
+            "grand": gradient_norms(segment)[chosen].numpy(),
+            "el2n": segment.errors[chosen].numpy(),
         }
     )

@@ -8,13 +8,13 @@ from functools import partial
 import numpy as np
 import polars as pl
 import torch
-from prefect import task
 from pydantic import BaseModel
 from torch import Tensor
 
 from secateur.pullback import pull_back, query_at_end
 from storage.index import read_index, search_index
 from storage.shards import Samples
+from tasks.behaviour import task
 from tasks.embed import in_embeddings, spans_of, stage_embeddings, stage_transition
 from tasks.errors import PlanError
 from tasks.run import Run
@@ -35,7 +35,7 @@ class Hit(BaseModel):
     window: int
 
 
-@task(name="search")
+@task("search", draws=True)
 def search(
     run_url: str,
     target: str | None = None,
@@ -61,7 +61,7 @@ def search(
         raise PlanError(f"--top is {top}; ask for at least one sample")
     gradient = _question(run, stages[-1], target, sample)
     hits: list[Hit] = []
-    for number, query in _queries(run, stages, gradient):
+    for number, query in queries(run, stages, gradient):
         if stage in (None, number):
             hits += _stage_hits(run, number, -query if harmful else query, top, harmful, window)
     strongest = sorted(hits, key=lambda hit: (hit.score if harmful else -hit.score, hit.stage, hit.step))
@@ -94,7 +94,7 @@ def _find(run: Run, key: str) -> tuple[Samples, int]:
     raise PlanError(f"no target and no training shard of {run.url} holds a sample {key}; check the key")
 
 
-def _queries(run: Run, stages: list[int], gradient: Tensor) -> list[tuple[int, np.ndarray]]:
+def queries(run: Run, stages: list[int], gradient: Tensor) -> list[tuple[int, np.ndarray]]:
     """The query for each stage's index, last stage first: pulled back through the stages after it."""
     transitions = {n: stage_transition(run.folder.stage(n).embeddings) for n in stages}
     query = query_at_end(gradient, spans_of(run), transitions[stages[-1]])

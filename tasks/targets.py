@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from prefect import task
 from torch import Tensor
 
 from secateur.tap import contributions
@@ -13,25 +12,26 @@ from storage.ledger import read_checkpoint
 from storage.manifest import Artefact
 from storage.shards import Samples
 from storage.tensors import read_tensors, write_tensors
+from tasks.behaviour import task
 from tasks.loop import Loop, collate, evaluating
-from tasks.plan import Plan
 from tasks.progress import track
 from tasks.run import Run
-from tasks.samples import stage_samples, target_samples
+from tasks.samples import judging_rows, scoring_rows, stage_samples, target_samples
 from tasks.train import end_checkpoint
 
 EVALUATION_BATCH = 256
 
 
-@task(name="differentiate targets")
+@task("differentiate targets", makes=lambda run, stage: run.folder.stage(stage).targets, draws=True)
 def differentiate_targets(run_url: str, stage: int) -> dict[str, dict[str, float]]:
     """Stores each target sample's loss gradient in the run's basis, at the stage's end.
 
     Returns:
-        For every target its mean `loss`, its number of `samples`, and the means of the task's metrics.
+        For every target the mean `loss` and the means of the task's metrics over the samples that judge (all where none
+        is kept for that), and how many `samples` these are.
 
     Raises:
-        PlanError: a target is empty.
+        PlanError: a target is empty, or too small to be split.
     """
     run = Run.open(run_url)
     artefact = run.folder.stage(stage).targets
@@ -44,16 +44,6 @@ def differentiate_targets(run_url: str, stage: int) -> dict[str, dict[str, float
                 write_tensors(attempt, f"{name}.safetensors", {"gradients": rows}, {})
                 attempt.facts[name] = figures
     return dict(artefact.manifest.facts)
-
-
-def scoring_rows(plan: Plan) -> slice:
-    """Which of a target's samples score: all, or every other one where a trial needs the rest to judge."""
-    return slice(0, None, 2) if plan.trust.trial else slice(None)
-
-
-def judging_rows(plan: Plan) -> slice:
-    """Which of a target's samples judge a trial: those that do not score."""
-    return slice(1, None, 2)
 
 
 def target_loss(loop: Loop, samples: Samples, rows: Tensor) -> float:
@@ -77,6 +67,12 @@ def target_gradients(artefact: Artefact, name: str) -> Tensor:
     return read_tensors(artefact, f"{name}.safetensors")["gradients"]
 
 
+def scoring_gradients(run: Run, stage: int, name: str) -> Tensor:
+    """`samples p`: the stored gradients of those of a target's samples that score."""
+    gradients = target_gradients(run.folder.stage(stage).targets, name)
+    return gradients[scoring_rows(run.plan, name, len(gradients))]
+
+
 def gradients_of(loop: Loop, samples: Samples, rows: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Loss gradients of some samples in the run's basis, their losses, and the task's metrics of each."""
     bindings = loop.run.bindings(loop.model)
@@ -93,12 +89,14 @@ def gradients_of(loop: Loop, samples: Samples, rows: Tensor) -> tuple[Tensor, Te
 
 
 def _differentiate(loop: Loop, samples: Samples, name: str) -> tuple[Tensor, dict[str, float]]:
-    """All of a target's gradients, and the means of its losses and metrics."""
+    """All of a target's gradients, and the means of its losses and metrics over the samples that judge."""
+    judges = judging_rows(loop.run.plan, name, len(samples))
     chunks = torch.arange(len(samples)).split(EVALUATION_BATCH)
     gradients, values = [], []
     for rows in track(chunks, f"target {name}", len(chunks)):
         numbers, losses, metrics = gradients_of(loop, samples, rows)
         gradients.append(numbers)
         values.append({"loss": losses.double()} | {k: v.double().cpu() for k, v in metrics.items()})
-    means = {key: float(torch.cat([v[key] for v in values]).mean()) for key in values[0]}
-    return torch.cat(gradients), {"samples": len(samples), **means}
+    told = judges if len(judges) else torch.arange(len(samples))
+    means = {key: float(torch.cat([v[key] for v in values])[told].mean()) for key in values[0]}
+    return torch.cat(gradients), {"samples": len(told), **means}

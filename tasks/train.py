@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from jaxtyping import Float, Int
-from prefect import task
 from pydantic import BaseModel
 from torch import Tensor
 
 from secateur.recorder import Recorder
+from secateur.segment import Segment
 from storage.ledger import read_checkpoint, write_checkpoint, write_ledger
-from storage.manifest import Artefact
+from storage.manifest import Artefact, Attempt
+from tasks.artifacts import Live
+from tasks.behaviour import task
 from tasks.curvature import record_curvature
 from tasks.errors import PlanError
 from tasks.loop import Loop
@@ -20,48 +24,122 @@ from tasks.order import Order
 from tasks.progress import track
 from tasks.run import Run
 from tasks.samples import stage_samples
+from tasks.select import Selector, choices, selected
+from tasks.state import Tensors
+
+SECATEUR = "secateur"
 
 
 class Trained(BaseModel):
-    """What training a stage came to."""
+    """What training a stage came to; `by` says whose loop it was: `secateur`, or another that recorded into the run.
+    `candidates` and `chosen` count what online selection looked at and took."""
 
     stage: int
     samples: int
     steps: int
     segments: int
+    by: str
+    candidates: int = 0
+    chosen: int = 0
 
 
-@task(name="train")
+@task("train", makes=lambda run, stage: run.folder.stage(stage).trained, draws=True)
 def train(run_url: str, stage: int) -> Trained:
     """Trains a stage from the end of the one before, recording contributions; carries on at the last whole segment.
 
     Raises:
-        PlanError: the stage before is unfinished, a window lies outside the stage, a sample cannot be decoded, or a
-            loss is not finite.
+        PlanError: the stage before is unfinished, another trainer has begun this one, a window lies outside the stage, a
+            sample cannot be decoded, or a loss is not finite.
     """
     run = Run.open(run_url)
+    folder = run.folder.stage(stage)
+    if folder.trained.committed:
+        return Trained(**folder.trained.manifest.facts)
     samples = stage_samples(run, stage)
     order = Order(run.plan, stage, len(samples))
-    folder, bounds = run.folder.stage(stage), segment_bounds(order)
-    done = len(folder.segments())
+    bounds = segment_bounds(order)
+    done = segments_by(run, stage, SECATEUR)
     if done < len(bounds):
         order.windows()
         loop = Loop(run, stage, samples)
         _begin(run, loop, stage, done)
         recorder = loop.recorder()
+        selector = Selector(loop, recorder)
+        live = Live(run, f"stage-{stage}-training", order.steps)
         for number, steps in list(enumerate(bounds))[done:]:
             recorder.start_at(steps.start)
+            began = time.monotonic()
             label = f"stage {stage}, segment {number + 1} of {len(bounds)}"
             for step in track(steps, label, len(steps)):
+                selector.choose(step)
                 recording = recording_of(recorder, order, step)
                 record_curvature(recorder, loop, range(step, steps.stop), (step - steps.start), recording is not None)
                 loop.step(step, recording)
-            with folder.segment(number).attempt("segment", {"basis": run.folder.basis.fingerprint}) as attempt:
-                segment = recorder.take()
-                write_ledger(attempt, segment.tensors(), segment.first_step)
-                write_checkpoint(attempt, loop.tensors())
-                attempt.facts.update(stage=stage, first_step=steps.start, next_step=steps.stop, seed=run.plan.seed)
-    return Trained(stage=stage, samples=len(samples), steps=order.steps, segments=len(bounds))
+                live.reach(step + 1)
+            noted = partial(_note, selector, began)
+            commit_segment(run, stage, number, recorder.take(), loop.tensors(), SECATEUR, noted)
+    counts = selected(folder)
+    trained = Trained(stage=stage, samples=len(samples), steps=order.steps, segments=len(bounds), by=SECATEUR, **counts)
+    return commit_trained(run, trained)
+
+
+def _note(selector: Selector, began: float, attempt: Attempt) -> None:
+    """What our own loop adds to a segment: what online selection decided, and the seconds it took."""
+    selector.write(attempt)
+    attempt.facts["seconds"] = time.monotonic() - began
+
+
+def commit_segment(
+    run: Run,
+    stage: int,
+    number: int,
+    segment: Segment,
+    state: Tensors,
+    by: str,
+    note: Callable[[Attempt], None] = lambda _: None,
+) -> bool:
+    """Commits a segment's ledger and the checkpoint at its end, together.
+
+    Args:
+        by: whose loop trained it.
+        note: adds to the attempt what else that loop has to tell.
+
+    Returns:
+        Whether this attempt's stands, and not that of another process which was first.
+    """
+    artefact = run.folder.stage(stage).segment(number)
+    with artefact.attempt("segment", {"basis": run.folder.basis.fingerprint}) as attempt:
+        write_ledger(attempt, segment.tensors(), segment.first_step)
+        write_checkpoint(attempt, state)
+        note(attempt)
+        steps = segment.first_step, segment.first_step + segment.length
+        attempt.facts.update(stage=stage, first_step=steps[0], next_step=steps[1], seed=run.plan.seed, by=by)
+    return artefact.manifest.attempt == attempt.root.url.rpartition("/")[2]
+
+
+def segments_by(run: Run, stage: int, trainer: str) -> int:
+    """How many segments of a stage are committed, all of them by one trainer.
+
+    Raises:
+        PlanError: another trainer has made them.
+    """
+    segments = run.folder.stage(stage).segments()
+    if segments and (by := segments[0].manifest.facts["by"]) != trainer:
+        raise PlanError(
+            f"stage {stage} of {run.url} was begun by another trainer ({by}); go on with that one, or start a run of another "
+            f"name"
+        )
+    return len(segments)
+
+
+def commit_trained(run: Run, trained: Trained) -> Trained:
+    """Says, once its last segment is committed, that a stage is wholly trained."""
+    folder = run.folder.stage(trained.stage)
+    if not folder.trained.committed:
+        last = folder.segment(trained.segments - 1)
+        with folder.trained.attempt("trained", {"segment": last.fingerprint}) as attempt:
+            attempt.facts.update(trained.model_dump())
+    return Trained(**folder.trained.manifest.facts)
 
 
 def segment_bounds(order: Order) -> list[range]:
@@ -74,14 +152,20 @@ def recording_of(
     recorder: Recorder, order: Order, step: int
 ) -> Callable[[Int[Tensor, " b"], Float[Tensor, " b"]], Any] | None:
     """How a step is recorded: in its window, for the curvature only, or not at all."""
-    windows = order.windows()
+    place = place_of(order.windows(), order.stage.stride, step)
+    if place is None:
+        return None
+    window, stride = place
+    return lambda rows, weights: recorder.batch(rows, weights, window=window, stride=stride)
+
+
+def place_of(windows: list[range], stride: int, step: int) -> tuple[int, float] | None:
+    """The window that a step falls in and how many steps it stands for; window -1 where it serves the curvature only, None
+    where it is not recorded."""
     inside = [number for number, window in enumerate(windows) if step in window]
-    stride = order.stage.stride
     if inside:
-        return lambda rows, weights: recorder.batch(rows, weights, window=inside[0])
-    if step % stride == 0:
-        return lambda rows, weights: recorder.batch(rows, weights, window=-1, stride=float(stride))
-    return None
+        return inside[0], 1.0
+    return (-1, float(stride)) if step % stride == 0 else None
 
 
 def start_checkpoint(run: Run, stage: int) -> Artefact:
@@ -104,11 +188,23 @@ def end_checkpoint(run: Run, stage: int) -> Artefact:
     if not 0 <= stage < len(run.plan.stages):
         raise PlanError(f"{run.url} has no stage {stage}; its last is {len(run.plan.stages) - 1}")
     folder = run.folder.stage(stage)
-    count = len(stage_samples(run, stage)) if folder.samples.committed else 0
-    bounds = segment_bounds(Order(run.plan, stage, count)) if count else []
-    if not bounds or len(folder.segments()) < len(bounds):
+    if not folder.trained.committed:
         raise PlanError(f"stage {stage} of {run.url} is not wholly trained; `secateur run` its plan first")
-    return folder.segment(len(bounds) - 1)
+    return folder.segment(Trained(**folder.trained.manifest.facts).segments - 1)
+
+
+def check_repeatable(run: Run, stage: int) -> None:
+    """Whether a stage's training can be run again, which replay and audits do.
+
+    Raises:
+        PlanError: it is not wholly trained, or another trainer's loop trained it.
+    """
+    end_checkpoint(run, stage)
+    if (by := run.folder.stage(stage).trained.manifest.facts["by"]) != SECATEUR:
+        raise PlanError(
+            f"stage {stage} of {run.url} was trained by another trainer ({by}), whose steps cannot be run again; replay and "
+            f"audit need a stage that `secateur run` trained, so ask for `score.estimate: embedding` and no audit"
+        )
 
 
 def _begin(run: Run, loop: Loop, stage: int, done: int) -> None:
@@ -120,7 +216,9 @@ def _begin(run: Run, loop: Loop, stage: int, done: int) -> None:
 
 
 def to_segment(run: Run, loop: Loop, stage: int, number: int) -> None:
-    """Gives the loop the state that a segment of a stage starts from."""
+    """Gives the loop the state that a segment of a stage starts from, and what was chosen for the steps already trained."""
+    if not loop.chosen:
+        loop.chosen.update(choices(run.folder.stage(stage)))
     if number:
         loop.restore(read_checkpoint(run.folder.stage(stage).segment(number - 1)))
     else:

@@ -6,26 +6,26 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-import torch
-from prefect import task
 from pydantic import TypeAdapter
 
 from storage.ledger import read_checkpoint
 from storage.shards import Samples
 from tasks.audit import audited
+from tasks.behaviour import task
 from tasks.decide import decide
 from tasks.errors import PlanError
 from tasks.loop import Loop
 from tasks.order import seed_for
 from tasks.plan import Policy, Schedule
+from tasks.removals import settings
 from tasks.run import Run
-from tasks.samples import stage_samples, target_samples
-from tasks.score import stage_scores
-from tasks.targets import judging_rows, target_loss
+from tasks.samples import judging_rows, stage_samples, target_samples
+from tasks.targets import target_loss
+from tasks.tracin import policy_scores
 from tasks.train import end_checkpoint
 
 
-@task(name="try what is kept")
+@task("try what is kept", makes=lambda run, stage, name, policy: run.folder.stage(stage).trial(name), draws=True)
 def try_kept(run_url: str, stage: int, name: str, policy: dict[str, Any]) -> dict[str, Any]:
     """Trains a few steps on what a policy keeps and on as many samples at random, from the stage's end.
 
@@ -39,7 +39,7 @@ def try_kept(run_url: str, stage: int, name: str, policy: dict[str, Any]) -> dic
     if not artefact.committed:
         samples = stage_samples(run, stage)
         chosen: Policy = TypeAdapter(Policy).validate_python(policy)
-        keep = decide(run.plan, stage, chosen, stage_scores(run, stage), samples)["keep"].to_numpy()
+        keep = decide(run.plan, stage, chosen, policy_scores(run, stage, chosen), samples)["keep"].to_numpy()
         seeds = [seed_for(run.plan.seed, "trial", stage, draw) for draw in range(spec.draws)]
         draws = [np.random.default_rng(seed).permutation(keep) for seed in seeds]
         with artefact.attempt("trial", {"scores": run.folder.stage(stage).scores.fingerprint}) as attempt:
@@ -71,14 +71,33 @@ def apply(run: Run, stage: int, decisions: pl.DataFrame, gates: dict[str, Any]) 
     Raises:
         PlanError: a gate does not hold, and the plan says `otherwise: fail`.
     """
-    broken = [name for name, gate in gates.items() if not gate["holds"]]
-    if not broken:
+    why = _broken(gates)
+    if why is None:
         return decisions
-    why = _sentence(broken[0], gates[broken[0]])
     if run.plan.trust.otherwise == "fail":
-        raise PlanError(f"stage {stage} of {run.url} is not pruned: {why}; nothing was dropped")
+        raise PlanError(_refusal(run, stage, why))
     reason = pl.when("keep").then("reason").otherwise(pl.lit(f"kept: {why}"))
     return decisions.with_columns(reason=reason, keep=pl.lit(True))
+
+
+def refusal(run: Run, stage: int, name: str) -> str | None:
+    """Why a pruning will not be made, where that is known already: a gate that was tried, does not hold, and fails."""
+    folder, trust = run.folder.stage(stage), run.plan.trust
+    tried = [folder.audit(settings(run.plan).removals)] if trust.min_fidelity is not None else []
+    tried += [folder.trial(name)] if trust.trial is not None else []
+    if trust.otherwise != "fail" or not all(artefact.committed for artefact in tried):
+        return None
+    why = _broken(verdict(run, stage, name))
+    return _refusal(run, stage, why) if why is not None else None
+
+
+def _refusal(run: Run, stage: int, why: str) -> str:
+    return f"stage {stage} of {run.url} is not pruned: {why}; nothing was dropped"
+
+
+def _broken(gates: dict[str, Any]) -> str | None:
+    """What is wrong with the first gate that does not hold."""
+    return next((_sentence(name, gate) for name, gate in gates.items() if not gate["holds"]), None)
 
 
 def _sentence(name: str, gate: dict[str, Any]) -> str:
@@ -95,4 +114,4 @@ def _trained(run: Run, stage: int, samples: Samples, keep: np.ndarray, steps: in
     for step in range(steps):
         loop.step(step)
     target = target_samples(run, run.plan.target)
-    return target_loss(loop, target, torch.arange(len(target))[judging_rows(run.plan)])
+    return target_loss(loop, target, judging_rows(run.plan, run.plan.target, len(target)))

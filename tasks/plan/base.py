@@ -49,6 +49,16 @@ class Data(Strict):
         return shards
 
 
+class Target(Data):
+    """A validation set."""
+
+    judging: Share | None = Field(
+        None,
+        description="share of its samples, drawn once, that never score but judge: trials, comparisons and the figures that "
+        "stages report are theirs; null for half of the target pruned for where `trust.trial` needs it, else none",
+    )
+
+
 def without_credentials(url: str) -> str:
     """A URL that may stand in a plan, which is written into the run as it is.
 

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Discriminator, Field, NonNegativeInt, PositiveInt, Tag, model_validator
 
 from tasks.plan.base import Fraction, Strict
+
+PREVIOUS = "previous"
+GIVEN = "given"  # tells a list of windows from automatic ones; no part of what a user writes
+
+
+class Select(Strict):
+    """Online selection: each step of a window trains on the best of more candidates than its batch holds."""
+
+    method: Literal["grad_align", "greats", "random"] = Field(
+        "greats",
+        description="`grad_align`: alignment with the target's gradient; `greats`: greedily, less what picks share",
+    )
+    candidates: Annotated[int, Field(ge=2)] = Field(3, description="candidates a step, as a multiple of `batch_size`")
+    target: str | None = Field(None, description="the target whose loss is to fall; the one pruned for if null")
+    samples: PositiveInt = Field(64, description="of the target's samples, others at every step, that judge candidates")
 
 
 class Window(Strict):
@@ -15,6 +30,7 @@ class Window(Strict):
     start: Annotated[float, Field(ge=0)] = Field(0.0, description="fraction of the stage's steps, or a step")
     stop: Annotated[float, Field(gt=0)] = Field(1.0, description="fraction of the stage's steps, or a step")
     unit: Literal["fraction", "steps"] = "fraction"
+    select: Select | None = Field(None, description="online selection; without it steps train on what the order gives")
 
     @model_validator(mode="after")
     def _ordered(self) -> Window:
@@ -23,6 +39,31 @@ class Window(Strict):
         if self.unit == "fraction" and self.stop > 1:
             raise ValueError(f"the window {self.start} to {self.stop} lies outside its stage (0 to 1)")
         return self
+
+
+class AutoWindows(Strict):
+    """Windows taken from the influence profile of a stage that was recorded whole."""
+
+    auto: str = Field(
+        min_length=1,
+        description="`previous`: the nearest stage before this one that is recorded whole; or the path or URL of an "
+        "earlier run",
+    )
+    stage: NonNegativeInt | None = Field(
+        None, description="the earlier run's stage; the one of the same number if null"
+    )
+    budget: Fraction = Field(0.4, description="share of the stage's steps that its windows may hold at most")
+    select: Select | None = Field(None, description="online selection in these windows")
+
+    @model_validator(mode="after")
+    def _named(self) -> AutoWindows:
+        if self.auto == PREVIOUS and self.stage is not None:
+            raise ValueError("`stage` names a stage of an earlier run; leave it out beside `auto: previous`")
+        return self
+
+
+def _kind_of_windows(value: Any) -> str:
+    return "auto" if isinstance(value, dict | AutoWindows) else GIVEN
 
 
 class Top(Strict):
@@ -60,16 +101,48 @@ class RandomControl(Strict):
     keep: Fraction
 
 
-class LossControl(Strict):
-    """Control: keeps the fraction of lowest loss."""
+class Baseline(Strict):
+    """Keeps a fraction by a measure of each sample's last use that knows no target."""
+
+    policy: str
+    keep: Fraction
+    prefer: Literal["lowest", "highest"] = Field(
+        "lowest",
+        description="the end that is kept: `lowest` leaves out what fits badly (wrong labels), `highest` what is easy",
+    )
+
+
+class LossControl(Baseline):
+    """By the loss before the step."""
 
     policy: Literal["loss"] = "loss"
+
+
+class GradientNorm(Baseline):
+    """GraNd (Paul et al., 2021): by the norm of the loss's gradient, in the numbers of the basis."""
+
+    policy: Literal["grand"] = "grand"
+
+
+class ErrorNorm(Baseline):
+    """EL2N (Paul et al., 2021): by the norm of the loss's gradient with respect to the logits, softmax minus one-hot."""
+
+    policy: Literal["el2n"] = "el2n"
+
+
+class TracIn(Strict):
+    """Keeps the fraction of highest TracIn (Pruthi et al., 2020): the sum over a sample's uses of learning rate times
+    the product of its contribution with the target's mean gradient at the nearest segment checkpoint."""
+
+    policy: Literal["tracin"] = "tracin"
     keep: Fraction
 
 
 Policy = Annotated[
-    Top | Threshold | DropHarmful | Balanced | RandomControl | LossControl, Field(discriminator="policy")
+    Top | Threshold | DropHarmful | Balanced | RandomControl | LossControl | GradientNorm | ErrorNorm | TracIn,
+    Field(discriminator="policy"),
 ]
+POLICIES = [kind.model_fields["policy"].default for kind in get_args(get_args(Policy)[0])]
 
 
 class Stage(Strict):
@@ -79,7 +152,10 @@ class Stage(Strict):
     steps: PositiveInt | None = None
     batch_size: PositiveInt
     accumulate: PositiveInt = Field(1, description="micro-batches a step; `batch_size` is their sum")
-    windows: list[Window] = Field(default_factory=lambda: [Window()], min_length=1)
+    windows: Annotated[
+        Annotated[list[Window], Field(min_length=1), Tag(GIVEN)] | Annotated[AutoWindows, Tag("auto")],
+        Discriminator(_kind_of_windows),
+    ] = Field(default_factory=lambda: [Window()], description="a list, or where to take them from")
     stride: PositiveInt = Field(1, description="outside windows, record every n-th step for the curvature")
     prune: Policy | None = None
 
@@ -90,3 +166,25 @@ class Stage(Strict):
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} is no multiple of accumulate {self.accumulate}")
         return self
+
+    @property
+    def given(self) -> list[Window]:
+        """The windows as the plan gives them; none where they are taken from elsewhere."""
+        return self.windows if isinstance(self.windows, list) else []
+
+    @property
+    def selections(self) -> list[Select]:
+        """The online selections of its windows."""
+        specs: list[Window | AutoWindows] = [self.windows] if isinstance(self.windows, AutoWindows) else [*self.windows]
+        return [spec.select for spec in specs if spec.select]
+
+    @property
+    def recorded_whole(self) -> bool:
+        """Whether the windows, as the plan gives them, leave no step out."""
+        reach = 0.0
+        for window in sorted(self.given, key=lambda w: w.start / (1 if w.unit == "fraction" else self.steps or 1)):
+            unit = 1 if window.unit == "fraction" else self.steps
+            if unit is None or window.start / unit > reach:
+                return False
+            reach = max(reach, window.stop / unit)
+        return reach >= 1

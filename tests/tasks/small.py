@@ -27,6 +27,7 @@ from tasks.score import score
 from tasks.targets import differentiate_targets
 from tasks.train import train
 from tasks.trust import try_kept
+from tasks.windows import settle_windows
 
 
 class Digits:
@@ -130,6 +131,7 @@ def curate(plan: Plan) -> Run:
     run = Run.start(plan)
     for stage, spec in enumerate(plan.stages):
         list_samples.fn(run.url, stage)
+        settle_windows.fn(run.url, stage)
         if stage == 0:
             fit_basis.fn(run.url)
         train.fn(run.url, stage)

@@ -37,8 +37,9 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Samples:
 def decided(uses: list[Any], samples: Samples, policy: dict[str, Any], aggregate: str = "nearest") -> pl.DataFrame:
     frame = pl.DataFrame(
         {"sample": [u[0] for u in uses], "step": range(len(uses)), "score_clean": [u[1] for u in uses],
-         "loss": [u[2] for u in uses]},
-        schema_overrides={"sample": pl.UInt32, "loss": pl.Float64},
+         "loss": [u[2] for u in uses], "grand": [u[2] ** 2 for u in uses], "el2n": [3 * u[2] for u in uses],
+         "tracin_clean": [-u[2] for u in uses]},
+        schema_overrides={"sample": pl.UInt32, "loss": pl.Float64, "grand": pl.Float64, "el2n": pl.Float64},
     )  # fmt: skip
     plan = small_plan(Path("/"), score={"aggregate": aggregate})
     return decide(plan, 0, TypeAdapter(Policy).validate_python(policy), frame, samples)
@@ -61,12 +62,21 @@ def test_top(samples: Samples, uses: list[Any], aggregate: str, keep: float) -> 
     assert found.filter(pl.col("uses") == 0)["keep"].all()
 
 
+def lowest(values: np.ndarray, share: float) -> np.ndarray:
+    """Whether each value is among the lowest share."""
+    return np.argsort(np.argsort(values)) < round(COUNT * share)
+
+
 @pytest.mark.parametrize(
     ("policy", "kept"),
     [
         ({"policy": "threshold", "at_least": 0.5}, lambda score, loss: score >= 0.5),
         ({"policy": "drop_harmful"}, lambda score, loss: score >= 0),
-        ({"policy": "loss", "keep": 0.4}, lambda score, loss: loss <= np.quantile(loss, 0.4, method="lower")),
+        ({"policy": "loss", "keep": 0.4}, lambda score, loss: lowest(loss, 0.4)),
+        ({"policy": "loss", "keep": 0.4, "prefer": "highest"}, lambda score, loss: lowest(-loss, 0.4)),
+        ({"policy": "grand", "keep": 0.7}, lambda score, loss: lowest(loss, 0.7)),
+        ({"policy": "el2n", "keep": 0.7, "prefer": "highest"}, lambda score, loss: lowest(-loss, 0.7)),
+        ({"policy": "tracin", "keep": 0.7}, lambda score, loss: lowest(loss, 0.7)),
     ],
 )
 def test_other_policies(samples: Samples, policy: dict[str, Any], kept: Any) -> None:
@@ -74,12 +84,26 @@ def test_other_policies(samples: Samples, policy: dict[str, Any], kept: Any) -> 
     score, loss = rng.standard_normal(COUNT), rng.permutation(COUNT) / COUNT
     found = decided(list(zip(range(COUNT), score, loss, strict=True)), samples, policy)
     expected = kept(score, loss)
-    if policy["policy"] == "loss":
-        expected = np.argsort(np.argsort(loss)) < round(COUNT * 0.4)
     assert found["keep"].to_list() == expected.tolist()
     summary = counts(found)
     assert summary["kept"] == expected.sum()
     assert sum(summary["reasons"].values()) == summary["dropped"] == COUNT - summary["kept"]
+
+
+def test_the_last_use_counts_for_a_baseline_and_the_sum_for_tracin(samples: Samples) -> None:
+    uses = [(0, 0.0, 1.0), (1, 0.0, 2.0), (0, 0.0, 2.5), (1, 0.0, 2.0)]
+    for policy in ("loss", "grand", "el2n"):
+        found = decided(uses, samples, {"policy": policy, "keep": 0.5})
+        assert found["keep"][:2].to_list() == [False, True]
+    found = decided(uses, samples, {"policy": "tracin", "keep": 0.5})
+    assert found["score"][:2].to_list() == [-3.5, -4.0]
+    assert found["keep"][:2].to_list() == [True, False]
+
+
+def test_what_cannot_be_measured_ranks_last_at_either_end(samples: Samples) -> None:
+    for prefer in ("lowest", "highest"):
+        uses = [(0, 0.0, float("nan")), (1, 0.0, 2.0)]
+        assert decided(uses, samples, {"policy": "el2n", "keep": 0.5, "prefer": prefer})["rank"][:2].to_list() == [2, 1]
 
 
 @pytest.mark.parametrize("by", ["cls", "json:parity"])

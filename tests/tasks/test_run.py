@@ -9,17 +9,19 @@ import pytest
 import torch
 import webdataset
 
+from examples.shards import write_shards
 from secateur.recursion import walk
+from storage.frames import read_frame
 from storage.ledger import read_checkpoint
 from tasks.embed import dynamics_of, segment_of, spans_of
 from tasks.loop import Loop
 from tasks.prune import OWN, stage_decisions
 from tasks.run import Run
-from tasks.samples import stage_samples
+from tasks.samples import judging_rows, stage_samples, target_samples
 from tasks.score import stage_scores
 from tasks.search import search
 from tasks.targets import target_gradients
-from tests.tasks.small import curate, make_data, small_plan
+from tests.tasks.small import curate, make_data, sample, small_plan
 
 ALL = {"kind": "coordinates", "numbers": None, "fit_steps": 1}
 
@@ -154,6 +156,51 @@ def test_contributions_in_the_ledger_are_autograds(folder: Path) -> None:
     )
     found = stage_scores(mean, 0).filter(pl.col("step") == 20)["score_clean"].to_list()
     assert found == pytest.approx((expected @ target).tolist())
+
+
+def test_tracin_is_learning_rate_times_product_at_the_nearest_checkpoint(folder: Path) -> None:
+    """All parameters; the target's gradients by plain autograd, at the start and after steps 5, 10, 15, 20 and 21."""
+    policy = {"policy": "tracin", "keep": 0.5}
+    stages = [{"epochs": 3, "batch_size": 20, "prune": policy}, {"steps": 2, "batch_size": 20, "prune": policy}]
+    schedule = {"kind": "cosine", "warmup": 0.2}
+    settings = {"basis": ALL, "dtype": "float64", "segment_steps": 5, "schedule": schedule, "stages": stages}
+    run = curate(small_plan(folder, run="tracin", **settings))
+    for stage, bounds in ((0, [0, 5, 10, 15, 20, 21]), (1, [0, 2])):
+        folders, loop = run.folder.stage(stage), Loop(run, stage, stage_samples(run, stage))
+        before = run.folder.stage(0).start if stage == 0 else run.folder.stage(0).segment(4)
+        target, rows = target_samples(run, "clean"), torch.arange(24)
+        gradients = []
+        for checkpoint in (before, *folders.segments()):
+            loop.restore(read_checkpoint(checkpoint), optimizer=False)
+            loop.model.eval()
+            loop.model.zero_grad()
+            loop.task.losses(loop.model, loop.batch(rows, target)).mean().backward()
+            found = {n: p.grad for n, p in loop.model.named_parameters() if p.grad is not None}
+            gradients.append(run.basis(run.bindings(loop.model)).project_all(found))
+        expected: dict[int, float] = {}
+        for segment in map(segment_of, folders.segments()):
+            for step, row, contribution in zip(segment.steps, segment.samples, segment.contributions, strict=True):
+                near = min(range(len(bounds)), key=lambda n, t=int(step): (abs(bounds[n] - t), n))
+                value = 0.2 * loop.order.rate(int(step)) * float(contribution @ gradients[near])
+                expected[int(row)] = expected.get(int(row), 0.0) + value
+        decisions = read_frame(folders.prune(OWN), "decisions.parquet").filter(pl.col("uses") > 0)
+        assert decisions["score"].to_list() == pytest.approx([expected[row] for row in decisions["sample"]], rel=1e-9)
+
+
+def test_what_judges_a_target_does_not_score_it(folder: Path) -> None:
+    """Half of the target scores: the same as a target of that half alone. The figures are the other half's."""
+    shards = f"{folder}/target-0.tar"
+    split = small_plan(folder, run="split", targets={"clean": {"shards": shards, "judging": 0.5}})
+    judges = judging_rows(split, "clean", 24).tolist()
+    write_shards(f"{folder}/score-%d.tar", [sample(200 + n) for n in range(24) if n not in judges], 1)
+    write_shards(f"{folder}/judge-%d.tar", [sample(200 + n) for n in judges], 1)
+    both = {"clean": {"shards": f"{folder}/score-0.tar"}, "judge": {"shards": f"{folder}/judge-0.tar"}}
+    parted, halves = curate(split), curate(small_plan(folder, run="halves", targets=both))
+    ours, theirs = (stage_scores(one, 0)["score_clean"].to_numpy() for one in (parted, halves))
+    assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-7)
+    found, expected = (one.folder.stage(1).targets.manifest.facts for one in (parted, halves))
+    assert found["clean"]["samples"] == 12
+    assert found["clean"] == pytest.approx(expected["judge"], rel=1e-5)
 
 
 def walked(run: Run, gradient: torch.Tensor, carried: bool) -> dict[int, list[float]]:

@@ -9,12 +9,13 @@ import polars as pl
 import pytest
 from scipy.stats import spearmanr
 
-from tasks.audit import audit, audit_frame, audited, expected_cost
+from tasks.audit import audit, audit_frame, audited
 from tasks.errors import PlanError
 from tasks.estimate import estimate
 from tasks.loop import Loop
 from tasks.order import Order
 from tasks.prune import OWN, stage_decisions
+from tasks.removals import expected_cost
 from tasks.run import Run
 from tasks.samples import stage_samples
 from tests.tasks.small import curate, make_data, small_plan
@@ -144,12 +145,13 @@ def _losses() -> Any:
 
 
 def test_the_half_that_scores_does_not_judge(folder: Path) -> None:
-    from tasks.targets import judging_rows, scoring_rows
+    from tasks.samples import judging_rows, scoring_rows
 
     plan = small_plan(folder, trust={"trial": {}})
-    rows = list(range(24))
-    assert sorted(rows[scoring_rows(plan)] + rows[judging_rows(plan)]) == rows
-    assert rows[scoring_rows(small_plan(folder))] == rows
+    score, judge = (rows(plan, "clean", 24).tolist() for rows in (scoring_rows, judging_rows))
+    assert sorted(score + judge) == list(range(24))
+    assert len(judge) == 12
+    assert scoring_rows(small_plan(folder), "clean", 24).tolist() == list(range(24))
 
 
 def test_min_fidelity_of_scores_that_are_no_effects_is_refused(folder: Path) -> None:

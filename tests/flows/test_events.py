@@ -1,0 +1,113 @@
+"""What events hold is what docs/events.md says, and when they are told."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from flows import events
+from flows.alone import limit_name, whole_url
+from tasks.audit import Fidelity, audited
+from tasks.prune import OWN, unpruned_before
+from tasks.run import Run
+from tasks.train import train
+from tests.tasks.small import curate, make_data, small_plan
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("events")
+    make_data(folder)
+    return curate(small_plan(folder))
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What would be emitted to a server."""
+    found: list[dict[str, Any]] = []
+    monkeypatch.setattr(events, "emit_event", lambda event, **rest: found.append({"event": event, **rest}))
+    return found
+
+
+def tell_all(run: Run) -> None:
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:1/api"}):
+        events.trained(run.url, 0)
+        events.embedded(run.url, 0)
+        events.indexed(run.url, 0)
+        events.pruned(run.url, 0, OWN)
+        events.finished(run.url)
+
+
+def test_the_page_lists_every_payload() -> None:
+    page = Path("docs/events.md").read_text()
+    listed = dict(re.findall(r"### `(.*?)`\n(.*?)(?=\n### |\Z)", page, re.DOTALL))
+    assert list(listed) == list(events.NAMES.values())
+    for model, name in events.NAMES.items():
+        rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", listed[name], re.MULTILINE)
+        assert rows == [(field, info.description) for field, info in model.model_fields.items()]
+
+
+def test_all_tellings_of_a_commit_have_one_id(run: Run, told: list[dict[str, Any]]) -> None:
+    tell_all(run)
+    first = [event["id"] for event in told]
+    tell_all(run)
+    assert [event["id"] for event in told] == first * 2
+    assert len(set(first)) == 5
+    run.folder.stage(0).trained.remove()
+    train.fn(run.url, 0)
+    told.clear()
+    tell_all(run)
+    assert [event["id"] == one for event, one in zip(told, first, strict=True)] == [False, True, True, True, True]
+
+
+def test_nothing_is_told_without_a_server(run: Run, told: list[dict[str, Any]]) -> None:
+    events.trained(run.url, 0)
+    events.finished(run.url)
+    assert told == []
+
+
+@pytest.mark.parametrize(
+    ("least", "spearman", "from_", "expected"),
+    [(0.5, 0.4, 0.2, True), (0.5, 0.6, -0.1, False), (None, 0.6, 0.1, False), (None, 0.6, -0.1, True)],
+)
+def test_when_fidelity_is_low(least: float | None, spearman: float, from_: float, expected: bool) -> None:
+    measured = Fidelity(spearman=spearman, spearman_interval=(from_, 0.9), pearson=0, pearson_interval=(0, 0))
+    assert events.is_low(measured, least) is expected
+
+
+def test_low_fidelity_is_told(tmp_path: Path, told: list[dict[str, Any]]) -> None:
+    make_data(tmp_path)
+    run = curate(
+        small_plan(
+            tmp_path,
+            stages=[{"steps": 6, "batch_size": 20, "prune": {"policy": "top", "keep": 0.5}}],
+            audit={"removals": 12},
+            score={"horizon": "stage", "aggregate": "mean", "estimate": "embedding"},
+            trust={"min_fidelity": 1.0},
+        )
+    )
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:1/api"}):
+        events.fidelity(run.url, 0)
+    (event,) = told
+    assert event["event"] == "secateur.fidelity.low"
+    assert event["payload"] == events.FidelityLow(**event["payload"]).model_dump(mode="json")
+    assert event["payload"]["spearman"] == audited(run, 0).fidelity["embedding"].spearman
+    assert (event["payload"]["least"], event["payload"]["estimate"]) == (1.0, "embedding")
+
+
+def test_what_a_gap_is(run: Run) -> None:
+    assert unpruned_before(run, 1) == []
+    run.folder.stage(0).prune(OWN).remove()
+    assert (unpruned_before(run, 0), unpruned_before(run, 1)) == ([], [0])
+
+
+def test_a_run_has_one_name_however_its_folder_is_written(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    parent, name = run.url.rsplit("/", 1)
+    monkeypatch.chdir(parent)
+    assert whole_url(Run.open(name)) == run.url
+    assert limit_name(Run.open(f"./{name}/")) == limit_name(run)
+    assert re.fullmatch(r"secateur-small-[0-9a-f]{8}", limit_name(run))
