@@ -180,8 +180,8 @@ class Artefact:
         attempt = Attempt(self.root.child(name))
         try:
             yield attempt
-            attempt.root.settle(attempt.files)
             attempt.check()
+            attempt.root.settle(attempt.files)
             manifest = Manifest(kind, name, attempt.files, inputs, attempt.facts)
             text = _sealed(asdict(manifest))
         except BaseException:

@@ -19,7 +19,6 @@ from tasks.embed import compose_stage, embed_segment
 from tasks.fit import fit_basis
 from tasks.index import index_stage
 from tasks.plan import Plan
-from tasks.profile import profile
 from tasks.prune import prune_stage
 from tasks.replay import replay
 from tasks.run import Run
@@ -155,6 +154,5 @@ def appraise(run: Run, stage: int) -> None:
     if run.plan.estimate == "replay":
         replay.fn(run.url, stage)
     score.fn(run.url, stage)
-    profile.fn(run.url, stage)
     if wanted(run.plan, stage):
         audit.fn(run.url, stage)

@@ -1,0 +1,204 @@
+"""When in training samples have influence: profiles of runs with warm-up and decay, and their phases (docs/windows.md).
+
+`python -m benchmarks.windows [--seeds 5] [--only NAME] [--figures FOLDER]`. Each workload is trained twice a seed: as one
+stage, whose profile is exact (replay), and as six stages of one schedule, whose embeddings show how the influence of each
+stage's samples changes as seen from the end of every later one. Figures are those of the first seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from scipy.stats import spearmanr
+
+from examples.images.make_shards import make as make_images
+from examples.text.make_shards import make as make_text
+from storage.frames import read_frame
+from tasks.embed import compose_stage, embed_segment
+from tasks.fit import fit_basis
+from tasks.phases import Phases
+from tasks.plan import Plan
+from tasks.plot import draw_evolution, draw_profile
+from tasks.profile import EVOLUTION, PROFILE, profile, series, stage_phases
+from tasks.replay import replay
+from tasks.run import Run
+from tasks.samples import list_samples
+from tasks.score import score
+from tasks.targets import differentiate_targets
+from tasks.train import train
+
+BINS = 20  # of the steps, for figures that do not rest on the phases that were found
+STAGES = 6
+IMAGES: dict[str, Any] = {
+    "model": {"factory": "examples.images.model:mlp", "args": {"hidden": 128}},
+    "task": {"factory": "examples.images.task:Digits"},
+}
+TEXT: dict[str, Any] = {
+    "model": {"factory": "examples.text.model:Transformer", "args": {"width": 64, "heads": 4, "layers": 2}},
+    "task": {"factory": "examples.text.task:NextByte"},
+}
+ADAMW = {"kind": "adamw", "betas": [0.9, 0.95], "weight_decay": 0.01, "clip_norm": 1.0}
+WORKLOADS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
+    "images, SGD": (IMAGES, {"kind": "sgd", "lr": 0.1}, 240),
+    "images, AdamW": (IMAGES, ADAMW | {"lr": 0.001}, 240),
+    "text, AdamW": (TEXT, ADAMW | {"lr": 0.002}, 240),
+}
+BATCH = {"images": 32, "text": 16}
+
+
+def plan_of(name: str, seed: int, root: str, stages: int) -> Plan:
+    """A workload as a plan of so many stages under one schedule: a tenth of the steps warming up, a cosine to a tenth."""
+    settings, optimizer, steps = WORKLOADS[name]
+    kind = name.split(",")[0]
+    one = {"steps": steps // stages, "batch_size": BATCH[kind]}
+    basis = {"kind": "kronecker", "rank": 16} if optimizer["kind"] == "sgd" else {"kind": "coordinates", "numbers": 512}
+    exact = {"score": {"horizon": "stage", "aggregate": "mean"}} if stages == 1 else {}
+    return Plan.model_validate(
+        {
+            "run": f"{stages}-stages",
+            "root": root,
+            "seed": seed,
+            "threads": 1,
+            **settings,
+            "data": {"shards": f"{root}/data/train-{{000000..000003}}.tar"},
+            "targets": {"target": {"shards": f"{root}/data/target-000000.tar"}},
+            "optimizer": optimizer | {"at_stage": "carry"},
+            "schedule": {"kind": "cosine", "warmup": 0.1, "over": "run"},
+            "stages": [one] * stages,
+            "basis": basis,
+            **exact,
+        }
+    )
+
+
+def profiled(plan: Plan) -> Run:
+    """The plan's run, with the profile of every stage."""
+    run = Run.start(plan)
+    for stage in range(len(plan.stages)):
+        list_samples.fn(run.url, stage)
+        if stage == 0:
+            fit_basis.fn(run.url)
+        train.fn(run.url, stage)
+        for number in range(len(run.folder.stage(stage).segments())):
+            embed_segment.fn(run.url, stage, number)
+        compose_stage.fn(run.url, stage)
+        differentiate_targets.fn(run.url, stage)
+        if plan.estimate == "replay":
+            replay.fn(run.url, stage)
+        score.fn(run.url, stage)
+        profile.fn(run.url, stage)
+    return run
+
+
+def shape(influence: np.ndarray) -> dict[str, float]:
+    """First and last twentieth of the steps over the lowest one; where that lies; doublings from it to the last, a tenth."""
+    bins = np.array([part.mean() for part in np.array_split(influence, BINS)])
+    low = int(bins.argmin())
+    rise = np.log2(bins[-1] / bins[low]) / max(1, BINS - 1 - low) * BINS / 10
+    return {"first": bins[0] / bins[low], "last": bins[-1] / bins[low], "lowest": (low + 0.5) / BINS, "rise": rise}
+
+
+def single(name: str, seed: int, root: str, figures: Path | None) -> dict[str, float | str]:
+    """The exact profile of a workload as one stage."""
+    run = profiled(plan_of(name, seed, root, 1))
+    frame, phases = read_frame(run.folder.stage(0).profile, PROFILE), stage_phases(run, 0, "target")
+    if figures:
+        _save(
+            figures,
+            f"profile-{_slug(name)}",
+            draw_profile(frame, {"target": phases}, 0, f"{name}, one seed, by replay"),
+        )
+    influence = series(frame, 0, "target")[1]
+    signed = frame.filter(quantity="per_rate", estimate="replay").sort("step")["mean"].to_numpy()
+    embedded = frame.filter(quantity="per_rate", estimate="embedding").sort("step")["mean_abs"].to_numpy()
+    found: dict[str, float | str] = {**shape(np.asarray(influence)), **_phases(phases), **_signed(signed)}
+    found["agreement"] = float(spearmanr(influence, embedded).statistic)
+    return found
+
+
+def several(name: str, seed: int, root: str, figures: Path | None) -> dict[str, float | str]:
+    """How the influence of each of six stages changes as seen from the end of every later one."""
+    run = profiled(plan_of(name, seed, root, STAGES))
+    frame = read_frame(run.folder.stage(STAGES - 1).profile, EVOLUTION)
+    if figures:
+        _save(figures, f"evolution-{_slug(name)}", draw_evolution(frame, f"{name}, one seed, by embeddings"))
+    final = frame.filter(view=STAGES - 1).sort("stage")["mean_abs"].to_numpy()
+    own = frame.filter(pl.col("view") == pl.col("stage")).sort("stage")["mean_abs"].to_numpy()
+    kept = final / own
+    middle = float(np.median(final[1:-1]))
+    return {
+        "first kept": kept[0],
+        "middle kept": float(np.median(kept[1:-1])),
+        "first over middle": final[0] / middle,
+        "last over middle": final[-1] / middle,
+    }
+
+
+def _phases(phases: Phases) -> dict[str, float | str]:
+    """The phases that the method finds, their ratios, and where the basin begins and ends."""
+    found: dict[str, float | str] = {"phases": ", ".join(phase.name for phase in phases.phases) or "none"}
+    for phase in phases.phases:
+        if phase.name == "basin":
+            found |= {"basin from": phase.start / phases.steps, "basin to": phase.stop / phases.steps}
+        elif (ratio := phases.ratio(phase.name)) is not None:
+            found[f"{phase.name} ratio"] = ratio
+    return found | {"support": phases.support}
+
+
+def _signed(signed: np.ndarray) -> dict[str, float]:
+    """First and last twentieth of the signed means over the mean size of those between a fifth and a half of the steps."""
+    bins = np.array([part.mean() for part in np.array_split(signed, BINS)])
+    basin = float(np.abs(bins[BINS // 5 : BINS // 2]).mean())
+    return {"signed first": bins[0] / basin, "signed last": bins[-1] / basin}
+
+
+def _slug(name: str) -> str:
+    return name.lower().replace(", ", "-")
+
+
+def _save(folder: Path, name: str, png: bytes) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.png").write_bytes(png)
+
+
+def _show(title: str, found: list[dict[str, float | str]]) -> None:
+    print(title, flush=True)
+    for key in dict.fromkeys(key for one in found for key in one):
+        values = [one[key] for one in found if key in one]
+        numbers = [float(v) for v in values if not isinstance(v, str)]
+        text = (
+            f"{statistics.median(numbers):.3g} ({min(numbers):.3g} to {max(numbers):.3g})"
+            if numbers
+            else "; ".join(map(str, values))
+        )
+        print(
+            f"  {key:18} {text}" + (f"  [{len(values)} of {len(found)} seeds]" if len(values) < len(found) else ""),
+            flush=True,
+        )
+
+
+def main() -> None:
+    """Prints every workload's figures: median (least to greatest) over the seeds."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--only", choices=list(WORKLOADS))
+    parser.add_argument("--figures", type=Path, help="folder to draw the first seed's figures in")
+    arguments = parser.parse_args()
+    for name in [arguments.only] if arguments.only else WORKLOADS:
+        for kind, measure in (("one stage, by replay", single), (f"{STAGES} stages, by embeddings", several)):
+            found = []
+            for seed in range(arguments.seeds):
+                with tempfile.TemporaryDirectory() as root:
+                    (make_images if name.startswith("images") else make_text)(f"{root}/data", seed)
+                    found.append(measure(name, seed, root, None if seed else arguments.figures))
+            _show(f"{name}; {kind}; {arguments.seeds} seeds: median (least to greatest)", found)
+
+
+if __name__ == "__main__":
+    main()
