@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -149,12 +150,16 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Says whether pruning pays: the plan beside random pruning and none, over several seeds."""
-    from flows import tables
-    from flows.compare import compare as compare_flow
-    from tasks.comparison.arms import read_arms
+    from flows.server import some_server
 
-    further = read_arms(arm or [], str(arms) if arms else None)
-    found = compare_flow(read_plan(str(plan)), seeds, further, judge)
+    spec = read_plan(str(plan))
+    with some_server():
+        from flows import tables
+        from flows.compare import compare as compare_flow
+        from tasks.comparison.arms import read_arms
+
+        further = read_arms(arm or [], str(arms) if arms else None)
+        found = compare_flow(spec, seeds, further, judge)
     _show(found, as_json, lambda: tables.comparison(found))
 
 
@@ -229,6 +234,13 @@ def _explained() -> Iterator[None]:
         if end.code == INTERRUPTED:
             print("secateur: interrupted; the same command carries on from the last whole segment", file=sys.stderr)
         raise
+    except BaseException as error:
+        from prefect.exceptions import TerminationSignal
+
+        if not isinstance(error, TerminationSignal):
+            raise
+        print("secateur: terminated; the same command carries on from the last whole segment", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGTERM) from None
 
 
 def _policy(settings: dict[str, Any]) -> Policy:

@@ -46,7 +46,7 @@ def check_plan(plan: Plan, stage: int) -> None:
         )
     if plan.stages[stage].selections:
         raise PlanError(
-            f"a window of stage {stage} has `select`, and another trainer chooses its own batches; leave `select` out"
+            f"a window of stage {stage} selects online, which only `secateur run` does; leave out its `select`"
         )
     if plan.curvature.kind in ("fisher", "hessian"):
         raise PlanError(

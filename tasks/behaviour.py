@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import inspect
 import json
 import threading
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, ParamSpec, TypeVar
 
 from prefect import Task
@@ -30,6 +31,11 @@ JITTER = 0.3
 TAG = "secateur"
 
 _turn = threading.RLock()
+_threads: set[int] = set()  # that carry out tasks, besides the main one
+
+
+class Stopped(BaseException):
+    """A task's thread is to end: its flow run has been interrupted."""
 
 
 def task(
@@ -75,9 +81,29 @@ def is_drawing(of: Task[..., Any]) -> bool:
     return bool(getattr(of.fn, "draws", False))
 
 
+def stop_threads() -> None:
+    """Interrupts every task that another thread of this process carries out, as a signal interrupts the main one: at its next
+    instruction, so that what it was writing is taken back."""
+    for thread in list(_threads):
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(Stopped))
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    thread = threading.get_ident()
+    if thread == threading.main_thread().ident or thread in _threads:
+        yield
+        return
+    _threads.add(thread)
+    try:
+        yield
+    finally:
+        _threads.discard(thread)
+
+
 def _perform(fn: Callable[..., R], makes: Callable[..., Any] | None, draws: bool, args: Any, kwargs: Any) -> R:
     """Does the work, then files the result under the artefacts that it has come to."""
-    with _turn if draws else nullcontext():
+    with _turn if draws else nullcontext(), _stoppable():
         result = fn(*args, **kwargs)
     context, transaction = TaskRunContext.get(), get_transaction()
     own = context is not None and inspect.unwrap(context.task.fn) is fn  # not within another task

@@ -105,7 +105,7 @@ def test_another_loop_writes_the_same_ledger(ours: Run, folder: Path) -> None:
         recording = loop(plan, stage, steps)
         assert recording.run.folder.stage(stage).trained.manifest.facts == {
             "stage": stage, "samples": len(stage_samples(ours, stage)), "steps": steps, "segments": -(-steps // 6),
-            "by": "outside",
+            "by": "outside", "candidates": 0, "chosen": 0,
         }  # fmt: skip
         assert_equal_ledgers(ours, recording.run, stage)
         appraise(recording.run, stage)
@@ -217,6 +217,7 @@ PRUNED = [{"steps": 3, "batch_size": 20, "prune": {"policy": "loss", "keep": 0.5
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"score": {"horizon": "stage", "aggregate": "mean"}}, "scores by replay, and another trainer's steps cannot be run"),
     ({"audit": {"removals": 4}}, "has stage 0 audited, and another trainer's steps cannot be run again"),
+    ({"stages": [{"epochs": 1, "batch_size": 20, "windows": [{"select": {"candidates": 2}}]}]}, "selects online"),
     ({"curvature": {"kind": "hessian"}}, "`curvature.kind: hessian` needs more passes"),
     ({"model": {"factory": "tests.tasks.small:network", "args": {"width": 8}}}, r"0\.weight of the trainer's model is \(12, 64\)"),
     ({"dtype": "float64"}, "float32, and in the plan's .* it is .* float64"),
