@@ -17,7 +17,8 @@ def slowly(source: IO[bytes], buffer: memoryview, url: str) -> int:
     size = read(source, buffer, url)
     if not size:
         Path(os.environ["WRITING"]).touch()
-        time.sleep(300)
+        for _ in range(3000):  # an interruption reaches a thread between two instructions
+            time.sleep(0.1)
     return size
 
 
