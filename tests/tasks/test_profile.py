@@ -101,7 +101,9 @@ def test_it_is_what_training_again_says_from_every_later_stage(folder: Path, nam
     row = read_frame(run.folder.stage(2).profile, PROFILE).filter(stage=0, step=1, quantity="score").row(0, named=True)
     assert row["mean_abs"] == pytest.approx(np.abs(each).mean(), rel=1e-3)
     assert row["std"] == pytest.approx(each.std(ddof=1), rel=1e-3)
-    assert [row["q05"], row["q50"], row["q75"]] == pytest.approx(np.quantile(each, [0.05, 0.5, 0.75]).tolist(), rel=1e-2)
+    assert [row["q05"], row["q50"], row["q75"]] == pytest.approx(
+        np.quantile(each, [0.05, 0.5, 0.75]).tolist(), rel=1e-2
+    )
 
 
 def test_quantities_and_evolution_follow_from_the_scores(folder: Path) -> None:
