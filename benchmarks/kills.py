@@ -2,35 +2,51 @@
 
     python -m benchmarks.kills [--kills 60] [--servers 5] [--store disk seaweedfs]
 
-A two-stage plan on the image example's data runs through the command line. Each time it is killed with -9 at a moment drawn
-from the uninterrupted run's length, then resumed by the same command. The pruned shards are compared byte for byte.
-SeaweedFS, where it is the store, is killed while the run writes, and started again.
+A two-stage plan on the image example's data runs through the command line. It is killed with -9 at moments spread evenly over
+its artefacts, and so over its tasks, each drawn within its share of them; then the same command resumes it. (Its processes
+are forked from one that has imported torch and Prefect, which spares most of an hour, and share one Prefect server.) Every file that
+the run committed is compared with the uninterrupted run's by its sha256, and the pruned shards sample by sample. SeaweedFS,
+where it is the store, is killed the same way while the run goes on, and started again.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import yaml
 
 from examples.images.make_shards import make
-from storage.integrity import verify
+from flows.cli import QUIET
+from storage.frames import read_frame
+from storage.integrity import artefacts, stray, verify
 from storage.root import Root
 from storage.run import RunFolder
 from storage.shards import index_shards
-from tests.servers import SeaweedFS
+from tests.servers import SeaweedFS, free_ports
 
+FORKS = get_context("forkserver")
 SEED = 20
+POLL = 0.2
+SCORES = "scores.parquet"
+NAMES = ("failed", "lost", "duplicated", "differing shards", "differing files", "damaged")
 
 
 def main() -> None:
@@ -39,115 +55,207 @@ def main() -> None:
     parser.add_argument("--servers", type=int, default=5)
     parser.add_argument("--store", nargs="+", choices=["disk", "seaweedfs"], default=["disk", "seaweedfs"])
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves no server behind
     folder = Path(tempfile.mkdtemp(prefix="kills-"))
-    os.environ.update(OMP_NUM_THREADS="1", PREFECT_HOME=str(folder / "prefect"), SECATEUR_CACHE=str(folder / "cache"))
+    FORKS.set_forkserver_preload(["flows.curate"])
+    os.environ.update(
+        QUIET, OMP_NUM_THREADS="1", PREFECT_HOME=str(folder / "prefect"), SECATEUR_CACHE=str(folder / "cache")
+    )
+    print(f"seed {SEED}", flush=True)
     try:
         make(str(folder / "data"), 0)
-        if "disk" in options.store:
-            Trial(folder, f"{folder}/runs").kills(options.kills)
-        if "seaweedfs" in options.store:
-            server = SeaweedFS(folder / "seaweed")
-            server.start()
-            os.environ.update(server.environment)
-            try:
-                trial = Trial(folder, "s3://bucket/runs")
-                trial.kills(options.kills)
-                trial.server_kills(options.servers, server)
-            finally:
-                server.kill()
+        with prefect_server(folder):
+            if "disk" in options.store:
+                Trial(folder, f"{folder}/runs").kills(options.kills)
+            if "seaweedfs" in options.store:
+                server = SeaweedFS(folder / "seaweed")
+                server.start()
+                os.environ.update(server.environment)
+                try:
+                    trial = Trial(folder, "s3://bucket/runs")
+                    trial.kills(options.kills)
+                    trial.server_kills(options.servers, server)
+                finally:
+                    server.kill()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def prefect_server(folder: Path) -> Iterator[None]:
+    """A Prefect server for all runs: without one each would start its own, which outlives a run that is killed."""
+    (port,) = free_ports(1)
+    with open(folder / "prefect.log", "ab") as log:
+        command = [sys.executable, "-m", "prefect", "server", "start", "--port", str(port), "--no-ui"]
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
+    try:
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/api/health", timeout=5)
+                break
+            except OSError:
+                assert process.poll() is None, (folder / "prefect.log").read_text()[-2000:]
+                time.sleep(0.5)
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
 class Trial:
-    """One store: the uninterrupted run, and every interrupted one held against it."""
+    """One store: the uninterrupted run, and every interrupted one, at the same place, held against it."""
 
     def __init__(self, folder: Path, root: str) -> None:
-        self.folder, self.root = folder, root
-        start = time.monotonic()
-        self._start("whole").wait()
-        self.seconds = time.monotonic() - start
-        self.expected = self.outcome("whole")
-        print(f"{root}: uninterrupted {self.seconds:.1f} s, {len(self.expected)} pruned shards", flush=True)
+        self.folder, self.run = folder, Root(f"{root}/killed")
+        self.plan = folder / "plan.yaml"
+        self.plan.write_text(yaml.safe_dump(_plan(root, folder / "data")))
+        start, running = time.monotonic(), self._start()
+        moments: list[float] = []
+        self.seen: list[str] = []
+        while running.is_alive():
+            moments += [time.monotonic() - start] * self._look()
+            time.sleep(POLL)
+        assert running.exitcode == 0, (folder / "run.log").read_text()[-2000:]
+        seconds = time.monotonic() - start
+        self.gaps = [b - a for a, b in zip([0.0, *moments], [*moments, seconds], strict=True)]
+        self.expected, self.keys = self._files(), self._keys()
+        print(
+            f"{self.run.url}: uninterrupted {seconds:.1f} s, {len(artefacts(self.run))} artefacts of {len(self.expected)} "
+            f"files, {len(self.keys)} samples kept",
+            flush=True,
+        )
+        self.run.delete()
 
     def kills(self, count: int) -> None:
-        """Kills the run at `count` moments, spread evenly over its length and each drawn within its share."""
-        drawn, total = random.Random(SEED), Counter[str]()
-        for number in range(count):
-            moment = self.seconds * (number + drawn.random()) / count
-            name = f"kill-{number}"
-            running = self._start(name)
-            time.sleep(moment)
+        """Kills the run at `count` moments."""
+        total = Counter[str]()
+        for moment in self._moments(count, SEED):
+            start, running = time.monotonic(), self._start()
+            self._reach(running, moment)
             running.kill()
-            running.wait()
-            done = len([f for f in self._files(name) if f.endswith("manifest.json")])
-            total += self._resumed(name, f"killed at {moment:5.2f} s with {done} artefacts")
-        print(f"{self.root}: {count} kills: {_told(total)}", flush=True)
+            running.join()
+            early = running.exitcode != -signal.SIGKILL
+            told = f"{'ended before it was killed' if early else 'killed'} after {time.monotonic() - start:5.2f} s"
+            total += self._resumed(f"{told}, {self._state()}")
+        print(f"{self.run.url}: {count} kills: {_told(total)}", flush=True)
 
     def server_kills(self, count: int, server: SeaweedFS) -> None:
         """Kills the server in mid-run; the run may end with an error, and the same command must carry on."""
-        drawn, total = random.Random(SEED + 1), Counter[str]()
-        for number in range(count):
-            moment = self.seconds * (number + drawn.random()) / count
-            name = f"server-{number}"
-            running = self._start(name)
-            time.sleep(moment)
+        total = Counter[str]()
+        for moment in self._moments(count, SEED + 1):
+            start, running = time.monotonic(), self._start()
+            self._reach(running, moment)
             server.kill()
+            seconds = time.monotonic() - start
             server.start()
-            code = running.wait()
-            total += self._resumed(name, f"server killed at {moment:5.2f} s; the run ended with {code}")
-        print(f"{self.root}: {count} server kills: {_told(total)}", flush=True)
+            state = self._state()
+            running.join()
+            total += self._resumed(
+                f"server killed after {seconds:5.2f} s, {state}; the run ended with {running.exitcode}"
+            )
+        print(f"{self.run.url}: {count} server kills: {_told(total)}", flush=True)
 
-    def outcome(self, name: str) -> dict[str, tuple[bytes, list[str]]]:
-        """The pruned shards: their sha256 and keys."""
-        pruned = RunFolder(f"{self.root}/{name}").stage(0).prune("plan")
-        shards = [n for n in pruned.names() if n.startswith("shards/")]
-        return {n: (pruned.manifest.files[n]["sha256"], index_shards([pruned.url(n)])["key"].to_list()) for n in shards}
+    def _moments(self, count: int, seed: int) -> list[tuple[int, float]]:
+        """Moments as committed artefacts, and seconds after the last of them."""
+        drawn, total = random.Random(seed), len(self.gaps)
+        places = [total * (number + drawn.random()) / count for number in range(count)]
+        drawn.shuffle(places)
+        return [(int(place), (place - int(place)) * self.gaps[int(place)]) for place in places]
 
-    def _resumed(self, name: str, told: str) -> Counter[str]:
-        code = self._start(name).wait()
-        found = self.outcome(name) if code == 0 else {}
-        keys, expected = ([k for _, ks in shards.values() for k in ks] for shards in (found, self.expected))
-        run = Root(f"{self.root}/{name}")
-        damage = [f for f in verify(run) if f.what != "extra"]
-        counted = Counter(
-            failed=int(code != 0),
-            lost=len(set(expected) - set(keys)),
-            duplicated=len(keys) - len(set(keys)),
-            differing=sum(found.get(n, (b"",))[0] != self.expected[n][0] for n in self.expected),
-            damaged=len(damage),
+    def _reach(self, running: BaseProcess, moment: tuple[int, float]) -> None:
+        """Waits for a moment, or the run's end."""
+        self.seen = []
+        while len(self.seen) < moment[0] and running.is_alive():
+            self._look()
+            time.sleep(POLL)
+        running.join(moment[1])
+
+    def _state(self) -> str:
+        """What was committed, and how many files of unfinished attempts lie beside it."""
+        self._look()
+        last = self.seen[-1] if self.seen else "none"
+        return f"{len(self.seen):2d} artefacts committed (the last {last}), {len(stray(self.run))} stray files"
+
+    def _look(self) -> int:
+        """Adds what was committed since to `seen`; an artefact may have served its purpose and be gone again."""
+        found = {f.removesuffix("/manifest.json") for f in self.run.files() if f.endswith("/manifest.json")}
+        new = sorted(found - set(self.seen))
+        self.seen += new
+        return len(new)
+
+    def _files(self) -> dict[str, str]:
+        """The sha256 of every file of every artefact, by its name without the attempt; scores name shards by path, which
+        holds the attempt's name, so it is taken out of them."""
+        found: dict[str, str] = {}
+        for artefact in artefacts(self.run):
+            place = artefact.root.url.removeprefix(self.run.url)
+            found |= {f"{place}/{name}": facts["sha256"] for name, facts in artefact.manifest.files.items()}
+            if SCORES in artefact.names():
+                named = pl.col("shard").str.replace("/[0-9a-f]{12}/", "/")
+                frame = read_frame(artefact, SCORES).with_columns(named)
+                found[f"{place}/{SCORES}"] = hashlib.sha256(frame.write_csv().encode()).hexdigest()
+        return found
+
+    def _keys(self) -> list[str]:
+        """The keys in the pruned shards, read from the shards themselves."""
+        pruned = RunFolder(self.run.url).stage(0).prune("plan")
+        shards = [pruned.url(n) for n in pruned.names() if n.startswith("shards/")]
+        return [key for shard in shards for key in index_shards([shard])["key"].to_list()]
+
+    def _resumed(self, told: str) -> Counter[str]:
+        running = self._start()
+        running.join()
+        code = running.exitcode
+        files, keys = (self._files(), self._keys()) if code == 0 else ({}, [])
+        differ = [name for name in files.keys() | self.expected.keys() if files.get(name) != self.expected.get(name)]
+        counts = (
+            int(code != 0),
+            len(set(self.keys) - set(keys)),
+            len(keys) - len(set(keys)),
+            sum("/shards/" in name for name in differ),
+            len(differ),
+            sum(f.what != "extra" for f in verify(self.run)),
         )
-        print(f"  {told}: {_told(counted)}", flush=True)
-        run.delete()
+        counted = Counter(dict(zip(NAMES, counts, strict=True)))
+        print(f"  {told}: {_told(counted)}{''.join(f'; {name} differs' for name in differ)}", flush=True)
+        if code != 0:
+            print((self.folder / "run.log").read_text()[-2000:], flush=True)
+        self.run.delete()
         return counted
 
-    def _start(self, name: str) -> subprocess.Popen[bytes]:
-        """The command, on a plan of this name."""
-        path = self.folder / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(_plan(name, self.root, self.folder / "data")))
-        with open(self.folder / "run.log", "ab") as log:
-            return subprocess.Popen([sys.executable, "-m", "flows.cli", "run", str(path)], stdout=log, stderr=log)
-
-    def _files(self, name: str) -> list[str]:
-        return Root(f"{self.root}/{name}").files()
+    def _start(self) -> BaseProcess:
+        """`secateur run`, in a process of its own."""
+        running = FORKS.Process(target=_secateur, args=(str(self.plan), str(self.folder / "run.log"), dict(os.environ)))
+        running.start()
+        return running
 
 
-def _plan(name: str, root: str, data: Path) -> dict[str, Any]:
+def _secateur(plan: str, log: str, environment: dict[str, str]) -> None:
+    from flows import cli
+
+    os.environ.update(environment)
+    with open(log, "ab") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    sys.argv = ["secateur", "run", plan]
+    cli.main()
+
+
+def _plan(root: str, data: Path) -> dict[str, Any]:
     """The image example, shortened."""
     plan: dict[str, Any] = yaml.safe_load(Path("examples/images/plan.yaml").read_text())
-    plan |= {"run": name, "root": root, "segment_steps": 40, "threads": 1}
-    plan["data"]["shards"] = f"{data}/train-{{000000..000003}}.tar"
-    for target in plan["targets"].values():
-        target["shards"] = f"{data}/{Path(target['shards']).name}"
+    plan |= {"run": "killed", "root": root, "segment_steps": 20, "threads": 1}
+    plan["data"]["shards"] = f"{data}/train-{{000000..000001}}.tar"
+    plan["targets"] = {"clean": {"shards": f"{data}/target-000000.tar"}}
     first, second = plan["stages"]
-    plan["stages"] = [first | {"epochs": 1}, second | {"steps": 80}]
+    plan["stages"] = [first | {"epochs": 1}, second | {"steps": 40}]
     plan.pop("audit")
     return plan
 
 
 def _told(counted: Counter[str]) -> str:
-    names = ("failed", "lost", "duplicated", "differing", "damaged")
-    return ", ".join(f"{name} {counted[name]}" for name in names)
+    return ", ".join(f"{name} {counted[name]}" for name in NAMES)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.concurrency.sync import concurrency
-from prefect.settings import get_current_settings
+from prefect.exceptions import ObjectAlreadyExists
 
 from tasks.run import Run
+from tasks.server import watched
 
 LEASE_SECONDS = 60.0  # the least that Prefect takes; a killed flow run keeps others waiting no longer
 
@@ -22,12 +24,12 @@ def alone(run: Run) -> Iterator[None]:
     A Prefect concurrency limit of 1 holds it, so flow runs of one server wait for one another; without a server nothing
     does. Commits are safe either way: of two that make the same thing one stands, and only the work is done twice.
     """
-    if get_current_settings().api.url is None:
+    if not watched():
         yield
         return
     name = limit_name(run)
-    with get_client(sync_client=True) as client:
-        client.upsert_global_concurrency_limit_by_name(name, 1)
+    with get_client(sync_client=True) as client, suppress(ObjectAlreadyExists):
+        client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=1))
     with concurrency(name, lease_duration=LEASE_SECONDS, strict=True, raise_on_lease_renewal_failure=False):
         yield
 

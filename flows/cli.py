@@ -23,11 +23,10 @@ from tasks.reading import plan_schema, read_plan
 
 # What imports Prefect is imported within the commands: it reads its settings once, as it is imported.
 QUIET = {
-    "PREFECT_LOGGING_LEVEL": "CRITICAL",  # a flow that fails would print its traceback; the sentence says it
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # a flow that fails would print its traceback; the sentence says it
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",  # its first start makes a database; a busy machine is slow
 }
 
 INTERRUPTED = 130  # how typer ends after Ctrl-C
@@ -47,11 +46,14 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON document")]
 @app.command()
 def run(plan: PlanFile, as_json: Json = False) -> None:
     """Trains a plan's stages and prunes the data between them; a rerun carries on where it was."""
-    from flows import tables
-    from flows.curate import curate
+    from flows.server import some_server
 
     spec = read_plan(str(plan))
-    summary = curate(spec)
+    with some_server():
+        from flows import tables
+        from flows.curate import curate
+
+        summary = curate(spec)
     _show(summary, as_json, lambda: tables.stages(f"{spec.root}/{spec.run}", summary))
 
 
@@ -96,12 +98,16 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Prunes one stage of an existing run, by the plan's policy or by another beside it."""
-    from flows import tables
-    from flows.prune import prune as prune_flow
+    from flows.server import some_server
 
     settings = {"policy": policy, "keep": keep, "at_least": at_least, "by": by, "prefer": prefer}
     given = {name: value for name, value in settings.items() if value is not None}
-    found = prune_flow(run, stage, _policy(given) if given else None)
+    chosen = _policy(given) if given else None
+    with some_server():
+        from flows import tables
+        from flows.prune import prune as prune_flow
+
+        found = prune_flow(run, stage, chosen)
     if found is None:
         raise PlanError(f"stage {stage} of the plan has no `prune`; name one with --policy")
     _show(found, as_json, lambda: tables.pruned(found))
@@ -117,13 +123,16 @@ def audit(
     as_json: Json = False,
 ) -> None:
     """Retrains a stage without a few samples, one at a time, and says how far its scores can be trusted."""
-    from flows import tables
-    from flows.audit import audit as audit_flow
-    from tasks.estimate import audit_cost
+    from flows.server import some_server
 
-    cost = audit_cost(run, stage, removals)
-    print(f"the audit will cost about {cost:.1f} trainings of stage {stage}", file=sys.stderr)
-    found = audit_flow(run, stage, removals)
+    with some_server():
+        from flows import tables
+        from flows.audit import audit as audit_flow
+        from tasks.estimate import audit_cost
+
+        cost = audit_cost(run, stage, removals)
+        print(f"the audit will cost about {cost:.1f} trainings of stage {stage}", file=sys.stderr)
+        found = audit_flow(run, stage, removals)
     _show(found, as_json, lambda: tables.audited([found]))
 
 
@@ -183,13 +192,11 @@ def gc(
     as_json: Json = False,
 ) -> None:
     """Removes what attempts that never committed have left in a run's folder; do so while nothing runs there."""
-    from storage.integrity import stray
+    from storage.integrity import collect, stray
     from tasks.run import Run
 
     root = Run.open(run).folder.root
-    found = stray(root)
-    for name in [] if dry_run else found:
-        root.remove(name)
+    found = stray(root) if dry_run else collect(root)
     verb = "would be removed" if dry_run else "removed"
     _show(found, as_json, lambda: _lines([f"{verb}: {name}" for name in found], "nothing to remove"))
 

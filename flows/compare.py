@@ -10,7 +10,7 @@ from prefect import flow
 from flows.alone import alone
 from flows.stage import appraise, cut
 from flows.workers import Crew, crew
-from tasks.comparison.arms import PLAN, Arm, check_arms
+from tasks.comparison.arms import PLAN, Arm, arm_plan, check_arms
 from tasks.comparison.figures import note_figures
 from tasks.comparison.report import Comparison, report
 from tasks.comparison.runs import comparable, judges, seed_plan, share, start_arm
@@ -43,6 +43,8 @@ def compare(
         raise PlanError(f"{seeds} seeds give no comparison; ask for 1 or more, 5 for intervals worth reading")
     every = check_arms(arms or {})
     spec = comparable(plan, judge)
+    for name, arm in every.items():  # what cannot be is said before anything is trained
+        arm_plan(spec, name, arm, dict.fromkeys(range(len(plan.stages)), 1.0))
     telling = judges(spec, judge)
     chosen = [plan.seed + number for number in range(seeds)]
     urls: list[str] = []

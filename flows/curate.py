@@ -7,7 +7,7 @@ from prefect import flow
 from flows import events
 from flows.alone import alone
 from flows.deployment import of_its_time
-from flows.stage import appraise, cut
+from flows.stage import appraise, cut, tell
 from flows.workers import crew
 from tasks.fit import fit_basis
 from tasks.plan import Plan
@@ -43,5 +43,6 @@ def curate(plan: Plan, dated: bool = False) -> list[StageSummary]:
             appraise(workers, run.url, stage)
             if spec.prune is not None:
                 cut(workers, run.url, stage)
+            tell(workers, run.url, stage)
     events.finished(run.url)
     return summarise(run.url)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from uuid import NAMESPACE_URL, uuid5
 
 from prefect.events import emit_event
-from prefect.settings import get_current_settings
 from pydantic import BaseModel, Field
 
 from flows.alone import whole_url
@@ -14,6 +13,7 @@ from tasks.audit import Fidelity, audited, wanted
 from tasks.prune import DECISIONS
 from tasks.prune import pruned as record_of
 from tasks.run import Run
+from tasks.server import watched
 from tasks.train import SECATEUR
 
 PREFIX = "secateur"
@@ -94,34 +94,34 @@ NAMES: dict[type[RunEvent], str] = {
 
 def trained(run_url: str, stage: int) -> None:
     """Tells that a stage is trained. `prune` waits for it where another trainer did so; `curate` goes on by itself."""
-    run = Run.open(run_url)
+    run = _opened(run_url)
     artefact = run.folder.stage(stage).trained
     own = artefact.manifest.facts["by"] == SECATEUR
-    _tell(run, StageTrained(run=whole_url(run), **artefact.manifest.facts), artefact, "curate" if own else "run")
+    _tell(run, StageTrained(run=run.url, **artefact.manifest.facts), artefact, "curate" if own else "run")
 
 
 def embedded(run_url: str, stage: int) -> None:
     """Tells that a stage has its embeddings."""
-    run = Run.open(run_url)
+    run = _opened(run_url)
     artefact = run.folder.stage(stage).embeddings
-    _tell(run, StageEmbedded(run=whole_url(run), stage=stage, embeddings=artefact.manifest.facts["rows"]), artefact)
+    _tell(run, StageEmbedded(run=run.url, stage=stage, embeddings=artefact.manifest.facts["rows"]), artefact)
 
 
 def indexed(run_url: str, stage: int) -> None:
     """Tells that a stage can be queried."""
-    run = Run.open(run_url)
+    run = _opened(run_url)
     artefact = run.folder.stage(stage).index
     facts = artefact.manifest.facts
-    _tell(run, StageIndexed(run=whole_url(run), stage=stage, kind=facts["kind"], vectors=facts["vectors"]), artefact)
+    _tell(run, StageIndexed(run=run.url, stage=stage, kind=facts["kind"], vectors=facts["vectors"]), artefact)
 
 
 def pruned(run_url: str, stage: int, name: str) -> None:
     """Tells that the next stage's shards are there."""
-    run = Run.open(run_url)
+    run = _opened(run_url)
     artefact = run.folder.stage(stage).prune(name)
     found = record_of(artefact, stage, name)
     told = StagePruned(
-        run=whole_url(run),
+        run=run.url,
         folder=f"{artefact.url(DECISIONS).rpartition('/')[0]}/shards",
         shards=len(found.shards),
         **found.model_dump(exclude={"shards", "trust"}),
@@ -131,20 +131,20 @@ def pruned(run_url: str, stage: int, name: str) -> None:
 
 def finished(run_url: str) -> None:
     """Tells that a run is at its end."""
-    run = Run.open(run_url)
-    _tell(run, RunFinished(run=whole_url(run), stages=len(run.plan.stages)), run.folder.plan)
+    run = _opened(run_url)
+    _tell(run, RunFinished(run=run.url, stages=len(run.plan.stages)), run.folder.plan)
 
 
 def fidelity(run_url: str, stage: int) -> None:
     """Tells that a stage's scores cannot be trusted, where its audit says so."""
-    run = Run.open(run_url)
+    run = _opened(run_url)
     if not wanted(run.plan, stage):
         return
     found, least = audited(run, stage), run.plan.trust.min_fidelity
     measured = found.fidelity[run.plan.estimate]
     if is_low(measured, least):
         told = FidelityLow(
-            run=whole_url(run), stage=stage, target=found.target, estimate=run.plan.estimate, spearman=measured.spearman,
+            run=run.url, stage=stage, target=found.target, estimate=run.plan.estimate, spearman=measured.spearman,
             interval=measured.spearman_interval, least=least or 0.0,
         )  # fmt: skip
         _tell(run, told, run.folder.stage(stage).audit(found.removals))
@@ -155,10 +155,15 @@ def is_low(measured: Fidelity, least: float | None) -> bool:
     return measured.spearman < least if least is not None else measured.spearman_interval[0] <= 0
 
 
+def _opened(run_url: str) -> Run:
+    """The run, at a URL that means the same to whoever listens."""
+    return Run.open(whole_url(Run.open(run_url)))
+
+
 def _tell(run: Run, payload: RunEvent, committed: Artefact, kind: str = "run") -> None:
     """Emits an event about something committed. Whoever runs a flow again tells it again, since the one before may have been
     killed before it could: the event's id is the commit's own, so that a server keeps one and a listener knows it."""
-    if get_current_settings().api.url is None:
+    if not watched():
         return  # no server is configured, so nobody listens
     name = NAMES[type(payload)]
     emit_event(
@@ -170,7 +175,7 @@ def _tell(run: Run, payload: RunEvent, committed: Artefact, kind: str = "run") -
         },
         related=[] if kind == "run" else [_related(run)],
         payload=payload.model_dump(mode="json"),
-        id=uuid5(NAMESPACE_URL, f"{whole_url(run)}/{name}/{committed.manifest.attempt}"),
+        id=uuid5(NAMESPACE_URL, f"{run.url}/{name}/{committed.manifest.attempt}"),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from prefect import flow
 
 from flows.alone import alone
-from flows.stage import appraise, cut
+from flows.stage import appraise, cut, tell
 from flows.workers import crew
 from tasks.plan import Policy
 from tasks.prune import Pruned, unpruned_before
@@ -34,7 +34,12 @@ def prune(run: str, stage: int, policy: Policy | None = None) -> Pruned | None:
         for earlier in unpruned_before(opened, stage):
             appraise(workers, opened.url, earlier)
             cut(workers, opened.url, earlier)
+            tell(workers, opened.url, earlier)
         appraise(workers, opened.url, stage)
         if policy is None and opened.plan.stages[stage].prune is None:
-            return None
-        return cut(workers, opened.url, stage, policy)
+            found = None
+        else:
+            found = cut(workers, opened.url, stage, policy)
+        if policy is None:
+            tell(workers, opened.url, stage)
+        return found

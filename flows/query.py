@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prefect import flow
 
+from flows import artifacts
 from tasks.search import Hit, search
 
 
@@ -24,4 +25,6 @@ def query(
         stage: search one stage only.
         window: search one window of each stage only.
     """
-    return search(run, target, sample, top, harmful, stage, window)
+    hits = search(run, target, sample, top, harmful, stage, window)
+    artifacts.query(run, hits)
+    return hits

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from flows import events
+from flows import artifacts, events
 from flows.workers import Call, Crew
+from tasks.artifacts import Live
 from tasks.audit import Audited, audit, wanted
 from tasks.embed import compose_stage, embed_segment
 from tasks.index import index_stage
@@ -12,6 +13,7 @@ from tasks.profile import profile
 from tasks.prune import Pruned, chosen_policy, decide_stage, name_of, prune_stage, rewrite_shard
 from tasks.removals import removals_left, retrain_without
 from tasks.replay import groups_of, replay
+from tasks.report import report
 from tasks.run import Run
 from tasks.score import score
 from tasks.targets import differentiate_targets
@@ -25,8 +27,9 @@ def appraise(crew: Crew, run_url: str, stage: int) -> None:
     folder = run.folder.stage(stage)
     if not folder.embeddings.committed:
         end_checkpoint(run, stage)
-        segments = range(len(folder.segments()))
-        crew.together([Call(embed_segment, (run_url, stage, n)) for n in segments], f"stage {stage}, embedding")
+        calls = [Call(embed_segment, (run_url, stage, number)) for number in range(len(folder.segments()))]
+        live = Live(run, f"stage-{stage}-embedding", len(calls))
+        crew.together(calls, f"stage {stage}, embedding", live)
     crew.call(compose_stage, run_url, stage)
     events.embedded(run_url, stage)
     judged = [Call(index_stage, (run_url, stage)), Call(differentiate_targets, (run_url, stage))]
@@ -62,6 +65,12 @@ def cut(crew: Crew, run_url: str, stage: int, policy: Policy | None = None) -> P
     found = crew.call(prune_stage, run_url, stage, given)
     events.pruned(run_url, stage, found.name)
     return found
+
+
+def tell(crew: Crew, run_url: str, stage: int) -> None:
+    """Writes the report of a stage that the plan's own policy has pruned, or that no policy prunes, and shows it."""
+    crew.call(report, run_url, stage)
+    artifacts.stage(run_url, stage)
 
 
 def _replays(crew: Crew, run: Run, stage: int) -> list[Call]:

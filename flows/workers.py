@@ -14,6 +14,7 @@ from prefect.task_engine import TaskRunTimeoutError
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 from prefect.utilities.callables import get_call_parameters
 
+from tasks.artifacts import Live
 from tasks.behaviour import is_drawing
 from tasks.errors import PlanError
 from tasks.plan import Workers
@@ -51,8 +52,11 @@ class Crew:
         with self._timed(task):
             return self._limited(task)(*args, **kwargs)
 
-    def together(self, calls: Sequence[Call], label: str) -> None:
+    def together(self, calls: Sequence[Call], label: str, live: Live | None = None) -> None:
         """Runs tasks that do not need one another, side by side where there are workers; their results are artefacts.
+
+        Args:
+            live: shows how many are done.
 
         Raises:
             PlanError: the workers need something that is not installed, or cannot be reached.
@@ -61,12 +65,15 @@ class Crew:
         if self.spec.kind == "threads":
             beside = [call for call in beside if not is_drawing(call.task)]
         futures = [self._submit(call) for call in beside]
-        for call in calls:
-            if call not in beside:
-                self.call(call.task, *call.arguments)
-        for call, future in track(zip(beside, futures, strict=True), label, len(beside)):
+        here = [call for call in calls if call not in beside]
+        for done, call in enumerate(here, 1):
+            self.call(call.task, *call.arguments)
+            _show(live, done)
+        waited = zip(beside, futures, strict=True)
+        for done, (call, future) in enumerate(track(waited, label, len(beside)), len(here) + 1):
             with self._timed(call.task):
                 future.result()
+            _show(live, done)
 
     def _submit(self, call: Call) -> Any:
         if self._runner is None:
@@ -97,6 +104,11 @@ class Crew:
                 child.terminate()
         self._runner.__exit__(None, None, None)
         self._runner = None
+
+
+def _show(live: Live | None, done: int) -> None:
+    if live is not None:
+        live.reach(done)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -19,16 +20,34 @@ from secateur.segment import Segment
 from secateur.tap import Reducer, contributions, tap
 
 
-@dataclass
 class Batch:
-    """One recorded (micro-)batch; set `losses` before the block ends."""
+    """One recorded (micro-)batch.
 
-    samples: Int[Tensor, " batch"]
-    weights: Float[Tensor, " batch"]
-    window: int
-    losses: Float[Tensor, " batch"] | None = None
-    numbers: Float[Tensor, "batch p"] | None = None
-    errors: Float[Tensor, " batch"] | None = None
+    Set `losses`, one a sample, before the backward pass. Where they are still part of its graph, the samples' weights
+    are read off the gradient that reaches them, however the loss was reduced or scaled; else they are those given.
+    """
+
+    def __init__(self, samples: Int[Tensor, " batch"], weights: Float[Tensor, " batch"], window: int) -> None:
+        self.samples, self.weights, self.window = samples, weights, window
+        self.numbers: Float[Tensor, "batch p"] | None = None
+        self.errors: Float[Tensor, " batch"] | None = None
+        self._losses: Tensor | None = None
+
+    @property
+    def losses(self) -> Float[Tensor, " batch"] | None:
+        """The samples' own losses before the step."""
+        return self._losses
+
+    @losses.setter
+    def losses(self, losses: Float[Tensor, " batch"]) -> None:
+        if losses.shape != self.samples.shape:
+            raise SecateurError(f"losses of shape {tuple(losses.shape)} for {len(self.samples)} samples; give one each")
+        if losses.requires_grad:
+            losses.register_hook(self._weigh)
+        self._losses = losses.detach()
+
+    def _weigh(self, gradient: Tensor) -> None:
+        self.weights = gradient.detach().double().cpu()
 
 
 @dataclass
@@ -52,7 +71,7 @@ class Recorder:
 
         with recorder.batch(ids) as batch:
             losses = criterion(model(x), y)          # one a sample
-            batch.losses = losses.detach()
+            batch.losses = losses
             losses.mean().backward()
         optimizer.step()
         ...
@@ -60,7 +79,8 @@ class Recorder:
 
     Several `batch` blocks before one `optimizer.step()` are gradient accumulation. A step without one is passed
     through by the recursion, without curvature. The recorder listens to `optimizer.step()`, so what happens to the
-    gradients in between (clipping by norm, unscaling) is seen, as the scale it applied.
+    gradients in between (clipping by norm, unscaling) is seen, as the scale it applied. A batch whose gradients were
+    cleared without a step (a `GradScaler` that met an overflow) is forgotten.
 
     Args:
         model: its layers are those `bindings` names.
@@ -96,6 +116,11 @@ class Recorder:
         self._first_step, self._steps = 0, _Steps()
         self._handle = optimizer.register_step_pre_hook(self._before_step)
 
+    @property
+    def next_step(self) -> int:
+        """The step that the next `optimizer.step()` will be."""
+        return self._first_step + len(self._steps.strides)
+
     def close(self) -> None:
         """Stops listening to the optimizer."""
         self._handle.remove()
@@ -117,15 +142,17 @@ class Recorder:
             stride: how many steps this one's curvature stands for.
         """
         first = next(iter(self._parameters.values()))
+        if self._pending and all(p.grad is None or not p.grad.any() for p in self._parameters.values()):
+            self._pending, self._pending_fisher = [], []
         if weights is None:
             weights = torch.full((len(samples),), 1.0 / len(samples), dtype=torch.float64)
         batch = Batch(samples, weights, window)
         reducer = Reducer(self.basis, len(samples), first.dtype, first.device)
-        with tap(self._bindings, reducer, reducer.watch):
+        with tap(self._bindings, reducer, reducer.watch, len(samples)):
             yield batch
         batch.numbers = reducer.numbers
         if reducer.errors is not None:
-            batch.errors = reducer.errors / weights.to(reducer.errors)
+            batch.errors = reducer.errors / batch.weights.to(reducer.errors)
         self._pending.append(batch)
         self._stride = stride
 
@@ -141,7 +168,7 @@ class Recorder:
 
     def hessian(self, flattened: Float[Tensor, " entries"]) -> None:
         """Records the Hessian before the coming step, as `secateur.hessian.hessian` gives it."""
-        self._steps.hessian.append((self._first_step + len(self._steps.strides), flattened))
+        self._steps.hessian.append((self.next_step, flattened))
 
     def sensitivity(self, gradient: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
         """`dF/dg` of the coming step at a gradient, in float64: what the step itself adds to each number of theta for a unit
@@ -193,19 +220,34 @@ class Recorder:
         """Counts the next step as `step` of its stage."""
         self._first_step, self._steps = step, _Steps()
 
-    def _before_step(self, *_: object) -> None:
-        """Runs just before the optimizer's own step: the gradients are those it will use."""
+    def _before_step(
+        self, _: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Runs just before the optimizer's own step; where that is given a closure, once the closure has been called."""
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._record()
+            return None
+
+        def recorded() -> Any:
+            loss = closure()
+            self._record()
+            return loss
+
+        return args[:1], {"closure": recorded}
+
+    def _record(self) -> None:
+        """Takes in a step: the gradients are those that the optimizer will use."""
         missing = [name for name, p in self._parameters.items() if p.grad is None]
         if missing:
             raise SecateurError(
-                f"parameter {missing[0]} got no gradient at step {self._first_step + len(self._steps.strides)}; leave it "
+                f"parameter {missing[0]} got no gradient at step {self.next_step}; leave it "
                 f"out of the model, freeze it, or list it under `uncaptured`"
             )
         received = self.basis.project_all({n: p.grad for n, p in self._parameters.items() if p.grad is not None})
         if self._pending:
             total = torch.stack([b.numbers.sum(0) for b in self._pending if b.numbers is not None]).sum(0)
-            step = self._first_step + len(self._steps.strides)
-            self._scale_before = applied_scale(total, received, self.basis, self._tolerance, step)
+            self._scale_before = applied_scale(total, received, self.basis, self._tolerance, self.next_step)
         scale = self._scale_before
         for batch in self._pending:
             unknown = torch.full((len(batch.samples),), float("nan"))

@@ -55,12 +55,14 @@ def greats(steps: Float[Tensor, "candidates p"], target: Float[Tensor, " p"], co
     steps = steps.double()
     scores = -(steps @ target.double())
     pairs = steps @ steps.T
-    gains, picked, order = scores.clone(), torch.zeros_like(scores, dtype=torch.bool), []
+    gains, left, order = torch.empty_like(scores), scores.clone(), []
     for _ in range(count):
-        best = int(gains.masked_fill(picked, -math.inf).argmax())
-        picked[best] = True
+        best = int(left.argmax())
         order.append(best)
-        gains = torch.where(picked, gains, gains - pairs[best])
+        gains[best] = left[best]
+        left -= pairs[best]
+        left[best] = -math.inf
+    gains = torch.where(left.isneginf(), gains, left)
     return Choice(torch.tensor(order, dtype=torch.int64), scores, gains)
 
 

@@ -20,7 +20,9 @@ Sink = Callable[[Binding, Capture], None]
 
 
 @contextmanager
-def tap(bindings: Bindings, sink: Sink, watch: Callable[[Tensor], None] | None = None) -> Iterator[list[GradientEdge]]:
+def tap(
+    bindings: Bindings, sink: Sink, watch: Callable[[Tensor], None] | None = None, batch: int | None = None
+) -> Iterator[list[GradientEdge]]:
     """Within the block, every backward pass through a bound layer calls `sink` with what the layer contributed, and
     before it `watch` with the gradient with respect to the layer's output, the last layer's first.
 
@@ -29,10 +31,17 @@ def tap(bindings: Bindings, sink: Sink, watch: Callable[[Tensor], None] | None =
 
     A layer that is called several times in a forward pass gives several captures. Outside the block the model has no
     hooks, so that a step that isn't recorded costs nothing.
+
+    Args:
+        batch: number of samples. Where it is given, an embedding that is looked up once for all of them (positions, in
+            many language models) is looked up for each, so that the samples can be told apart.
     """
     outputs: list[GradientEdge] = []
     listeners = [(b.module, _listener(b, sink, watch, outputs)) for b in bindings.bindings]
     handles = [module.register_forward_hook(listener, with_kwargs=True) for module, listener in listeners]
+    if batch is not None:
+        tables = [b.module for b in bindings.bindings if isinstance(b.module, nn.Embedding)]
+        handles += [table.register_forward_pre_hook(_spreading(batch)) for table in tables]
     try:
         yield outputs
     finally:
@@ -57,6 +66,15 @@ def _listener(
             outputs.append(get_gradient_edge(output))  # as it is now: an activation may overwrite it in place
 
     return forward_hook
+
+
+def _spreading(batch: int) -> Callable[..., Any]:
+    def pre_hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not args or args[0].dim() < 2 or len(args[0]) != 1:
+            return None
+        return args[0].expand(batch, *args[0].shape[1:]), *args[1:]
+
+    return pre_hook
 
 
 class Reducer:
@@ -98,7 +116,7 @@ def contributions(
     """
     first = bindings.parameters()[0]
     reducer = Reducer(basis, batch, first.dtype, first.device)
-    with tap(bindings, reducer) as outputs:
+    with tap(bindings, reducer, batch=batch) as outputs:
         values = losses()
         torch.autograd.grad(values.sum(), outputs, allow_unused=True)
     return reducer.numbers, values.detach()

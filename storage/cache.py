@@ -12,7 +12,7 @@ import hashlib
 import os
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from storage.errors import StorageError
@@ -75,17 +75,21 @@ class Cache:
             self._evict(0, path)  # others may have fetched at the same time
 
     def _take(self, path: Path, size: int, sha256: str, fetch: Callable[[str], None]) -> None:
-        """Fetches into a draft, and gives it its name once it is what it should be."""
+        """Fetches into a draft, and gives it its name once it is what it should be. A draft is locked while somebody
+        writes it, so that one whose writer was killed is known, and makes room."""
         draft = self.folder / f"draft-{uuid.uuid4().hex}"
-        try:
-            fetch(str(draft))
-            if digest_of(draft) != (size, sha256):
-                raise NotCommitted
-            _whole_before.add(_identity(draft, sha256))
-            os.replace(draft, path)
-        finally:
-            with suppress(FileNotFoundError):
-                os.unlink(draft)
+        with ExitStack() as held:
+            with self._locked(fcntl.LOCK_SH):  # nobody evicts before the draft is locked
+                fcntl.flock(held.enter_context(open(draft, "xb")), fcntl.LOCK_EX)
+            try:
+                fetch(str(draft))
+                if digest_of(draft) != (size, sha256):
+                    raise NotCommitted
+                _whole_before.add(_identity(draft, sha256))
+                os.replace(draft, path)
+            finally:
+                with suppress(FileNotFoundError):
+                    os.unlink(draft)
 
     def _evict(self, wanted: int, spared: Path) -> None:
         """Removes the files unused for longest until `wanted` more bytes fit."""
@@ -98,7 +102,7 @@ class Cache:
         for stat, path in found:
             if excess <= 0:
                 return
-            if path not in (spared, self._lock) and not path.name.startswith("draft-"):
+            if path not in (spared, self._lock) and not _in_use(path):
                 path.unlink(missing_ok=True)
                 excess -= stat.st_size
 
@@ -118,6 +122,18 @@ class Cache:
         with open(self._lock, "ab") as file:
             fcntl.flock(file, kind)
             yield
+
+
+def _in_use(path: Path) -> bool:
+    """Whether a file is a draft that somebody writes."""
+    if not path.name.startswith("draft-"):
+        return False
+    with suppress(FileNotFoundError), open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def check(path: Path, size: int, sha256: str) -> None:

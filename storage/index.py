@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import struct
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import faiss
 import numpy as np
@@ -13,6 +16,9 @@ from storage.manifest import Artefact, Attempt
 # What a plan's `index` stands for; all are scans, so that results are exact after rescoring.
 KINDS = {"flat": "Flat", "fp16": "SQfp16", "sq8": "SQ8"}
 INDEX = "index.faiss"
+# FAISS's own layout: kind, width, vectors, two unused, trained, metric; then of a quantiser its type, how it found its ranges,
+# width, bytes a vector, and how many numbers its ranges are.
+HEADER, QUANTISER = struct.Struct("<4siqqq?i"), struct.Struct("<iifQQQ")
 
 Rows = Callable[[np.ndarray], np.ndarray]
 
@@ -64,9 +70,35 @@ def read_index(artefact: Artefact) -> faiss.Index:
     """
     try:
         with artefact.local(INDEX) as path:
+            _check_layout(path)
             return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
-    except RuntimeError as error:
+    except (RuntimeError, struct.error) as error:
         raise StorageError(f"{artefact.url(INDEX)} is damaged; restore it or run that step again") from error
+
+
+def _check_layout(path: Path) -> None:
+    """Holds what the file declares against its length, for FAISS maps it and reads on beyond the end.
+
+    Raises:
+        RuntimeError, struct.error: it is none of `KINDS`, or of another length.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        kind, width, total, *_ = HEADER.unpack(file.read(HEADER.size))
+        if kind == b"IxSQ":
+            quantiser, _, _, again, per_vector, ranges = QUANTISER.unpack(file.read(QUANTISER.size))
+            per_number = {faiss.ScalarQuantizer.QT_8bit: 1, faiss.ScalarQuantizer.QT_fp16: 2}.get(quantiser)
+            whole = per_number is not None and again == width and per_vector == width * per_number
+            whole = whole and ranges == (2 * width if per_number == 1 else 0)
+            file.seek(4 * ranges, os.SEEK_CUR)
+            unit, each = 1, per_vector
+        else:
+            whole, unit, each = kind == b"IxFI", 4, width
+        (numbers,) = struct.unpack("<Q", file.read(8))
+        if not (
+            whole and width > 0 and total >= 0 and numbers == total * each and size == file.tell() + unit * numbers
+        ):
+            raise RuntimeError("its length is not what its header declares")
 
 
 def search_index(

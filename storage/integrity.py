@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 from storage.errors import StorageError
@@ -58,6 +59,7 @@ def stray(root: Root) -> list[str]:
 
     Files of an artefact whose manifest is damaged count as named, for nobody can tell.
     """
+    found = root.files()  # before the manifests: what is committed meanwhile is named by one of them
     kept: set[str] = set()
     unsure: list[str] = []
     for artefact in artefacts(root):
@@ -67,7 +69,25 @@ def stray(root: Root) -> list[str]:
             kept |= {f"{place}/{artefact.manifest.attempt}/{name}" for name in artefact.manifest.files}
         except StorageError:
             unsure.append(f"{place}/")
-    return [name for name in root.files() if name not in kept and not name.startswith(tuple(unsure))]
+    return [name for name in found if name not in kept and not name.startswith(tuple(unsure))]
+
+
+def collect(root: Root) -> list[str]:
+    """Removes what `stray` finds. An attempt that runs meanwhile loses its files: it ends with an error, or, where it
+    commits at that very moment, its manifest is taken back.
+
+    Returns:
+        What was removed.
+    """
+    found = stray(root)
+    for name in found:
+        root.remove(name)
+    for artefact in artefacts(root) if found else []:
+        place = artefact.root.url.removeprefix(root.url).strip("/")
+        with suppress(StorageError):
+            if any(f"{place}/{artefact.manifest.attempt}/{name}" in found for name in artefact.manifest.files):
+                artefact.root.remove(MANIFEST)
+    return found
 
 
 def _digest(root: Root, name: str) -> tuple[int, str]:

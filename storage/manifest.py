@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from storage.root import Root, explained
 FORMAT = 1
 MANIFEST = "manifest.json"
 LARGE = 1 << 18
+ATTEMPT, SHA256 = re.compile("[0-9a-f]{12}"), re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,20 @@ class Attempt:
         for name, facts in artefact.manifest.files.items():
             self.root.take(artefact.files(), name)
             self.files[name] = facts
+
+    def check(self) -> None:
+        """Looks whether all that was written is there.
+
+        Raises:
+            StorageError: a file is missing or of another size; somebody removed it, or the store lost it.
+        """
+        found = self.root.sizes()
+        for name, written in self.files.items():
+            if found.get(name) != written["size"]:
+                raise StorageError(
+                    f"{self.root.url_of(name)} is gone or cut short before it was committed (does `secateur gc` run at the "
+                    f"same time?); run the same command again"
+                )
 
 
 class Artefact:
@@ -145,10 +161,13 @@ class Artefact:
         return self.files().url_of(self._known(name))
 
     def remove(self) -> None:
-        """Removes an artefact that served its purpose, its manifest first."""
+        """Removes an artefact that served its purpose, its manifest first, and nothing that another attempt is writing."""
+        if not self.committed:
+            return
+        files = self.files()
         self._manifest = None
         self.root.remove(MANIFEST)
-        self.root.delete()
+        files.delete()
 
     @contextmanager
     def attempt(self, kind: str, inputs: dict[str, str]) -> Iterator[Attempt]:
@@ -161,6 +180,7 @@ class Artefact:
         attempt = Attempt(self.root.child(name))
         try:
             yield attempt
+            attempt.check()
             attempt.root.settle(attempt.files)
             manifest = Manifest(kind, name, attempt.files, inputs, attempt.facts)
             text = _sealed(asdict(manifest))
@@ -246,10 +266,12 @@ def _parse(data: bytes, where: str) -> Manifest:
         if values.pop("seal", None) != _seal(values):
             raise ValueError("its content is not what its seal says")
         manifest = Manifest(**values)
-        whole = all(
-            isinstance(n, str) and not n.startswith("/") and ".." not in n.split("/")
-            for n in (*manifest.files, manifest.attempt)
-        ) and all(isinstance(file["size"], int) and isinstance(file["sha256"], str) for file in manifest.files.values())
+        whole = (
+            ATTEMPT.fullmatch(manifest.attempt)
+            and all("\0" not in name and not {"", ".", ".."} & set(name.split("/")) for name in manifest.files)
+            and all(isinstance(f["size"], int) and SHA256.fullmatch(f["sha256"]) for f in manifest.files.values())
+            and isinstance(manifest.inputs, dict) and isinstance(manifest.facts, dict)
+        )  # fmt: skip
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise StorageError(f"{where} is damaged ({error}); remove its folder and run again") from error
     if not whole or manifest.format != FORMAT:

@@ -22,6 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from storage.errors import StorageError, UnavailableError
 from storage.retries import show_retries
+from storage.urls import check_url, redacted
 
 REMEDIES = {
     errno.ENOSPC: "free some space and run the same command again",
@@ -38,9 +39,14 @@ PASSING = {  # s3fs gives a store's own failures as EREMOTEIO, EBUSY, EIO, or wi
 
 
 class Root:
-    """A folder at a local path or a URL (`s3://bucket/prefix`); it need not exist yet."""
+    """A folder at a local path or a URL (`s3://bucket/prefix`); it need not exist yet.
+
+    Raises:
+        StorageError: the URL holds credentials.
+    """
 
     def __init__(self, url: str) -> None:
+        check_url(url)
         self.url = url.rstrip("/") or "/"
         self._path: str = url_to_fs(self.url)[1]
         if not self.is_local:
@@ -122,13 +128,11 @@ class Root:
 
     def files(self) -> list[str]:
         """Every file within, however deep, relative, sorted."""
-        if self.is_local and not os.path.isdir(self._path):
-            return []
-        with explained(self.url, "listed"):
-            self._fs.invalidate_cache()
-            found = cast(list[str], self._fs.find(self._path))
-        within = self._at("")  # a store may list an emptied folder as a file of its own name
-        return sorted(name.removeprefix(within) for name in found if name.startswith(within) and name != within)
+        return sorted(self._found())
+
+    def sizes(self) -> dict[str, int]:
+        """The size of every file within, in bytes."""
+        return {name: int(found["size"]) for name, found in self._found().items()}
 
     def take(self, source: Root, name: str) -> None:
         """Puts a file of another folder of the same disk or store into this one under its name, its bytes unmoved: linked
@@ -152,14 +156,13 @@ class Root:
             self._fs.rm(self._path, recursive=True)
 
     def settle(self, names: Iterable[str]) -> None:
-        """Waits until written files are on the disk itself, to outlive a power cut; a store answers for its own."""
+        """Waits until written files, and the folders that name them, are on the disk itself, to outlive a power cut; a
+        store answers for its own."""
         if self.is_local:
-            with ThreadPoolExecutor(4) as pool:
-                list(pool.map(self._sync, names))
-
-    def _sync(self, name: str) -> None:
-        with explained(self.url_of(name), "written"), open(self._at(name), "rb") as file:
-            os.fsync(file.fileno())
+            paths = [self.path(name) for name in names]
+            with explained(self.url, "written"), ThreadPoolExecutor(4) as pool:
+                list(pool.map(_sync, paths))
+                list(pool.map(_sync_folder, {folder for path in paths for folder in path.parents}))
 
     def path(self, name: str) -> Path:
         """Where a file within is on this machine; only a local folder can say."""
@@ -169,6 +172,15 @@ class Root:
         """Copies a file within to a local path."""
         with explained(self.url_of(name), "read"):
             self._fs.get_file(self._at(name), path)
+
+    def _found(self) -> dict[str, dict[str, Any]]:
+        if self.is_local and not os.path.isdir(self._path):
+            return {}
+        with explained(self.url, "listed"):
+            self._fs.invalidate_cache()
+            found = cast(dict[str, dict[str, Any]], self._fs.find(self._path, detail=True))
+        within = self._at("")  # a store may list an emptied folder as a file of its own name
+        return {n.removeprefix(within): facts for n, facts in found.items() if n.startswith(within) and n != within}
 
     @property
     def _fs(self) -> AbstractFileSystem:
@@ -189,9 +201,25 @@ class Root:
                 file.flush()
                 os.fsync(file.fileno())
             os.link(draft, path)
+            _sync_folder(Path(path).parent)
         finally:
             with suppress(FileNotFoundError):
                 os.unlink(draft)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file or folder is on the disk itself."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_folder(path: Path) -> None:
+    """The same of a folder, which may be another user's, or on a file system that cannot."""
+    with suppress(OSError):
+        _sync(path)
 
 
 @contextmanager
@@ -206,7 +234,9 @@ def explained(what: str, verb: str) -> Iterator[None]:
     except (OSError, BotoCoreError) as error:
         number, reason = getattr(error, "errno", None), getattr(error, "strerror", None) or error
         remedy = REMEDIES.get(number or 0, "check the disk or the connection and run the same command again")
-        raise _kind(error, number)(f"{what} cannot be {verb}: {reason}; {remedy}") from error
+        told = " ".join(redacted(str(reason)).split())
+        cause = error if redacted(str(error)) == str(error) else None  # its text would stand in a traceback
+        raise _kind(error, number)(f"{what} cannot be {verb}: {told}; {remedy}") from cause
 
 
 def _kind(error: BaseException, number: int | None) -> type[StorageError]:

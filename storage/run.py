@@ -26,6 +26,7 @@ class StageFolder:
         self.index = self._artefact("index")
         self.targets = self._artefact("targets")
         self.scores = self._artefact("scores")
+        self.report = self._artefact("report")
         self.profile = self._artefact("profile")
 
     def segment(self, number: int) -> Artefact:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
@@ -16,8 +17,9 @@ from webdataset.tariterators import base_plus_ext
 
 from storage.errors import StorageError
 from storage.root import explained
-from storage.spans import check_span, hash_shard, spans
-from storage.tars import members
+from storage.spans import changed, check_span, hash_shard, spans
+from storage.tars import members, stamp
+from storage.urls import check_url
 
 MEMBERS: dict[str, Any] = {
     "sample": pl.UInt32,
@@ -43,6 +45,7 @@ def expand(shards: str | Sequence[str]) -> list[str]:
     patterns = [shards] if isinstance(shards, str) else list(shards)
     urls = [url for pattern in patterns for url in expand_urls(pattern)]
     for url in urls:
+        check_url(url)
         with explained(f"shard {url}", "looked for"):
             filesystem, path = url_to_fs(url)
             if not filesystem.exists(path):
@@ -64,7 +67,7 @@ def index_shards(urls: Sequence[str], skip: Callable[[str], None] | None = None)
         StorageError: a shard is no tar, is truncated or compressed, or a key is there twice.
     """
     columns: list[list[Any]] = [[] for _ in MEMBERS]
-    sample = -1
+    sample, stamps = -1, [stamp(url) for url in urls]
     for shard, url in enumerate(urls):
         for new, key, *place in _whole(url, skip):
             sample += new
@@ -78,7 +81,10 @@ def index_shards(urls: Sequence[str], skip: Callable[[str], None] | None = None)
         raise StorageError(_repetition(urls, frame, repeated))
     hashes: dict[str, list[bytes]] = {name: [] for name in HASHES}
     for rows in frame.partition_by("shard", maintain_order=True):
-        whole, each = hash_shard(urls[rows["shard"][0]], spans(rows))
+        shard = rows["shard"][0]
+        whole, each = hash_shard(urls[shard], spans(rows))
+        if stamp(urls[shard]) != stamps[shard]:
+            raise changed(urls[shard])
         hashes["sha256"] += each
         hashes["shard_sha256"] += [whole] * len(each)
     return frame.hstack(pl.DataFrame(hashes, schema=HASHES))
@@ -113,11 +119,10 @@ def _grouped(url: str) -> Iterator[tuple[bool, str, str, int, int, int]]:
     last = None
     names: set[str] = set()
     for member in members(url):
+        _check_name(url, member.name)
         key, extension = base_plus_ext(member.name)
         if not key or META.match(member.name):
             continue
-        if not member.name.isascii():
-            _check_utf8(url, member.name)
         name, new = extension.lower(), key != last
         if new:
             last, names = key, set(RESERVED)
@@ -129,11 +134,14 @@ def _grouped(url: str) -> Iterator[tuple[bool, str, str, int, int, int]]:
         yield new, key, name, member.offset, member.offset_data, member.size
 
 
-def _check_utf8(url: str, name: str) -> None:
-    try:
-        name.encode()
-    except UnicodeEncodeError as error:
-        raise StorageError(f"shard {url} has a member whose name is not UTF-8 ({name!a}); rename it") from error
+def _check_name(url: str, name: str) -> None:
+    """Keys are names in reports and tables, and other programs unpack shards: what could mislead them is refused."""
+    if name.startswith("/") or ".." in name.split("/"):
+        raise StorageError(f"shard {url} has a member whose name leads out of it ({name!a}); rename it")
+    if not name.isprintable() and any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name):
+        raise StorageError(
+            f"shard {url} has a member whose name is not UTF-8, or holds control characters ({name!a}); rename it"
+        )
 
 
 class Samples:

@@ -32,6 +32,14 @@ def open_shard(url: str) -> Iterator[IO[bytes]]:
             yield cast(IO[bytes], file)
 
 
+def stamp(url: str) -> str:
+    """What tells one version of a shard from the next: size, time and place of a file, the store's own tag of an object."""
+    with explained(f"shard {url}", "read"):
+        filesystem, path = url_to_fs(url)
+        filesystem.invalidate_cache()
+        return str(filesystem.ukey(path))
+
+
 def members(url: str) -> Iterator[tarfile.TarInfo]:
     """The regular files of a tar. Each has `offset` (of its first header), `offset_data` and `size`.
 

@@ -11,6 +11,7 @@ from secateur.basis import leading
 from secateur.curvature import Curvature, EmpiricalFisher, Fisher, Hessian, NoCurvature
 from secateur.recursion import Dynamics, Transition, carry, compose, identity, walk
 from secateur.segment import Segment
+from storage.integrity import artefacts
 from storage.ledger import read_ledger
 from storage.manifest import Artefact
 from storage.tensors import read_tensors, write_tensors
@@ -64,8 +65,8 @@ def compose_stage(run_url: str, stage: int) -> int:
             if axes is not None:
                 write_tensors(attempt, AXES, {"axes": axes}, {})
             attempt.facts.update(rows=rows, segments=count)
-        for number in range(count):
-            folder.local(number).remove()
+    for local in artefacts(folder.root.child("local")):
+        local.remove()
     return int(folder.embeddings.manifest.facts["rows"])
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
+from secateur.basis import Basis
 from secateur.bindings import Bindings
 from secateur.fitting import EnergyFit, MomentFit, random_kronecker
 from secateur.tap import tap
@@ -23,10 +25,14 @@ def fit_basis(run_url: str) -> int:
     Returns:
         Numbers a contribution is reduced to, p.
     """
-    run = Run.open(run_url)
+    return store_basis(Run.open(run_url))
+
+
+def store_basis(run: Run, weights: dict[str, Tensor] | None = None) -> int:
+    """The same, beginning with other weights than the plan's model is made with."""
     artefact = run.folder.basis
     if not artefact.committed:
-        basis = _fit(run)
+        basis = _fit(run, weights)
         with artefact.attempt("basis", {}) as attempt:
             write_tensors(attempt, "basis.safetensors", basis.tensors(), {"kind": run.plan.numbers.kind})
             attempt.facts["numbers"] = basis.size
@@ -34,9 +40,11 @@ def fit_basis(run_url: str) -> int:
     return int(artefact.manifest.facts["numbers"])
 
 
-def _fit(run: Run):  # type: ignore[no-untyped-def]
+def _fit(run: Run, weights: dict[str, Tensor] | None) -> Basis:
     spec, dtype = run.plan.numbers, getattr(torch, run.plan.dtype)
     loop = Loop(run, 0, stage_samples(run, 0))
+    if weights is not None:
+        loop.model.load_state_dict(weights)
     bindings = run.bindings(loop.model)
     if isinstance(spec, Kronecker):
         if spec.method == "random":

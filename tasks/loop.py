@@ -17,8 +17,7 @@ from tasks.errors import PlanError
 from tasks.optimizer import make_optimizer
 from tasks.order import Order
 from tasks.run import Run, Task
-
-Tensors = dict[str, Tensor]
+from tasks.state import Tensors, state_of, take_state
 
 
 @dataclass(frozen=True)
@@ -126,21 +125,11 @@ class Loop:
 
     def tensors(self) -> Tensors:
         """Weights, buffers and optimizer state, by name."""
-        held = {f"model.{name}": t for name, t in self.model.state_dict().items()}
-        for index, state in self.optimizer.state_dict()["state"].items():
-            held |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in state.items() if v is not None}
-        return {name: t.detach().cpu().clone() for name, t in held.items()}  # tied ones apart
+        return state_of(self.model, self.optimizer)
 
     def restore(self, tensors: Tensors, optimizer: bool = True) -> None:
         """Takes up the state that `tensors()` gave; without `optimizer` its state is reset."""
-        model = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
-        self.model.load_state_dict(model)
-        state: dict[int, Tensors] = {}
-        for name, tensor in tensors.items() if optimizer else ():
-            if name.startswith("optimizer."):
-                _, index, key = name.split(".", 2)
-                state.setdefault(int(index), {})[key] = tensor.clone()  # torch would train on it
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        take_state(tensors, self.model, self.optimizer, optimizer)
 
     def recorder(self) -> Recorder:
         """A recorder of this loop's steps in the run's basis."""

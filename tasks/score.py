@@ -12,9 +12,9 @@ from torch import Tensor
 from secateur.baselines import gradient_norms
 from secateur.pullback import query_at_end
 from secateur.recursion import short_horizon
+from secateur.scoring import alignment, nearest_alignment
 from secateur.segment import Segment
 from storage.frames import read_frame, write_frame
-from storage.index import build_index, search_index
 from tasks.behaviour import task
 from tasks.embed import dynamics_of, in_embeddings, segment_of, spans_of, stage_embeddings, stage_transition
 from tasks.progress import track
@@ -110,17 +110,10 @@ def theta_of(run: Run, embeddings: Tensor) -> Tensor:
 
 
 def aggregate(run: Run, vectors: Tensor, gradients: Tensor) -> np.ndarray:
-    """One score a vector: its product with the target's mean gradient, or its cosines with the nearest and the most
-    opposed of the target's samples (the sum of both means)."""
+    """One score a vector, as the plan's aggregate over a target's samples says."""
     if run.plan.score.aggregate == "mean":
-        return (vectors.double() @ gradients.double().mean(0)).numpy()
-    unit = torch.nn.functional.normalize(vectors.float(), dim=1).numpy()
-    targets = torch.nn.functional.normalize(gradients.float(), dim=1).numpy()
-    index = build_index([targets], "flat", targets.shape[1])
-    k = min(run.plan.score.nearest, len(targets))
-    near = np.array([scores.mean() for scores, _ in search_index(index, unit, k)], dtype=np.float64)
-    opposed = np.array([scores.mean() for scores, _ in search_index(index, -unit, k)], dtype=np.float64)
-    return near - opposed
+        return alignment(vectors, gradients).numpy()
+    return nearest_alignment(vectors, gradients, run.plan.score.temperature).numpy()
 
 
 def _frame(segment: Segment) -> pl.DataFrame:

@@ -32,16 +32,20 @@ def summarise(run_url: str) -> list[StageSummary]:
         folder = run.folder.stage(stage)
         if not (folder.samples.committed and folder.scores.committed):
             break
-        own = folder.prune(OWN)
-        found.append(
-            StageSummary(
-                stage=stage,
-                samples=int(folder.samples.manifest.facts["samples"]),
-                skipped=folder.samples.manifest.facts["skipped"],
-                **selected(folder),
-                targets=folder.targets.manifest.facts,
-                pruned=pruned(own, stage, OWN) if own.committed else None,
-                audited=audited(run, stage) if wanted(run.plan, stage) else None,
-            )
-        )
+        found.append(summary_of(run, stage))
     return found
+
+
+def summary_of(run: Run, stage: int) -> StageSummary:
+    """A stage that has been trained and judged."""
+    folder = run.folder.stage(stage)
+    own = folder.prune(OWN)
+    return StageSummary(
+        stage=stage,
+        samples=int(folder.samples.manifest.facts["samples"]),
+        skipped=folder.samples.manifest.facts["skipped"],
+        **selected(folder),
+        targets=folder.targets.manifest.facts,
+        pruned=pruned(own, stage, OWN) if own.committed else None,
+        audited=audited(run, stage) if wanted(run.plan, stage) else None,
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from jaxtyping import Float, Int
@@ -11,8 +12,10 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from secateur.recorder import Recorder
+from secateur.segment import Segment
 from storage.ledger import read_checkpoint, write_checkpoint, write_ledger
-from storage.manifest import Artefact
+from storage.manifest import Artefact, Attempt
+from tasks.artifacts import Live
 from tasks.behaviour import task
 from tasks.curvature import record_curvature
 from tasks.errors import PlanError
@@ -22,6 +25,7 @@ from tasks.progress import track
 from tasks.run import Run
 from tasks.samples import stage_samples
 from tasks.select import Selector, choices, selected
+from tasks.state import Tensors
 
 SECATEUR = "secateur"
 
@@ -61,6 +65,7 @@ def train(run_url: str, stage: int) -> Trained:
         _begin(run, loop, stage, done)
         recorder = loop.recorder()
         selector = Selector(loop, recorder)
+        live = Live(run, f"stage-{stage}-training", order.steps)
         for number, steps in list(enumerate(bounds))[done:]:
             recorder.start_at(steps.start)
             began = time.monotonic()
@@ -70,18 +75,46 @@ def train(run_url: str, stage: int) -> Trained:
                 recording = recording_of(recorder, order, step)
                 record_curvature(recorder, loop, range(step, steps.stop), (step - steps.start), recording is not None)
                 loop.step(step, recording)
-            with folder.segment(number).attempt("segment", {"basis": run.folder.basis.fingerprint}) as attempt:
-                segment = recorder.take()
-                write_ledger(attempt, segment.tensors(), segment.first_step)
-                write_checkpoint(attempt, loop.tensors())
-                selector.write(attempt)
-                attempt.facts.update(
-                    stage=stage, first_step=steps.start, next_step=steps.stop, seed=run.plan.seed, by=SECATEUR,
-                    seconds=time.monotonic() - began,
-                )  # fmt: skip
+                live.reach(step + 1)
+            noted = partial(_note, selector, began)
+            commit_segment(run, stage, number, recorder.take(), loop.tensors(), SECATEUR, noted)
     counts = selected(folder)
     trained = Trained(stage=stage, samples=len(samples), steps=order.steps, segments=len(bounds), by=SECATEUR, **counts)
     return commit_trained(run, trained)
+
+
+def _note(selector: Selector, began: float, attempt: Attempt) -> None:
+    """What our own loop adds to a segment: what online selection decided, and the seconds it took."""
+    selector.write(attempt)
+    attempt.facts["seconds"] = time.monotonic() - began
+
+
+def commit_segment(
+    run: Run,
+    stage: int,
+    number: int,
+    segment: Segment,
+    state: Tensors,
+    by: str,
+    note: Callable[[Attempt], None] = lambda _: None,
+) -> bool:
+    """Commits a segment's ledger and the checkpoint at its end, together.
+
+    Args:
+        by: whose loop trained it.
+        note: adds to the attempt what else that loop has to tell.
+
+    Returns:
+        Whether this attempt's stands, and not that of another process which was first.
+    """
+    artefact = run.folder.stage(stage).segment(number)
+    with artefact.attempt("segment", {"basis": run.folder.basis.fingerprint}) as attempt:
+        write_ledger(attempt, segment.tensors(), segment.first_step)
+        write_checkpoint(attempt, state)
+        note(attempt)
+        steps = segment.first_step, segment.first_step + segment.length
+        attempt.facts.update(stage=stage, first_step=steps[0], next_step=steps[1], seed=run.plan.seed, by=by)
+    return artefact.manifest.attempt == attempt.root.url.rpartition("/")[2]
 
 
 def segments_by(run: Run, stage: int, trainer: str) -> int:
@@ -119,14 +152,20 @@ def recording_of(
     recorder: Recorder, order: Order, step: int
 ) -> Callable[[Int[Tensor, " b"], Float[Tensor, " b"]], Any] | None:
     """How a step is recorded: in its window, for the curvature only, or not at all."""
-    windows = order.windows()
+    place = place_of(order.windows(), order.stage.stride, step)
+    if place is None:
+        return None
+    window, stride = place
+    return lambda rows, weights: recorder.batch(rows, weights, window=window, stride=stride)
+
+
+def place_of(windows: list[range], stride: int, step: int) -> tuple[int, float] | None:
+    """The window that a step falls in and how many steps it stands for; window -1 where it serves the curvature only, None
+    where it is not recorded."""
     inside = [number for number, window in enumerate(windows) if step in window]
-    stride = order.stage.stride
     if inside:
-        return lambda rows, weights: recorder.batch(rows, weights, window=inside[0])
-    if step % stride == 0:
-        return lambda rows, weights: recorder.batch(rows, weights, window=-1, stride=float(stride))
-    return None
+        return inside[0], 1.0
+    return (-1, float(stride)) if step % stride == 0 else None
 
 
 def start_checkpoint(run: Run, stage: int) -> Artefact:

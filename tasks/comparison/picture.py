@@ -30,7 +30,7 @@ def picture(frame: pl.DataFrame, summary: pl.DataFrame, judge: str, title: str, 
         left, right = (figure.add_subplot(len(names), 2, 2 * number + place) for place in (1, 2))
         rows = own.filter(pl.col("figure") == name)
         values = last.filter(pl.col("figure") == name)
-        start = float(before.filter(pl.col("figure") == name)["value"].mean())
+        start = float(before.filter(pl.col("figure") == name)["value"].to_numpy().mean())
         left.axhline(start, color="0.6", linewidth=0.8, linestyle="--", label="before pruning (mean)")
         _values(left, values, rows, arms)
         left.legend(fontsize=7)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
-from tasks.plan.base import Data, Factory, Strict, Target, TaskSpec
+from tasks.plan.base import Data, Factory, Strict, Target, TaskSpec, without_credentials
 from tasks.plan.bases import Coordinates, Curvature, EmpiricalFisher, Fisher, Hessian, Kronecker, NoCurvature
 from tasks.plan.optimizers import SGD, Adam, AdamW, Optimizer, ParameterGroup, RMSprop, Schedule
 from tasks.plan.scores import Audit, Replay, Score, Trial, Trust, is_effect
@@ -81,19 +81,25 @@ __all__ = [
 class Plan(Strict):
     """A whole run."""
 
-    run: str = Field(pattern=r"^[\w.-]+$", description="the run's name, a folder under `root`")
+    run: str = Field(pattern=r"^\w[\w.-]*$", description="the run's name, a folder under `root`")
     root: str = Field("runs", description="path or URL of the folder that holds runs")
-    seed: NonNegativeInt = 0
-    device: str = "cpu"
-    dtype: Literal["float32", "float64"] = "float32"
+    seed: NonNegativeInt = Field(0, description="of the initial weights, the order of samples and every draw")
+    device: str = Field("cpu", description="torch's name of it: `cpu`, `cuda:0`")
+    dtype: Literal["float32", "float64"] = Field("float32", description="of parameters, contributions and embeddings")
     threads: PositiveInt | None = Field(None, description="torch's CPU threads; all cores if null")
     model: Factory
     task: TaskSpec
     data: Data
-    targets: dict[Annotated[str, Field(pattern=r"^\w+$")], Target] = Field(min_length=1)
-    optimizer: Optimizer
+    targets: dict[Annotated[str, Field(pattern=r"^\w+$")], Target] = Field(
+        min_length=1, description="what the data should be good for: validation sets by name, each with its `shards`"
+    )
+    optimizer: Optimizer = Field(
+        description="`kind` (sgd, adam, adamw or rmsprop), `lr`, and torch's own settings of it"
+    )
     schedule: Schedule = Schedule()
-    stages: list[Stage] = Field(min_length=1)
+    stages: list[Stage] = Field(
+        min_length=1, description="one after the other; each but the first trains on what is kept"
+    )
     segment_steps: PositiveInt = Field(50, description="steps between checkpoints, and a ledger file each")
     basis: Annotated[Kronecker | Coordinates, Field(discriminator="kind")] | None = Field(
         None, description="null for the optimizer's own: kronecker for sgd, coordinates for the others"
@@ -113,10 +119,17 @@ class Plan(Strict):
         description="`last_writer_wins` allows a store that ignores conditional puts, at the risk that of two processes "
         "which run the same stage at once either replaces what the other committed",
     )
-    index: Literal["flat", "fp16", "sq8"] = "flat"
+    index: Literal["flat", "fp16", "sq8"] = Field(
+        "flat", description="how FAISS keeps embeddings: as they are, or smaller"
+    )
     workers: Workers = Field(
         Workers(), description="who does it; a run may be started with some workers and resumed with others"
     )
+
+    @field_validator("root")
+    @classmethod
+    def _without_credentials(cls, url: str) -> str:
+        return without_credentials(url)
 
     @model_validator(mode="after")
     def _consistent(self) -> Plan:

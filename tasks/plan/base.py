@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from storage.urls import check_url
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -39,6 +41,13 @@ class Data(Strict):
         "fail", description="what to do with a shard that is no whole tar: stop, or leave it out and report it"
     )
 
+    @field_validator("shards")
+    @classmethod
+    def _without_credentials(cls, shards: str | list[str]) -> str | list[str]:
+        for url in [shards] if isinstance(shards, str) else shards:
+            without_credentials(url)
+        return shards
+
 
 class Target(Data):
     """A validation set."""
@@ -48,3 +57,13 @@ class Target(Data):
         description="share of its samples, drawn once, that never score but judge: trials, comparisons and the figures that "
         "stages report are theirs; null for half of the target pruned for where `trust.trial` needs it, else none",
     )
+
+
+def without_credentials(url: str) -> str:
+    """A URL that may stand in a plan, which is written into the run as it is.
+
+    Raises:
+        ValueError: it holds credentials.
+    """
+    check_url(url)
+    return url

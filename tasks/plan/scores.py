@@ -22,7 +22,10 @@ class Score(Strict):
         description="`replay` runs training backwards for each target: no basis, no approximate curvature; null for replay "
         "where it can answer (`horizon: stage, aggregate: mean`), and embedding elsewhere",
     )
-    nearest: PositiveInt = Field(10, description="target samples each sample is compared with, for `nearest`")
+    temperature: PositiveFloat = Field(
+        0.1,
+        description="of `nearest`, in cosines: the lower, the fewer of the nearest and the most opposed target samples count",
+    )
 
 
 class Replay(Strict):

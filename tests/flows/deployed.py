@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -17,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import yaml
 
 from tests.servers import KEY, SECRET, PostgreSQL, SeaweedFS, free_ports
 
 ROOMS = ("flows", "tasks", "secateur", "storage", "tests")
-PATIENCE = 240.0
+PATIENCE = 900.0  # of a machine that does much else; all of it takes a minute
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
 
@@ -30,7 +30,7 @@ class Shell:
     """Runs the page in one shell, a part (what stands under a heading) at a time."""
 
     def __init__(self, folder: Path, changes: dict[str, str], environment: dict[str, str]) -> None:
-        self.folder = folder
+        self.folder, self.home = folder, environment["PREFECT_HOME"]
         page = Path("docs/deploy.md").read_text()
         for old, new in changes.items():
             assert old in page, f"docs/deploy.md no longer says {old}"
@@ -50,7 +50,6 @@ class Shell:
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
-                start_new_session=True,
             )
         self.part("")
 
@@ -61,10 +60,13 @@ class Shell:
         wait_for(lambda: self._done(number), seconds, lambda: (self.folder / "page.log").read_text()[-3000:])
 
     def close(self) -> None:
-        """Ends the shell and all that it left in the background."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        """Ends the shell and all that it left in the background: server, worker, flow runs."""
+        self.process.kill()
         self.process.wait()
+        for process in psutil.process_iter(["environ"]):
+            if (process.info["environ"] or {}).get("PREFECT_HOME") == self.home:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
 
     def _done(self, number: int) -> bool:
         done = (self.folder / f"done-{number}").exists()
@@ -77,34 +79,29 @@ class Deployed:
     """A server with its deployments, seen through its API."""
 
     folder: Path
-    shell: Shell
     client: httpx.Client
     environment: dict[str, str]
+    shell: Shell | None = None
 
     def get(self, path: str) -> Any:
-        answer = self.client.get(path)
-        answer.raise_for_status()
-        return answer.json()
+        return self._answer("GET", path, None)
 
-    def post(self, path: str, **body: Any) -> Any:
-        answer = self.client.post(path, json=body)
-        assert answer.is_success, answer.text
-        return answer.json() if answer.content else None
+    def post(self, path: str, /, **body: Any) -> Any:
+        return self._answer("POST", path, body)
 
     def deployment(self, name: str) -> dict[str, Any]:
         """A deployment, by `flow/deployment`."""
         found: dict[str, Any] = self.get(f"/deployments/name/{name}")
         return found
 
-    def copied(self, name: str, **changes: Any) -> dict[str, Any]:
+    def copied(self, name: str, /, **changes: Any) -> dict[str, Any]:
         """A copy of a deployment under another name, or on another pool, or with other schedules."""
         found = self.deployment(name)
         kept = ("flow_id", "entrypoint", "path", "pull_steps", "parameters", "parameter_openapi_schema", "job_variables",
                 "concurrency_options", "work_pool_name")  # fmt: skip
         limit = (found["global_concurrency_limit"] or {}).get("limit")
-        made: dict[str, Any] = self.post(
-            "/deployments/", **{key: found[key] for key in kept}, **{"concurrency_limit": limit, **changes}
-        )
+        body = {key: found[key] for key in kept} | {"concurrency_limit": limit} | changes
+        made: dict[str, Any] = self.post("/deployments/", **body)
         return made
 
     def start(self, deployment: dict[str, Any], **parameters: Any) -> str:
@@ -147,8 +144,7 @@ class Deployed:
             "payload": {"run": str(run), "stage": stage},
             "id": str(uuid.uuid4()),
         }
-        answer = self.client.post("/events", json=[event])
-        assert answer.is_success, answer.text
+        self._answer("POST", "/events", [event])
 
     def events(self, *names: str, resource: str | None = None) -> list[dict[str, Any]]:
         """Events the server has kept, in the order in which they occurred."""
@@ -157,6 +153,18 @@ class Deployed:
             narrowed["resource"] = {"id": [resource]}
         found = self.post("/events/filter", filter=narrowed | {"order": "ASC"}, limit=50)["events"]
         return list(found)
+
+    def _answer(self, method: str, path: str, body: Any) -> Any:
+        """What the server answers; like Prefect's own client it asks again while the database is too busy."""
+        answers: list[httpx.Response] = []
+
+        def answered() -> bool:
+            answers.append(self.client.request(method, path, json=body))
+            return answers[-1].status_code != httpx.codes.SERVICE_UNAVAILABLE
+
+        wait_for(answered, PATIENCE, lambda: answers[-1].text)
+        assert answers[-1].is_success, answers[-1].text
+        return answers[-1].json() if answers[-1].content else None
 
 
 def wait_for(holds: Callable[[], bool], seconds: float, told: Callable[[], str]) -> None:
@@ -188,7 +196,7 @@ def environment(folder: Path, port: int) -> dict[str, str]:
     return clean | {
         "PREFECT_HOME": str(folder / "home"),
         "PREFECT_SERVER_API_PORT": str(port),
-        "PYTHONPATH": str(folder),
+        "PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
 
@@ -206,4 +214,4 @@ def deploy(folder: Path, database: PostgreSQL, store: SeaweedFS) -> Deployed:
     settings = environment(folder, port)
     settings["PATH"] = f"{database.programs}:{settings['PATH']}"
     shell = Shell(folder, changes, settings)
-    return Deployed(folder, shell, httpx.Client(base_url=f"http://127.0.0.1:{port}/api", timeout=30), settings)
+    return Deployed(folder, httpx.Client(base_url=f"http://127.0.0.1:{port}/api", timeout=30), settings, shell)

@@ -21,7 +21,7 @@ from tasks.fit import fit_basis
 from tasks.run import Run
 from tasks.samples import list_samples
 from tasks.train import train
-from tests.flows.deployed import Deployed, deploy, wait_for
+from tests.flows.deployed import PATIENCE, Deployed, deploy, wait_for
 from tests.servers import PostgreSQL, SeaweedFS
 from tests.tasks.small import make_data, small_plan, values
 
@@ -63,12 +63,14 @@ def doomed(project: Deployed) -> dict[str, Any]:
     )
     with worker(project, "doomed") as process:
         wait_for(
-            lambda: bool(project.post("/work_pools/filter", work_pools={"name": {"any_": ["doomed"]}})), 60, lambda: ""
+            lambda: bool(project.post("/work_pools/filter", work_pools={"name": {"any_": ["doomed"]}})),
+            PATIENCE,
+            lambda: "",
         )
         deployment = project.copied("curate/nightly", name="doomed", work_pool_name="doomed", parameters={"plan": plan})
         identity = project.start(deployment)
         ledger = project.folder / "doomed/runs/doomed/stages/00/ledger/seg-00001/manifest.json"
-        wait_for(ledger.exists, 240, lambda: project.logs(identity))
+        wait_for(ledger.exists, PATIENCE, lambda: project.logs(identity))
         for victim in (process, *psutil.Process(process.pid).children(recursive=True)):
             victim.send_signal(signal.SIGKILL)
     stage = RunFolder(f"{project.folder}/doomed/runs/doomed").stage(0)
@@ -97,7 +99,7 @@ def test_the_first_runs_end_well_and_are_told(project: Deployed) -> None:
     folder = project.folder / "runs/images"
     names = ["trained", "embedded", "indexed", "pruned", "trained", "embedded", "indexed"]
     expected = [f"secateur.stage.{name}" for name in names] + ["secateur.run.finished"]
-    wait_for(lambda: len(project.events()) >= len(expected), 30, lambda: str(project.events()))
+    wait_for(lambda: len(project.events()) >= len(expected), PATIENCE, lambda: str(project.events()))
     told = project.events()
     assert [event["event"] for event in told] == expected
     models = {name: model for model, name in NAMES.items()}
@@ -122,7 +124,7 @@ def test_a_schedule_fires(project: Deployed, doomed: dict[str, Any]) -> None:
         "curate/nightly", name="soon", schedules=[{"schedule": daily, "active": True}],
         parameters={"plan": values(project.folder / "daily"), "dated": True},
     )  # fmt: skip
-    wait_for(lambda: bool(project.flow_runs(copy)), 60, lambda: "nothing was scheduled")
+    wait_for(lambda: bool(project.flow_runs(copy)), PATIENCE, lambda: "nothing was scheduled")
     first = min(project.flow_runs(copy), key=lambda run: run["expected_start_time"])
     assert first["auto_scheduled"]
     assert project.state(first["id"])["type"] == "COMPLETED"
@@ -137,7 +139,7 @@ def test_events_that_come_twice_early_and_late(project: Deployed) -> None:
     deployment = project.deployment("prune/on-stage-trained")
     for stage in (1, 0, 0):
         project.emit(stage, Path(run.url))
-    wait_for(lambda: len(project.flow_runs(deployment)) == 3, 60, lambda: "an event was not answered")
+    wait_for(lambda: len(project.flow_runs(deployment)) == 3, PATIENCE, lambda: "an event was not answered")
     ends = {one["id"]: project.state(one["id"]) for one in project.flow_runs(deployment)}
     for one in project.flow_runs(deployment):
         assert ends[one["id"]]["type"] == ("FAILED" if one["parameters"]["stage"] else "COMPLETED")
@@ -152,7 +154,7 @@ def test_events_that_come_twice_early_and_late(project: Deployed) -> None:
     shards = {name: pruned.manifest.files[name] for name in pruned.names()}
     pruned.remove()  # as if stage 0's event had been lost
     project.emit(1, Path(run.url))
-    wait_for(lambda: len(project.flow_runs(deployment)) == 4, 60, lambda: "an event was not answered")
+    wait_for(lambda: len(project.flow_runs(deployment)) == 4, PATIENCE, lambda: "an event was not answered")
     last = project.flow_runs(deployment)[-1]
     assert project.state(last["id"])["type"] == "COMPLETED"
     again = Run.open(run.url).folder
@@ -180,7 +182,7 @@ def test_the_rest_of_the_page(project: Deployed) -> None:
     _, own, _, real = project.shell.titles
     before = {run["id"] for run in project.flow_runs(project.deployment("prune/on-stage-trained"))}
     project.shell.part(own)
-    wait_for(lambda: bool(new_runs(project, before)), 60, lambda: "the event was not answered")
+    wait_for(lambda: bool(new_runs(project, before)), PATIENCE, lambda: "the event was not answered")
     assert project.state(*new_runs(project, before))["type"] == "COMPLETED"
     project.shell.part("What stands in the way of two runs at once")
     project.shell.part(real)
@@ -209,4 +211,4 @@ def worker(project: Deployed, pool: str) -> Iterator[subprocess.Popen[bytes]]:
         yield process
     finally:
         process.terminate()
-        process.wait(60)
+        process.wait(PATIENCE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import subprocess
@@ -108,3 +109,17 @@ def test_an_artefact_that_changed_is_refused_when_read(base: str) -> None:
         artefact.read("a")
     with pytest.raises(StorageError, match=r"/a is damaged; restore it"), artefact.local("a"):
         pass
+
+
+def test_drafts_whose_writer_was_killed_make_room_and_those_being_written_stay(small: Path) -> None:
+    """A draft that is left would count against the limit for ever."""
+    script = "import os, fcntl, sys; f = open(sys.argv[1], 'wb'); fcntl.flock(f, fcntl.LOCK_EX); f.write(bytes(1000)); f.flush(); os.kill(os.getpid(), 9)"
+    small.mkdir()
+    subprocess.run([sys.executable, "-c", script, str(small / "draft-left")], check=False)
+    with open(small / "draft-written", "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(bytes(500))
+        file.flush()
+        assert hold(b"a" * 2000, []) == b"a" * 2000
+        assert not (small / "draft-left").exists()
+        assert (small / "draft-written").exists()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pytest
 
@@ -62,3 +65,38 @@ def test_a_truncated_index_is_one_sentence(tmp_path: Path, size: int) -> None:
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(StorageError, match=r"index\.faiss is damaged"):
         read_index(artefact)
+
+
+FORGED = """
+import sys
+from storage.errors import StorageError
+from storage.index import read_index
+from storage.manifest import Artefact
+from storage.root import Root
+for place in sys.argv[1:]:
+    try:
+        index = read_index(Artefact(Root(place)))
+        index.search(__import__("numpy").zeros((1, index.d), "float32"), 3)
+        print("read")
+    except StorageError:
+        print("refused")
+"""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_index_whose_length_is_not_what_it_declares_never_reaches_faiss(tmp_path: Path, kind: str) -> None:
+    """FAISS maps the file and reads on beyond its end: a short header ended the process. Here the manifests agree with the
+    files, as those of somebody who forges both."""
+    whole = faiss.serialize_index(build_index([VECTORS[:9]], kind, 24)).tobytes()
+    forged = [whole[:n] for n in (0, 4, 29, 45, 60, len(whole) - 1)] + [whole + b"x"]
+    forged += [whole[:at] + b"\xff\xff\xff\x7f" + whole[at + 4 :] for at in (0, 4, 8, 12, 37, 41, 49, 57, 65)]
+    places = []
+    for number, data in enumerate([whole, *forged]):
+        places.append(str(tmp_path / str(number)))
+        with Artefact(Root(places[-1])).attempt("index", {}) as attempt:
+            attempt.write("index.faiss", data)
+    done = subprocess.run([sys.executable, "-c", FORGED, *places], capture_output=True, text=True, check=True)
+    found = done.stdout.split()
+    assert len(found) == len(places)
+    assert found[0] == "read"
+    assert found[1:11] == ["refused"] * 10  # the lengths, and the header's first fields; further on they are numbers

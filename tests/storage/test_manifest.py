@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,18 +16,18 @@ from storage.errors import StorageError
 from storage.manifest import Artefact
 from storage.root import Root
 
-TURNS = 100
-RACER = f"""
-import sys, pathlib
+WHOLE = {"size": 1, "sha256": "0" * 64}
+RACER = """
+import pathlib, sys, time
 from storage.manifest import Artefact
 from storage.root import Root
-base, name, meeting = sys.argv[1:]
-for number in range({TURNS}):
-    (pathlib.Path(meeting) / f"{{number}}-{{name}}").write_text("")
-    while len(list(pathlib.Path(meeting).glob(f"{{number}}-*"))) < 2:
-        pass
-    artefact = Artefact(Root(f"{{base}}/a{{number}}"))
-    with artefact.attempt("race", {{}}) as attempt:
+base, name, meeting, turns = sys.argv[1:]
+for number in range(int(turns)):
+    (pathlib.Path(meeting) / f"{number}-{name}").write_text("")
+    while len(list(pathlib.Path(meeting).glob(f"{number}-*"))) < 2:
+        time.sleep(0.0005)
+    artefact = Artefact(Root(f"{base}/a{number}"))
+    with artefact.attempt("race", {}) as attempt:
         attempt.write("who", name.encode() * 2000)
     print(artefact.read("who")[:1].decode(), end="")
 """
@@ -73,18 +74,27 @@ def test_the_later_attempt_yields_and_cleans_up(tmp_path: Path) -> None:
     assert len(late.root.files()) == 2  # the first attempt's file and the manifest
 
 
-def test_of_two_processes_exactly_one_wins_each_time(base: str, tmp_path: Path) -> None:
-    meeting = tmp_path / "meeting"
+@pytest.mark.parametrize("turns", [8, pytest.param(100, marks=pytest.mark.slow)])
+def test_of_two_processes_exactly_one_wins_each_time(base: str, tmp_path: Path, turns: int) -> None:
+    seen = race(base, tmp_path, turns)
+    assert seen[0] == seen[1]
+    assert len(seen[0]) == turns
+    assert all(len(Root(f"{base}/a{n}").files()) == 2 for n in range(turns))
+
+
+def race(base: str, folder: Path, turns: int) -> list[str]:
+    """What two processes that commit the same artefacts at the same moments read back: the winner's name, each time."""
+    meeting = folder / "meeting"
     meeting.mkdir()
     racers = [
-        subprocess.Popen([sys.executable, "-c", RACER, base, name, str(meeting)], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", RACER, base, name, str(meeting), str(turns)], stdout=subprocess.PIPE, text=True
+        )
         for name in "xy"
     ]
     seen = [racer.communicate()[0] for racer in racers]
     assert [racer.returncode for racer in racers] == [0, 0]
-    assert seen[0] == seen[1]
-    assert len(seen[0]) == TURNS
-    assert all(len(Root(f"{base}/a{n}").files()) == 2 for n in range(TURNS))
+    return seen
 
 
 def test_fingerprints_follow_content_not_attempts(tmp_path: Path) -> None:
@@ -118,8 +128,13 @@ def test_manifests_are_readable(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [{"files": {"../../a": {}}}, {"attempt": "/etc"}, {"format": 9}, {"files": {"a": {}}}]
-)
+    "values",
+    [
+        {"files": {"../../a": {}}}, {"files": {"a\0": WHOLE}}, {"files": {"a//b": WHOLE}}, {"files": {"a": {}}},
+        {"files": {"a": WHOLE | {"sha256": "../../a"}}}, {"attempt": "/etc"}, {"attempt": ".."}, {"attempt": 5},
+        {"format": 9}, {"facts": []},
+    ],
+)  # fmt: skip
 def test_a_manifest_that_is_sealed_but_not_ours_is_one_sentence(tmp_path: Path, values: dict[str, Any]) -> None:
     """Whoever can write manifests can seal them: what they name is still held within the folder."""
     commit(tmp_path, a=b"x")
@@ -130,3 +145,50 @@ def test_a_manifest_that_is_sealed_but_not_ours_is_one_sentence(tmp_path: Path, 
     manifest.write_text(json.dumps(sealed))
     with pytest.raises(StorageError, match=r"manifest\.json"):
         Artefact(Root(str(tmp_path))).read("a")
+
+
+def test_removing_an_artefact_spares_what_another_attempt_is_writing(base: str) -> None:
+    """The other would commit a manifest whose files are gone."""
+    artefact = Artefact(Root(f"{base}/a"))
+    with artefact.attempt("test", {}) as first:
+        first.write("a", b"first")
+    removed = Artefact(artefact.root)
+    assert removed.committed
+    late = Artefact(artefact.root)
+    with late.attempt("test", {}) as attempt:
+        attempt.write("a", b"late")
+        removed.remove()
+        removed.remove()  # twice is once
+        assert not Artefact(artefact.root).committed
+    assert Artefact(artefact.root).read("a") == b"late"
+    assert len(artefact.root.files()) == 2
+
+
+def test_a_file_that_the_store_cut_short_is_not_committed(base: str) -> None:
+    artefact = Artefact(Root(f"{base}/a"))
+    with pytest.raises(StorageError, match=r"b is gone or cut short"), artefact.attempt("test", {}) as attempt:  # noqa: PT012
+        attempt.write("a", b"one")
+        attempt.write("b", b"two")
+        with attempt.root.open("b", "wb") as file:
+            file.write(b"tw")
+    assert artefact.root.files() == []
+
+
+def test_files_and_the_folders_that_name_them_are_on_the_disk_before_and_after_the_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut may otherwise take the names of files from a folder whose manifest promises them."""
+    synced: list[tuple[str, bool]] = []
+    sync = os.fsync
+
+    def noted(handle: int) -> None:
+        sync(handle)
+        place = os.readlink(f"/proc/self/fd/{handle}").removeprefix(str(tmp_path)).lstrip("/")
+        synced.append((place, (tmp_path / "run/a/manifest.json").exists()))
+
+    monkeypatch.setattr(os, "fsync", noted)
+    artefact = commit(tmp_path / "run/a", **{"deep/b": b"x"})
+    attempt = artefact.manifest.attempt
+    before = {place for place, committed in synced if not committed}
+    assert {f"run/a/{attempt}/deep/b", f"run/a/{attempt}/deep", f"run/a/{attempt}", "run/a", "run", ""} <= before
+    assert [place for place, committed in synced if committed] == ["run/a"]

@@ -1,0 +1,155 @@
+"""Submits queries and prunes to one Prefect server, all at once, and says how each ended and how long it took.
+
+    python -m benchmarks.load [--queries 40] [--prunes 5] [--limit 4]
+
+The image example, shortened, is run first. Then every query and prune is a flow run of the deployments in prefect.yaml, on one
+worker that runs `--limit` of them at a time; the prunes, each by another policy, are about the same run and wait for one
+another. A flow run's time is from when its process began until it ended; its wait is from the submission until then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import httpx
+
+from storage.run import RunFolder
+from tests.flows.deployed import ENDED, Deployed, environment, make_project, wait_for
+from tests.servers import free_ports
+
+POLICIES: list[dict[str, Any]] = [
+    {"policy": "top", "keep": 0.6},
+    {"policy": "balanced", "keep": 0.6, "by": "cls"},
+    {"policy": "random", "keep": 0.6},
+    {"policy": "loss", "keep": 0.6},
+    {"policy": "drop_harmful"},
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--queries", type=int, default=40)
+    parser.add_argument("--prunes", type=int, default=len(POLICIES), choices=range(len(POLICIES) + 1))
+    parser.add_argument("--limit", type=int, default=4, help="flow runs at a time")
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="load-"))
+    try:
+        with deployed(folder, options.limit) as project:
+            submitted = submit(project, folder, options.queries, options.prunes)
+            begun = time.monotonic()
+            wait_for(lambda: all(ended(project, submitted)), 3600, lambda: str(ended(project, submitted)))
+            seconds = time.monotonic() - begun
+            found = {kind: [project.flow_run(one) for one in ones] for kind, ones in submitted.items()}
+            for kind, runs in found.items():
+                report(kind, runs)
+            print(f"all {sum(map(len, found.values()))} in {seconds:.0f} s, {options.limit} at a time")
+            stage = RunFolder(f"{folder}/runs/images").stage(0)
+            kept = [len(names(stage.root.files(), policy)) for policy in POLICIES[: options.prunes]]
+            print(f"prunes committed: {sum(count == 1 for count in kept)} of {options.prunes}, each once")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def submit(project: Deployed, folder: Path, queries: int, prunes: int) -> dict[str, list[str]]:
+    """Every flow run, one after the other, as fast as the server takes them; their ids."""
+    query, prune = (project.deployment(name) for name in ("query/on-demand", "prune/on-stage-trained"))
+    run = f"{folder}/runs/images"
+    asked = [
+        {"run": run, "target": ("clean", "test")[n % 2], "harmful": n % 4 > 1, "top": 5 + n} for n in range(queries)
+    ]
+    pruned = [{"run": run, "stage": 0, "policy": policy} for policy in POLICIES[:prunes]]
+    return {
+        "prune": [project.start(prune, **parameters) for parameters in pruned],
+        "query": [project.start(query, **parameters) for parameters in asked],
+    }
+
+
+def ended(project: Deployed, submitted: dict[str, list[str]]) -> list[bool]:
+    """Which flow runs have ended."""
+    wanted = [one for ones in submitted.values() for one in ones]
+    found = project.post("/flow_runs/filter", flow_runs={"id": {"any_": wanted}}, limit=200)
+    return [run["state"]["type"] in ENDED for run in found]
+
+
+def report(kind: str, runs: list[dict[str, Any]]) -> None:
+    """States, and least, median and greatest times of one kind of flow run."""
+    if not runs:
+        return
+    states = Counter(run["state"]["name"] for run in runs)
+    print(f"{kind}: {', '.join(f'{count} {state}' for state, count in states.items())}")
+    measures: dict[str, Callable[[dict[str, Any]], float]] = {
+        "time": lambda run: seconds_between(run["start_time"], run["end_time"]),
+        "wait": lambda run: seconds_between(run["created"], run["start_time"]),
+        "both": lambda run: seconds_between(run["created"], run["end_time"]),
+    }
+    for name, measure in measures.items():
+        taken = [measure(run) for run in runs]
+        print(f"  {name}: median {median(taken):.1f} s ({min(taken):.1f} to {max(taken):.1f})")
+
+
+def seconds_between(start: str, end: str) -> float:
+    return (datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds()
+
+
+def names(files: list[str], policy: dict[str, Any]) -> list[str]:
+    """The manifests of a policy's prunings."""
+    folder = "-".join(str(value) for value in policy.values())
+    return [name for name in files if name == f"prune/{folder}/manifest.json"]
+
+
+@contextmanager
+def deployed(folder: Path, limit: int) -> Iterator[Deployed]:
+    """A server, the three deployments and a worker, and a finished run to ask."""
+    make_project(folder)
+    (port,) = free_ports(1)
+    settings = environment(folder, port) | {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+    python = [sys.executable, "-m"]
+
+    def command(*words: str, **more: str) -> None:
+        subprocess.run([*python, *words], cwd=folder, env=settings | more, check=True, stdout=subprocess.DEVNULL)
+
+    command("examples.images.make_shards")
+    command("flows.cli", "run", "examples/images/plan.yaml")
+    settings["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
+    running: list[subprocess.Popen[bytes]] = []
+
+    def begin(*words: str) -> None:
+        with open(folder / "prefect.log", "ab") as log:
+            running.append(subprocess.Popen([*python, *words], cwd=folder, env=settings, stdout=log, stderr=log))
+
+    client = httpx.Client(base_url=settings["PREFECT_API_URL"], timeout=60)
+    try:
+        begin("prefect", "server", "start")
+        wait_for(lambda: healthy(client), 120, lambda: (folder / "prefect.log").read_text()[-2000:])
+        command("prefect", "work-pool", "create", "secateur", "--type", "process")
+        command("prefect", "--no-prompt", "deploy", "--all")
+        begin("prefect", "worker", "start", "--pool", "secateur", "--limit", str(limit))
+        yield Deployed(folder, client, settings)
+    finally:
+        client.close()
+        for process in reversed(running):
+            process.terminate()
+            process.wait(60)
+
+
+def healthy(client: httpx.Client) -> bool:
+    try:
+        return client.get("/health").is_success
+    except httpx.TransportError:
+        return False
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,8 @@
+"""Room `flows.trainers`: training a plan's stages elsewhere: a loop of your own, Hugging Face's `Trainer`, Lightning's."""
+
+from __future__ import annotations
+
+from flows.trainers.recording import Recording
+from tasks.waiting import wait_for_shards
+
+__all__ = ["Recording", "wait_for_shards"]

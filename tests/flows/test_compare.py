@@ -1,0 +1,190 @@
+"""A comparison as a user runs it: what arms share, what they keep, who judges, and how it goes on."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import torch
+
+from flows import tables
+from flows.compare import compare
+from flows.workers import Crew
+from storage.frames import read_frame
+from storage.integrity import artefacts
+from storage.ledger import read_checkpoint
+from storage.run import ComparisonFolder
+from tasks.comparison.report import Comparison
+from tasks.errors import PlanError
+from tasks.loop import Loop, evaluating
+from tasks.plan import Plan
+from tasks.run import Run
+from tasks.samples import stage_samples, target_samples
+from tasks.targets import judging_rows
+from tests.flows.test_cli import secateur, sentence, write_plan
+from tests.tasks.small import make_data, small_plan
+
+ARMS = ("plan", "random", "unpruned", "el2n", "mean")
+FURTHER = {"el2n": {"policy": "el2n"}, "mean": {"aggregate": "mean"}}
+STAGES = [
+    {"steps": 12, "batch_size": 20, "prune": {"policy": "threshold", "at_least": 0.0}},
+    {"epochs": 2, "batch_size": 20},
+]
+
+
+class Here(Crew):
+    """Does every task in this process, as a plain function."""
+
+    def call(self, task: Any, *args: Any) -> Any:  # type: ignore[override]
+        return task.fn(*args)
+
+    def together(self, calls: Any, label: str) -> None:
+        for call in calls:
+            self.call(call.task, *call.arguments)
+
+
+def compared(plan: Plan) -> Comparison:
+    """What the flow does, without Prefect."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flows.compare.crew", lambda spec: nullcontext(Here(spec)))
+        return compare.fn(plan, 2, FURTHER)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("compare")
+    make_data(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def plan(folder: Path) -> Plan:
+    return small_plan(folder, stages=STAGES)
+
+
+@pytest.fixture(scope="module")
+def found(plan: Plan) -> Comparison:
+    return compared(plan)
+
+
+def run_of(folder: Path, seed: int, arm: str) -> Run:
+    return Run.open(ComparisonFolder(f"{folder}/runs", "small").seed(seed).child(arm).url)
+
+
+def test_arms_share_the_first_stage_byte_for_byte(found: Comparison, folder: Path) -> None:
+    for seed in (0, 1):
+        own = run_of(folder, seed, "plan")
+        first = {
+            a.root.url.removeprefix(own.url): a for a in artefacts(own.folder.root) if "/stages/01" not in a.root.url
+        }
+        shared = {place: a for place, a in first.items() if place not in ("/plan", "/figures", "/stages/00/prune/plan")}
+        assert {"/basis", "/stages/00/trained", "/stages/00/ledger/seg-00001", "/stages/00/targets"} <= set(shared)
+        for arm in ARMS[1:]:
+            run = run_of(folder, seed, arm)
+            theirs = {a.root.url.removeprefix(run.url): a for a in artefacts(run.folder.root)}
+            for place, artefact in shared.items():
+                if (arm, place) == ("mean", "/stages/00/scores"):
+                    assert theirs[place].fingerprint != artefact.fingerprint
+                    continue
+                assert theirs[place].fingerprint == artefact.fingerprint
+                for name in artefact.names():  # not trained again, nor copied: the same file
+                    assert Path(theirs[place].url(name)).samefile(artefact.url(name))
+    assert (
+        run_of(folder, 0, "plan").folder.stage(0).segment(0).fingerprint
+        != run_of(folder, 1, "plan").folder.stage(0).segment(0).fingerprint
+    )
+
+
+def test_controls_keep_as_many_as_the_plan(found: Comparison, folder: Path) -> None:
+    for seed in (0, 1):
+        kept = {arm: len(stage_samples(run_of(folder, seed, arm), 1)) for arm in ARMS}
+        assert kept["plan"] == kept["random"] == kept["el2n"]
+        assert kept["unpruned"] == 140 > kept["plan"]
+
+
+def test_the_judge_is_the_half_that_does_not_score(found: Comparison, folder: Path) -> None:
+    """Its loss from the last checkpoint of an arm, by hand."""
+    frame = pl.read_parquet(next(file for file in found.files if file.endswith("figures.parquet")))
+    assert frame["judges"].all()
+    for arm in ARMS:
+        run = run_of(folder, 1, arm)
+        loop, samples = Loop(run, 1, stage_samples(run, 1)), target_samples(run, "clean")
+        rows = judging_rows(run.plan, "clean", len(samples))
+        assert len(rows) == 12
+        loop.restore(read_checkpoint(run.folder.stage(1).segments()[-1]))
+        with evaluating(loop.model), torch.no_grad():
+            losses = loop.task.losses(loop.model, loop.batch(rows, samples))
+        row = frame.filter(arm=arm, seed=1, stage=1, figure="loss").row(0, named=True)
+        assert row["value"] == pytest.approx(float(losses.mean()), rel=1e-5)
+        assert row["steps"] == 2 * -(-row["samples"] // 20)
+
+
+def test_the_answer(found: Comparison) -> None:
+    arms = {arm.arm: arm for arm in found.arms}
+    assert tuple(arms) == ARMS
+    assert found.judge == "clean"
+    assert arms["unpruned"].steps == 12 + 14 > arms["plan"].steps
+    assert any("different numbers of steps" in note for note in found.notes)
+    assert arms["random"].train_seconds > 0
+    assert set(arms["plan"].differences["accuracy"]) == {"unpruned", "random"}
+    assert list(found.before) == ["loss", "accuracy"]
+    assert "the plan's loss on clean less that without pruning" in found.verdict
+    assert [Path(file).suffix for file in found.files] == [".png", ".parquet", ".parquet"]
+    assert all(Path(file).exists() for file in found.files)
+
+
+def test_it_goes_on_where_it_was(
+    found: Comparison, plan: Plan, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An arm whose last stage was interrupted: its last segment alone is trained again, to the same figures."""
+    run = run_of(folder, 1, "random")
+    before = read_frame(run.folder.figures, "figures.parquet")
+    run.folder.figures.remove()
+    for artefact in (run.folder.stage(1).trained, run.folder.stage(1).targets, run.folder.stage(1).segments()[-1]):
+        artefact.remove()
+    whole, taken = Loop.step, []
+
+    def counted(loop: Loop, step: int, *recording: Any) -> Any:
+        taken.append((loop.run.plan.run, loop.order.number, step))
+        return whole(loop, step, *recording)
+
+    monkeypatch.setattr(Loop, "step", counted)
+    again = compared(plan)
+    last = before.filter(stage=1)["steps"][0]
+    assert taken == [("random", 1, step) for step in range((last - 1) // 6 * 6, last)]
+    after = read_frame(run_of(folder, 1, "random").folder.figures, "figures.parquet")
+    untimed = pl.exclude("train_seconds", "select_seconds")
+    assert after.select(untimed).equals(before.select(untimed))
+    assert after["select_seconds"].null_count() == len(after)
+    tables.comparison(again)
+    printed = capsys.readouterr().out
+    assert all(f"│ {arm} " in printed for arm in ARMS)
+    assert found.verdict == again.verdict
+    assert again.verdict in printed
+
+
+@pytest.mark.slow
+def test_the_command(folder: Path) -> None:
+    plan = write_plan(folder, run="command", stages=STAGES)
+    done = secateur("compare", plan, "--seeds", "1", "--arm", "near=nearest:3", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "compare command: seed 0, arm near (4 of 4)" in done.stderr
+    assert [arm["arm"] for arm in json.loads(done.stdout)["arms"]] == ["plan", "random", "unpruned", "near"]
+    assert "one seed gives no interval" in json.loads(done.stdout)["verdict"]
+
+
+def test_what_a_user_gets_wrong_is_one_sentence(plan: Plan, folder: Path) -> None:
+    assert "--arm x=loss is no arm" in sentence(secateur("compare", write_plan(folder), "--arm", "x=loss"))
+    wrong = plan.model_copy(update={"run": "wrong"})
+    for arms, judge, expected in (
+        ({"x": {"polcy": "loss"}}, None, "unknown key `polcy`"),
+        ({"x": {"at_least": 1.0, "policy": "top"}}, None, "unknown key `stages.0.prune.top.at_least`"),
+        ({}, "nobody", "--judge nobody is none of"),
+    ):
+        with pytest.raises(PlanError, match=expected):
+            compare.fn(wrong, 2, arms, judge)
+    assert not (folder / "runs/wrong-compare").exists()

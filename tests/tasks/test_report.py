@@ -1,0 +1,157 @@
+"""What people look at: reports and artifacts show whatever is in the data, and are never formed by it."""
+
+from __future__ import annotations
+
+import base64
+import io
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+from PIL import Image
+
+from flows.artifacts import figures, plain, top_samples
+from tasks.artifacts import key_of
+from tasks.report import HTML, PICTURE, TOP, extremes, report, stored_extremes
+from tasks.run import Run
+from tasks.score import stage_scores
+from tasks.shown import LETTERS, SIDE, Shown, shown
+from tasks.summary import summary_of
+from tests.tasks.small import curate, make_data, sample, small_plan
+
+HOSTILE = (
+    "</td><script>alert(1)</script>|`x`![](http://evil.example/p.png)[a](javascript:b) www.evil.example *b* <img src=x>"
+)
+STAGES = [{"steps": 6, "batch_size": 20, "prune": {"policy": "top", "keep": 0.5}}]
+
+
+class Elements(HTMLParser):
+    """Tags with their attributes, and the text outside them."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("report")
+    picture = io.BytesIO()
+    Image.fromarray(np.arange(100 * 80, dtype=np.uint8).reshape(80, 100)).save(picture, "PNG")
+    extra = [sample(150) | {"__key__": f"{number:02d}{HOSTILE}".replace("/", "\u2215").replace(".", "\u2024"), "png": picture.getvalue(),
+                            "txt": HOSTILE.encode()} for number in range(20)]  # fmt: skip
+    make_data(folder, extra)
+    run = curate(small_plan(folder, stages=STAGES, audit={"removals": 4, "stages": [0]}))
+    report.fn(run.url, 0)
+    return run
+
+
+def test_a_report_is_one_page_that_data_cannot_form(run: Run) -> None:
+    page = Elements(run.folder.stage(0).report.read(HTML).decode())
+    assert {tag for tag, _ in page.tags} <= {
+        "html", "head", "meta", "title", "style", "body", "h1", "h2", "table", "tr", "th", "td", "p", "img"
+    }  # fmt: skip
+    pictures = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
+    assert all(str(source).startswith("data:image/png;base64,") for source in pictures)
+    for source in pictures:
+        Image.open(io.BytesIO(base64.b64decode(str(source).split(",")[1]))).verify()
+    assert any(HOSTILE[:40] in text for text in (page.text,))
+    summary = summary_of(run, 0)
+    assert summary.pruned is not None
+    for told in (
+        "160",
+        str(summary.pruned.kept),
+        *summary.pruned.reasons,
+        "Most helpful to clean",
+        "Audit: 4 removals",
+    ):
+        assert told in page.text
+
+
+def test_top_samples_are_the_scores_own(run: Run) -> None:
+    found = stored_extremes(run.folder.stage(0).report)
+    strongest: dict[str, dict[str, float]] = {"helpful": {}, "harmful": {}}
+    for row in stage_scores(run, 0).iter_rows(named=True):
+        value, name = row["score_clean"], "helpful" if row["score_clean"] > 0 else "harmful"
+        held = strongest[name].get(row["key"], 0.0)
+        strongest[name][row["key"]] = max(held, value, key=abs)
+    for name, scores in strongest.items():
+        best = sorted(scores.values(), key=abs, reverse=True)[:TOP]
+        assert [one.score for one in found[name]] == pytest.approx(best)
+        assert all(scores[one.key] == one.score for one in found[name])
+    assert extremes(run, 0, stage_scores(run, 0)) == found
+
+
+def test_a_report_is_made_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.report.page", None)
+    assert report.fn(run.url, 0) == run.folder.stage(0).report.url(HTML)
+    assert run.folder.stage(0).report.read(PICTURE).startswith(b"\x89PNG")
+
+
+def test_markdown_shows_samples_and_nothing_of_their_making(run: Run) -> None:
+    hostile = Shown(score=1e-3, key=HOSTILE, step=3, picture="data:image/png;base64,AAAA", text=HOSTILE)
+    markdown = top_samples(run, 0, {"helpful": [hostile], "harmful": []})
+    rendered = Elements(MarkdownIt("gfm-like", {"linkify": False}).render(markdown))
+    assert {tag for tag, _ in rendered.tags} == {"h1", "h2", "table", "thead", "tbody", "tr", "th", "td", "img"}
+    assert [attributes["src"] for tag, attributes in rendered.tags if tag == "img"] == [hostile.picture]
+    assert rendered.text.count(HOSTILE) == 2
+
+
+@given(st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1))
+def test_any_text_is_shown_as_it_is(text: str) -> None:
+    rendered = Elements(MarkdownIt("gfm-like", {"linkify": False}).render(f"x{plain(text)}x"))
+    assert {tag for tag, _ in rendered.tags} <= {"p"}
+    assert rendered.text.strip() == f"x{text}x".strip()
+
+
+def test_a_stages_table(run: Run) -> None:
+    rows = {str(row["figure"]): row["value"] for row in figures(summary_of(run, 0))}
+    own = summary_of(run, 0).pruned
+    assert own is not None
+    assert (rows["samples"], rows["kept"], rows["dropped"]) == (160, own.kept, own.dropped)
+    assert sum(v for name, v in rows.items() if name.startswith("dropped: ")) == own.dropped  # type: ignore[misc]
+    assert rows["clean: loss"] == summary_of(run, 0).targets["clean"]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("images", "secateur-images-stage-0"),
+        ("images-2026-11-24-0300", "secateur-images-stage-0"),
+        ("images-2026-11-25-0300", "secateur-images-stage-0"),
+        ("Big_Run.v2", "secateur-big-run-v2-stage-0"),
+        ("2026-11-24", "secateur-stage-0"),
+    ],
+)
+def test_keys_stay_from_night_to_night(tmp_path: Path, name: str, key: str) -> None:
+    assert key_of(Run.of(small_plan(tmp_path, run=name)), "stage-0") == key
+
+
+def test_members_that_are_looked_at() -> None:
+    def picture(kind: str) -> bytes:
+        out = io.BytesIO()
+        Image.new("RGB", (300, 100), "red").save(out, kind)
+        return out.getvalue()
+
+    found = shown({"__key__": "a", "jpg": picture("JPEG"), "cls": b"7"}, 1.0, 2)
+    assert (found.text, found.step) == ("cls: 7", 2)
+    small = Image.open(io.BytesIO(base64.b64decode(str(found.picture).split(",")[1])))
+    assert (small.format, max(small.size)) == ("PNG", SIDE)
+    assert shown({"__key__": "a", "png": b"no picture", "raw": b"1234"}, 1.0, 0).text == "png: 10 bytes; raw: 4 bytes"
+    assert shown({"__key__": "a", "png": picture("JPEG")}, 1.0, 0).picture is None  # not what its name says
+    long = shown({"__key__": "a", "txt": ("\u202ebad\n" + "word " * 1000).encode() + b"\xff"}, 1.0, 0).text
+    assert "\u202e" not in long
+    assert "\n" not in long
+    assert len(long) <= LETTERS + 10
