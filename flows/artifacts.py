@@ -13,6 +13,7 @@ from prefect.artifacts import (
 )
 
 from tasks.artifacts import key_of, post
+from tasks.profile import PICTURE as PROFILE
 from tasks.report import HTML, PICTURE, stored_extremes
 from tasks.run import Run
 from tasks.search import Hit
@@ -33,11 +34,18 @@ def stage(run_url: str, number: int) -> None:
         create_table_artifact, table=figures(summary_of(run, number)), key=key_of(run, name),
         description=f"{plain(run.plan.run)}: what stage {number} came to",
     )  # fmt: skip
-    picture = base64.b64encode(artefact.read(PICTURE)).decode()
-    post(
-        create_image_artifact, image_url=f"data:image/png;base64,{picture}", key=key_of(run, name, "scores"),
-        description=f"{plain(run.plan.run)}: mean score at every step of stage {number}",
-    )  # fmt: skip
+    pictures = {"scores": (artefact, PICTURE, f"mean score at every step of stage {number}")}
+    pictures["influence"] = (
+        run.folder.stage(number).profile,
+        PROFILE,
+        f"influence over the steps up to stage {number}'s end",
+    )
+    for key, (held, file, said) in pictures.items():
+        picture = base64.b64encode(held.read(file)).decode()
+        post(
+            create_image_artifact, image_url=f"data:image/png;base64,{picture}", key=key_of(run, name, key),
+            description=f"{plain(run.plan.run)}: {said}",
+        )  # fmt: skip
     post(
         create_markdown_artifact, markdown=top_samples(run, number, stored_extremes(artefact)),
         key=key_of(run, name, "samples"),

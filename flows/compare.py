@@ -22,6 +22,7 @@ from tasks.run import Run
 from tasks.samples import list_samples
 from tasks.targets import differentiate_targets
 from tasks.train import train
+from tasks.windows import settle_windows
 
 
 @flow(name="compare", flow_run_name="compare {plan.run}")
@@ -57,7 +58,7 @@ def compare(
 
 
 def _run_arm(workers: Crew, plan: Plan, name: str, arm: Arm, telling: list[str]) -> str:
-    """Runs one arm of one seed to its end; a stage is scored only where it is pruned."""
+    """Runs one arm of one seed to its end; a stage is scored only where it is pruned, or later ones take windows from it."""
     folder = Run.of(plan.model_copy(update={"run": name})).folder
     interrupted = folder.plan.committed
     run = start_arm(plan, name, arm)
@@ -68,14 +69,17 @@ def _run_arm(workers: Crew, plan: Plan, name: str, arm: Arm, telling: list[str])
     seconds: dict[int, float] = {}
     for stage, spec in enumerate(run.plan.stages):
         workers.call(list_samples, run.url, stage)
+        workers.call(settle_windows, run.url, stage)
         if stage == 0:
             workers.call(fit_basis, run.url)
         workers.call(train, run.url, stage)
-        if spec.prune is None:
+        if spec.prune is None and stage not in plan.profiled:
             workers.call(differentiate_targets, run.url, stage)
             continue
         began = time.monotonic()
         appraise(workers, run.url, stage)
+        if spec.prune is None:
+            continue
         cut(workers, run.url, stage)
         seconds[stage] = time.monotonic() - began
     workers.call(note_figures, run.url, plan.seed, telling, None if interrupted else seconds)

@@ -88,7 +88,7 @@ def share(run_url: str, own_url: str) -> None:
     copy_artefact(own.folder.basis, run.folder.basis)
     differs = run.plan.score != own.plan.score
     for stage in range(deciding + 1):
-        without = (*NOT_SHARED, *(["scores"] if differs else [])) if stage == deciding else ()
+        without = (*NOT_SHARED, *(["scores", "profile"] if differs else [])) if stage == deciding else ()
         copy_artefacts(own.folder.stage(stage).root, run.folder.stage(stage).root, without)
 
 

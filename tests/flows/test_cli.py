@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -106,6 +107,34 @@ def test_prune_by_another_policy_stands_beside_the_plans(finished: Mapping[str, 
     assert again["kept"] == json.loads(finished.stdout)[0]["pruned"]["kept"]  # type: ignore[attr-defined]
 
 
+def test_windows(finished: Mapping[str, Any], folder: Path) -> None:
+    """The first stage was recorded in windows, the second whole."""
+    done = secateur("windows", f"{folder}/runs/small")
+    assert done.returncode == 0, done.stderr
+    first, second = (part for part in done.stdout.split("stage ") if part[:1] in "01" and "target clean" in part)
+    assert "recorded in 10 of 21 steps: a profile of windows cannot show" in first
+    assert "windows: [{start: " in second
+    pictures = [line.strip() for line in done.stdout.splitlines() if line.strip().endswith("profile.png")]
+    assert len(pictures) == 2
+    assert all(Path(picture).exists() for picture in pictures)
+    again = secateur("windows", f"{folder}/runs/small", "--stage", "1", "--budget", "0.2", "--json")
+    (found,) = json.loads(again.stdout)
+    assert 0 < found["share"] <= 0.2
+    plan = write_plan(folder, run="taking", stages=[{"steps": 10, "batch_size": 20, "windows": found["windows"]}])
+    assert secateur("plan", plan).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--stage", "5"), "stage 5 of .* is not scored; scored are 0, 1"),
+        (("--budget", "2"), "the budget is 2; give a share of the steps"),
+    ],
+)
+def test_windows_that_cannot_be_suggested(finished: Mapping[str, Any], folder: Path, words: Any, expected: str) -> None:
+    assert re.search(expected, sentence(secateur("windows", f"{folder}/runs/small", *words)))
+
+
 def test_audit(finished: Mapping[str, Any], folder: Path) -> None:
     words = ("audit", f"{folder}/runs/small", "--stage", "1", "--removals", "8")
     done = secateur(*words, "--json")
@@ -179,5 +208,5 @@ def test_policies_that_cannot_be(words: list[str], expected: str) -> None:
 def test_help_names_every_command() -> None:
     done = secateur("--help")
     assert all(
-        command in done.stdout for command in ("run", "plan", "query", "prune", "audit", "verify", "gc", "schema")
+        command in done.stdout for command in ("run", "plan", "query", "prune", "audit", "windows", "verify", "gc", "schema")
     )
