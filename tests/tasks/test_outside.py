@@ -224,6 +224,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"optimizer": {"kind": "sgd", "lr": 0.1}}, "SGD with slots momentum_buffer and the plan's SGD with slots none"),
     ({"stages": [{"epochs": 1, "batch_size": 20, "windows": [{"stop": 0.5}]}]}, "windows of stage 0 are fractions"),
     ({"stages": [{"steps": 3, "batch_size": 20, "windows": [{"select": {}}]}]}, "has `select`, and another trainer chooses its own"),
+    ({"stages": [{"steps": 3, "batch_size": 20, "windows": {"auto": "runs/other"}}]}, "windows of stage 0 are automatic"),
 ]  # fmt: skip
 
 
