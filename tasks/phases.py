@@ -74,9 +74,9 @@ def find_phases(steps: Sequence[int], influence: Sequence[float], length: int, s
 
     The partitions of least squares into at most six pieces (Truong, Oudre and Vayatis, 2020; `ruptures`), their number by
     Bayes' criterion at three times log n a change point (the leading term of Zhang and Siegmund, 2007), among partitions
-    whose neighbours differ by half at least. The lowest piece is the basin, with the neighbours that are below twice its level; what comes before it is the warm-up,
-    what comes after it the ascent. The intervals of the boundaries are those of 200 profiles made of the pieces' levels
-    and their residuals, drawn again within each piece.
+    whose neighbours differ by half at least. The lowest piece is the basin, with the neighbours that are below twice its
+    level; what comes before it is the warm-up, what comes after it the ascent. The intervals of the boundaries are those
+    of 200 profiles made of the pieces' levels and their residuals, drawn again within each piece.
 
     Args:
         steps: steps of the stage that were recorded, in order.

@@ -208,5 +208,6 @@ def test_policies_that_cannot_be(words: list[str], expected: str) -> None:
 def test_help_names_every_command() -> None:
     done = secateur("--help")
     assert all(
-        command in done.stdout for command in ("run", "plan", "query", "prune", "audit", "windows", "verify", "gc", "schema")
+        command in done.stdout
+        for command in ("run", "plan", "query", "prune", "audit", "windows", "verify", "gc", "schema")
     )
