@@ -6,10 +6,8 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import statistics
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,7 @@ from pydantic import TypeAdapter
 from examples.images.make_shards import make
 from examples.images.run import PLAN, detection, flips
 from storage.rewrite import rewrite_shards
+from tasks.comparison.runs import share
 from tasks.decide import decide
 from tasks.embed import compose_stage, embed_segment
 from tasks.fit import fit_basis
@@ -70,11 +69,9 @@ def plan_of(arm: str, seed: int, root: str, **score_settings: Any) -> Plan:
 def accuracy(arm: str, seed: int, root: str) -> tuple[Run, dict[str, float]]:
     """Loss and accuracy on clean test data after the second stage; the first one is trained once a seed."""
     plan = plan_of(arm, seed, root)
-    if arm != next(iter(ARMS)):
-        first = Path(root) / next(iter(ARMS))
-        later = shutil.ignore_patterns("plan", "prune", "01")
-        shutil.copytree(first, Path(root) / arm, ignore=later)
     run = Run.start(plan)
+    if arm != next(iter(ARMS)):
+        share.fn(run.url, f"{root}/{next(iter(ARMS))}")
     stage_through_scores(run, 0)
     if arm == "oracle":
         samples = stage_samples(run, 0)

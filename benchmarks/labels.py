@@ -28,10 +28,10 @@ from tasks.targets import scoring_gradients
 from tasks.tracin import policy_scores
 
 KEEP = 0.7
-EPOCHS, LONGER = 6, 3  # the second stage takes three times the first one's steps
+EPOCHS, BATCH, LONGER = 6, 128, 2  # the second stage takes twice the first one's steps
 BASELINES = ("loss", "el2n", "grand", "tracin")
 DEFAULT = "nearest 0.1"
-SHORT = 20
+SHORT = 10
 AGGREGATES: dict[str, dict[str, Any]] = {
     "nearest 0.03": {"temperature": 0.03},
     DEFAULT: {"temperature": 0.1},
@@ -43,7 +43,7 @@ LATER = (DEFAULT, "mean")  # what longer horizons are combined with
 
 def plan_of(folder: Path, name: str, seed: int, samples: int) -> Plan:
     """Two stages of an MLP 784-128-10; half of the target scores, half judges."""
-    steps = EPOCHS * -(-samples // 64)
+    steps = EPOCHS * -(-samples // BATCH)
     return Plan.model_validate(
         {
             "run": "run",
@@ -54,12 +54,12 @@ def plan_of(folder: Path, name: str, seed: int, samples: int) -> Plan:
             "task": {"factory": "benchmarks.mislabelled:Pictures"},
             "data": {"shards": f"{folder}/data/train-{{000000..000003}}.tar"},
             "targets": {"clean": {"shards": f"{folder}/data/target-000000.tar", "judging": 0.5}},
-            "optimizer": {"kind": "sgd", "lr": 0.2},
+            "optimizer": {"kind": "sgd", "lr": 0.3},
             "schedule": {"kind": "cosine", "warmup": 0.1},
             "segment_steps": 250,
             "stages": [
-                {"epochs": EPOCHS, "batch_size": 64, "prune": {"policy": "top", "keep": KEEP}},
-                {"steps": LONGER * steps, "batch_size": 64},
+                {"epochs": EPOCHS, "batch_size": BATCH, "prune": {"policy": "top", "keep": KEEP}},
+                {"steps": LONGER * steps, "batch_size": BATCH},
             ],
         }
     )

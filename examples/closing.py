@@ -10,7 +10,9 @@ from rich.table import Table
 from flows.curate import curate
 from flows.query import query
 from flows.tables import audited, reasons, show
-from tasks.plan import Plan, RandomControl
+from tasks.comparison.arms import ALWAYS, RANDOM, arm_plan
+from tasks.comparison.runs import share
+from tasks.plan import Plan
 from tasks.reading import read_plan
 from tasks.run import Run
 from tasks.samples import stage_samples
@@ -20,18 +22,15 @@ from tasks.summary import StageSummary
 def with_control(path: str, **changes: Any) -> tuple[Plan, Plan]:
     """The plan in a file, and one whose stages keep as many samples at random; the control is not audited."""
     plan = read_plan(path, changes)
-    stages = [
-        stage.model_copy(update={"prune": RandomControl(keep=getattr(stage.prune, "keep", 1.0))})
-        if stage.prune
-        else stage
-        for stage in plan.stages
-    ]
-    return plan, plan.model_copy(update={"run": f"{plan.run}-random", "stages": stages, "audit": None})
+    shares = {n: getattr(stage.prune, "keep", 1.0) for n, stage in enumerate(plan.stages)}
+    return plan, arm_plan(plan, f"{plan.run}-random", ALWAYS[RANDOM], shares)
 
 
 def run_and_show(plans: tuple[Plan, Plan], describe: Callable[[dict[str, Any]], str]) -> None:
     """Runs a plan and its control, and prints the closing tables; `describe` says what a sample is."""
-    summaries = {plan.run: curate(plan) for plan in plans}
+    own = curate(plans[0])
+    share.fn(Run.start(plans[1]).url, Run.of(plans[0]).url)  # the first stage is trained once
+    summaries = {plans[0].run: own, plans[1].run: curate(plans[1])}
     table = Table("run", "stage", "in", "kept", "dropped", *_columns(summaries[plans[0].run]))
     for name, summary in summaries.items():
         for stage in summary:

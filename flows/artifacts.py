@@ -13,8 +13,8 @@ from prefect.artifacts import (
 )
 
 from tasks.artifacts import key_of, post
-from tasks.profile import PICTURE as PROFILE
-from tasks.report import HTML, PICTURE, stored_extremes
+from tasks.profile import PICTURE
+from tasks.report import HTML, stored_extremes
 from tasks.run import Run
 from tasks.search import Hit
 from tasks.server import watched
@@ -25,7 +25,7 @@ ENTITIES = {ord(c): f"&#{ord(c)};" for c in string.punctuation if c not in "-_ ,
 
 
 def stage(run_url: str, number: int) -> None:
-    """What a stage came to, once its report is written: its table, scores over its steps, top samples, and the report."""
+    """What a stage came to, once its report is written: its table, influence profile, top samples, and the report."""
     if not watched():
         return
     run = Run.open(run_url)
@@ -34,18 +34,11 @@ def stage(run_url: str, number: int) -> None:
         create_table_artifact, table=figures(summary_of(run, number)), key=key_of(run, name),
         description=f"{plain(run.plan.run)}: what stage {number} came to",
     )  # fmt: skip
-    pictures = {"scores": (artefact, PICTURE, f"mean score at every step of stage {number}")}
-    pictures["influence"] = (
-        run.folder.stage(number).profile,
-        PROFILE,
-        f"influence over the steps up to stage {number}'s end",
-    )
-    for key, (held, file, said) in pictures.items():
-        picture = base64.b64encode(held.read(file)).decode()
-        post(
-            create_image_artifact, image_url=f"data:image/png;base64,{picture}", key=key_of(run, name, key),
-            description=f"{plain(run.plan.run)}: {said}",
-        )  # fmt: skip
+    picture = base64.b64encode(run.folder.stage(number).profile.read(PICTURE)).decode()
+    post(
+        create_image_artifact, image_url=f"data:image/png;base64,{picture}", key=key_of(run, name, "profile"),
+        description=f"{plain(run.plan.run)}: influence profile of stage {number}",
+    )  # fmt: skip
     post(
         create_markdown_artifact, markdown=top_samples(run, number, stored_extremes(artefact)),
         key=key_of(run, name, "samples"),
@@ -67,6 +60,8 @@ def figures(summary: StageSummary) -> list[dict[str, str | float]]:
     """A stage's table: what went in, what was kept, what was dropped for which reason, and every target's figures."""
     own = summary.pruned
     counts: dict[str, float] = {"samples": summary.samples}
+    if summary.candidates:
+        counts |= {"candidates of online selection": summary.candidates, "chosen": summary.chosen}
     if own is not None:
         counts |= {"kept": own.kept, "dropped": own.dropped}
         counts |= {f"dropped: {reason}": count for reason, count in own.reasons.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ QUIET = {
     "DO_NOT_TRACK": "1",
 }
 
-INTERRUPTED = 130  # how typer ends after Ctrl-C
+INTERRUPTED, TERMINATED = 130, 143  # how typer ends after Ctrl-C, and what a scheduler that ends us politely expects
 
 app = typer.Typer(
     name="secateur",
@@ -149,12 +150,16 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Says whether pruning pays: the plan beside random pruning and none, over several seeds."""
-    from flows import tables
-    from flows.compare import compare as compare_flow
-    from tasks.comparison.arms import read_arms
+    from flows.server import some_server
 
-    further = read_arms(arm or [], str(arms) if arms else None)
-    found = compare_flow(read_plan(str(plan)), seeds, further, judge)
+    spec = read_plan(str(plan))
+    with some_server():
+        from flows import tables
+        from flows.compare import compare as compare_flow
+        from tasks.comparison.arms import read_arms
+
+        further = read_arms(arm or [], str(arms) if arms else None)
+        found = compare_flow(spec, seeds, further, judge)
     _show(found, as_json, lambda: tables.comparison(found))
 
 
@@ -213,8 +218,14 @@ def main() -> None:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     logging.getLogger("EventsWorker").setLevel(logging.CRITICAL)  # Prefect's, which its own settings do not reach
+    signal.signal(signal.SIGTERM, _terminated)
     with _explained():
         app(standalone_mode=True)
+
+
+def _terminated(*_: object) -> None:
+    """By default nothing would be tidied up, and the server that Prefect started for us would stay."""
+    raise SystemExit(TERMINATED)
 
 
 @contextmanager
@@ -226,9 +237,16 @@ def _explained() -> Iterator[None]:
         print(f"secateur: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except SystemExit as end:
-        if end.code == INTERRUPTED:
+        if end.code in (INTERRUPTED, TERMINATED):
             print("secateur: interrupted; the same command carries on from the last whole segment", file=sys.stderr)
         raise
+    except BaseException as error:
+        from prefect.exceptions import TerminationSignal
+
+        if not isinstance(error, TerminationSignal):
+            raise
+        print("secateur: terminated; the same command carries on from the last whole segment", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGTERM) from None
 
 
 def _policy(settings: dict[str, Any]) -> Policy:

@@ -13,7 +13,7 @@ from flows.workers import Crew, crew
 from tasks.comparison.arms import PLAN, Arm, arm_plan, check_arms
 from tasks.comparison.figures import note_figures
 from tasks.comparison.report import Comparison, report
-from tasks.comparison.runs import comparable, judges, seed_plan, share, start_arm
+from tasks.comparison.runs import comparable, judges, needs_scores, seed_plan, share, start_arm
 from tasks.errors import PlanError
 from tasks.fit import fit_basis
 from tasks.plan import Plan
@@ -58,7 +58,7 @@ def compare(
 
 
 def _run_arm(workers: Crew, plan: Plan, name: str, arm: Arm, telling: list[str]) -> str:
-    """Runs one arm of one seed to its end; a stage is scored only where it is pruned, or later ones take windows from it."""
+    """Runs one arm of one seed to its end; stages are scored only as far as prunings need it."""
     folder = Run.of(plan.model_copy(update={"run": name})).folder
     interrupted = folder.plan.committed
     run = start_arm(plan, name, arm)
@@ -73,14 +73,12 @@ def _run_arm(workers: Crew, plan: Plan, name: str, arm: Arm, telling: list[str])
         if stage == 0:
             workers.call(fit_basis, run.url)
         workers.call(train, run.url, stage)
-        if spec.prune is None and stage not in plan.profiled:
-            workers.call(differentiate_targets, run.url, stage)
-            continue
+        workers.call(differentiate_targets, run.url, stage)
         began = time.monotonic()
-        appraise(workers, run.url, stage)
-        if spec.prune is None:
-            continue
-        cut(workers, run.url, stage)
+        if needs_scores(run.plan, stage):
+            appraise(workers, run.url, stage)
+        if spec.prune is not None:
+            cut(workers, run.url, stage)
         seconds[stage] = time.monotonic() - began
     workers.call(note_figures, run.url, plan.seed, telling, None if interrupted else seconds)
     return run.url

@@ -74,7 +74,8 @@ def tell(crew: Crew, run_url: str, stage: int) -> None:
 
 
 def _replays(crew: Crew, run: Run, stage: int) -> list[Call]:
-    """One walk for each worker, or for each target where there are fewer."""
-    targets = list(run.plan.targets)
-    groups = groups_of(targets, crew.count or len(targets)) if crew.spec.kind != "threads" else [targets]
+    """What is left to replay: one walk for each worker, or for each target where there are fewer."""
+    targets = [name for name in run.plan.targets if not run.folder.stage(stage).replay(name, 0).committed]
+    walks = 1 if crew.spec.kind == "threads" else crew.count or len(targets)
+    groups = groups_of(targets, walks)
     return [Call(replay, (run.url, stage, group)) for group in groups]

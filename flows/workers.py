@@ -15,7 +15,7 @@ from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTa
 from prefect.utilities.callables import get_call_parameters
 
 from tasks.artifacts import Live
-from tasks.behaviour import is_drawing
+from tasks.behaviour import is_drawing, stop_threads
 from tasks.errors import PlanError
 from tasks.plan import Workers
 from tasks.progress import track
@@ -99,6 +99,8 @@ class Crew:
         """Ends the workers; an interruption does not wait for what is under way."""
         if self._runner is None:
             return
+        if interrupted and self.spec.kind == "threads":
+            stop_threads()
         if interrupted and self.spec.kind == "processes":
             for child in multiprocessing.active_children():
                 child.terminate()

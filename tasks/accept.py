@@ -13,7 +13,7 @@ from tasks.audit import wanted
 from tasks.errors import PlanError
 from tasks.optimizer import linearised
 from tasks.order import Order
-from tasks.plan import AutoWindows, Plan, Window
+from tasks.plan import Plan, Window
 from tasks.run import Run
 
 
@@ -46,12 +46,7 @@ def check_plan(plan: Plan, stage: int) -> None:
         )
     if plan.stages[stage].selections:
         raise PlanError(
-            f"a window of stage {stage} has `select`, and another trainer chooses its own batches; leave `select` out"
-        )
-    if isinstance(plan.stages[stage].windows, AutoWindows):
-        raise PlanError(
-            f"the windows of stage {stage} are automatic, which needs the stage's length before it begins, and only the trainer "
-            f"knows it; give those that `secateur windows` suggests"
+            f"a window of stage {stage} selects online, which only `secateur run` does; leave out its `select`"
         )
     if plan.curvature.kind in ("fisher", "hessian"):
         raise PlanError(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import inspect
 import json
 import threading
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, ParamSpec, TypeVar
 
 from prefect import Task
@@ -30,6 +31,11 @@ JITTER = 0.3
 TAG = "secateur"
 
 _turn = threading.RLock()
+_threads: set[int] = set()  # that carry out tasks, besides the main one
+
+
+class Stopped(BaseException):
+    """A task's thread is to end: its flow run has been interrupted."""
 
 
 def task(
@@ -55,6 +61,7 @@ def task(
         return Task(
             fn=body,
             name=name,
+            task_run_name=functools.partial(_run_name, name),
             tags=[TAG, f"{TAG}-{name.replace(' ', '-')}"],
             retries=len(PAUSES),
             retry_delay_seconds=PAUSES,
@@ -70,14 +77,40 @@ def task(
     return decorate
 
 
+def _run_name(name: str, parameters: dict[str, Any]) -> str:
+    """What a task run is called: `train, stage 0`, `rewrite shard, stage 0, number 3`."""
+    told = [f"{key} {value}" for key, value in parameters.items() if key != "run_url" and isinstance(value, int)]
+    return ", ".join([name, *told])
+
+
 def is_drawing(of: Task[..., Any]) -> bool:
     """Whether a task draws from torch's random numbers, and must not run beside another that does in one process."""
     return bool(getattr(of.fn, "draws", False))
 
 
+def stop_threads() -> None:
+    """Interrupts every task that another thread of this process carries out, as a signal interrupts the main one: at its next
+    instruction, so that what it was writing is taken back."""
+    for thread in list(_threads):
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(Stopped))
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    thread = threading.get_ident()
+    if thread == threading.main_thread().ident or thread in _threads:
+        yield
+        return
+    _threads.add(thread)
+    try:
+        yield
+    finally:
+        _threads.discard(thread)
+
+
 def _perform(fn: Callable[..., R], makes: Callable[..., Any] | None, draws: bool, args: Any, kwargs: Any) -> R:
     """Does the work, then files the result under the artefacts that it has come to."""
-    with _turn if draws else nullcontext():
+    with _turn if draws else nullcontext(), _stoppable():
         result = fn(*args, **kwargs)
     context, transaction = TaskRunContext.get(), get_transaction()
     own = context is not None and inspect.unwrap(context.task.fn) is fn  # not within another task

@@ -34,28 +34,6 @@ def scatter(frame: pl.DataFrame, fidelity: Mapping[str, Any], title: str) -> byt
     return _png(figure)
 
 
-def over_steps(scores: pl.DataFrame, targets: list[str], title: str) -> bytes:
-    """Each target's mean score at every step, with the tenths of the samples that scored least and most outside the band."""
-    figure = Figure(figsize=(9, 2.4 * len(targets)), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title.replace("$", r"\$"))
-    for place, name in enumerate(targets, 1):
-        column = pl.col(f"score_{name}")
-        found = (
-            scores.group_by("step")
-            .agg(mean=column.mean(), low=column.quantile(0.1), high=column.quantile(0.9))
-            .sort("step")
-        )
-        axes = figure.add_subplot(len(targets), 1, place)
-        axes.axhline(0, color="0.8", zorder=0)
-        axes.fill_between(found["step"].to_numpy(), found["low"].to_numpy(), found["high"].to_numpy(), alpha=0.25, lw=0)
-        axes.plot(found["step"].to_numpy(), found["mean"].to_numpy(), lw=1)
-        axes.set_ylabel(f"score, {name}", fontsize=8)
-        axes.set_xlabel("step", fontsize=8)
-        axes.tick_params(labelsize=7)
-    return _png(figure)
-
-
 def draw_profile(frame: pl.DataFrame, phases: Mapping[str, Phases], last: int, title: str) -> bytes:
     """Influence over learning rate at each step up to the end of stage `last`, a row a target: absolute, signed, raw.
 

@@ -11,14 +11,14 @@ from jinja2 import Environment, StrictUndefined
 
 from storage.manifest import Artefact
 from tasks.behaviour import task
-from tasks.plot import over_steps
+from tasks.profile import PICTURE, profile
 from tasks.run import Run
 from tasks.samples import stage_samples
 from tasks.score import stage_scores
 from tasks.shown import Shown, shown
 from tasks.summary import StageSummary, summary_of
 
-HTML, PICTURE, SAMPLES = "report.html", "scores.png", "samples.json"
+HTML, SAMPLES = "report.html", "samples.json"
 TOP = 8
 
 
@@ -34,9 +34,9 @@ def report(run_url: str, stage: int) -> str:
     if not artefact.committed:
         summary, scores = summary_of(run, stage), stage_scores(run, stage)
         top = extremes(run, stage, scores)
-        picture = over_steps(scores, list(run.plan.targets), f"{run.plan.run}, stage {stage}")
+        profile.fn(run_url, stage)
+        picture = run.folder.stage(stage).profile.read(PICTURE)
         with artefact.attempt("report", {"scores": run.folder.stage(stage).scores.fingerprint}) as attempt:
-            attempt.write(PICTURE, picture)
             attempt.write(
                 SAMPLES, json.dumps({n: [s.model_dump() for s in found] for n, found in top.items()}).encode()
             )

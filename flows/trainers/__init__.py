@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from flows.trainers.recording import Recording
-from tasks.waiting import wait_for_shards
+from flows.trainers.waiting import wait_for_shards
 
 __all__ = ["Recording", "wait_for_shards"]

@@ -2,52 +2,27 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import yaml
-from pydantic import NonNegativeInt, PositiveInt
 
 from tasks.errors import PlanError
-from tasks.plan import Plan
-from tasks.plan.base import Fraction, Strict
+from tasks.plan import Plan, Policy, Score
 from tasks.reading import validated
 
+# What an arm has instead of the plan's own, by key: those of another policy (`policy: none` for no pruning) and of other
+# score settings. A policy that needs `keep` takes the plan's, or the share that the plan's own policy came to keep.
+Arm = dict[str, Any]
+
 PLAN, RANDOM, UNPRUNED = "plan", "random", "unpruned"
-POLICY_KEYS = {"policy", "keep", "at_least", "by", "prefer"}
-WITHOUT_KEEP = {"threshold", "drop_harmful"}
+ALWAYS: dict[str, Arm] = {PLAN: {}, RANDOM: {"policy": "random"}, UNPRUNED: {"policy": "none"}}
+KINDS = {kind.model_fields["policy"].default: set(kind.model_fields) for kind in get_args(get_args(Policy)[0])}
+POLICY_KEYS = set[str]().union(*KINDS.values())
+SCORE_KEYS = set(Score.model_fields) - {"target"}
 NAME = re.compile(r"[\w.-]+")
-
-
-class Arm(Strict):
-    """What an arm has instead of the plan's own: another policy (`none` for no pruning), other score settings, or both.
-
-    A policy that needs `keep` takes the plan's, or the share that the plan's own policy came to keep.
-    """
-
-    policy: str | None = None
-    keep: Fraction | None = None
-    at_least: float | None = None
-    by: str | None = None
-    prefer: Literal["lowest", "highest"] | None = None
-    horizon: NonNegativeInt | Literal["stage"] | None = None
-    aggregate: Literal["mean", "nearest"] | None = None
-    estimate: Literal["embedding", "replay"] | None = None
-    nearest: PositiveInt | None = None
-
-    @property
-    def policy_settings(self) -> dict[str, Any]:
-        """What is given of the policy."""
-        return self.model_dump(include=POLICY_KEYS, exclude_none=True)
-
-    @property
-    def score_settings(self) -> dict[str, Any]:
-        """What is given of the score."""
-        return self.model_dump(exclude=POLICY_KEYS, exclude_none=True)
-
-
-ALWAYS = {PLAN: Arm(), RANDOM: Arm(policy="random"), UNPRUNED: Arm(policy="none")}
 
 
 def read_arms(options: list[str], path: str | None = None) -> dict[str, dict[str, Any]]:
@@ -74,18 +49,26 @@ def read_arms(options: list[str], path: str | None = None) -> dict[str, dict[str
     return {str(name): settings for name, settings in found.items()}
 
 
-def check_arms(settings: dict[str, dict[str, Any]]) -> dict[str, Arm]:
+def check_arms(settings: dict[str, Arm]) -> dict[str, Arm]:
     """The arms that every comparison has, and those of some settings.
 
     Raises:
         PlanError: one is no arm.
     """
-    for name in settings:
+    for name, arm in settings.items():
         if name in ALWAYS:
             raise PlanError(f"every comparison has an arm {name}; choose another name")
         if not NAME.fullmatch(name):
             raise PlanError(f"{name!r} is no name for an arm; use letters, digits, `.`, `_` and `-`")
-    return ALWAYS | {name: validated(Arm, values, f"the arm {name}") for name, values in settings.items()}
+        if not isinstance(arm, dict):
+            raise PlanError(f"the arm {name} is {arm!r}; give settings, as in `{name}: {{policy: loss}}`")
+        for key in map(str, arm):
+            if key not in POLICY_KEYS | SCORE_KEYS:
+                known = sorted(POLICY_KEYS | SCORE_KEYS)
+                near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
+                hint = f"did you mean `{near[0]}`?" if near else f"known are {', '.join(known)}"
+                raise PlanError(f"the arm {name}: unknown key `{key}`; {hint}")
+    return ALWAYS | settings
 
 
 def arm_plan(plan: Plan, name: str, arm: Arm, shares: dict[int, float]) -> Plan:
@@ -99,9 +82,9 @@ def arm_plan(plan: Plan, name: str, arm: Arm, shares: dict[int, float]) -> Plan:
         PlanError: the arm's settings do not go together.
     """
     values = plan.model_dump(mode="json") | {"run": name}
-    if name != PLAN:
+    if arm != ALWAYS[PLAN]:
         values["trust"], values["audit"] = {}, None
-        values["score"] |= arm.score_settings
+        values["score"] |= {key: arm[key] for key in SCORE_KEYS & arm.keys()}
         for number, stage in enumerate(values["stages"]):
             stage["prune"] = _policy(arm, stage["prune"], shares.get(number))
     return validated(Plan, values, f"the arm {name}")
@@ -109,9 +92,10 @@ def arm_plan(plan: Plan, name: str, arm: Arm, shares: dict[int, float]) -> Plan:
 
 def _policy(arm: Arm, own: dict[str, Any] | None, share: float | None) -> dict[str, Any] | None:
     """A stage's policy in an arm; where the plan does not prune, no arm does."""
-    if own is None or arm.policy == "none":
+    given = {key: arm[key] for key in POLICY_KEYS & arm.keys()}
+    if own is None or given.get("policy") == "none":
         return None
-    if arm.policy in (None, own["policy"]):
-        return own | arm.policy_settings
-    kept = share if arm.policy == RANDOM else own.get("keep", share)
-    return ({} if arm.policy in WITHOUT_KEEP else {"keep": kept}) | arm.policy_settings
+    if given.get("policy", own["policy"]) == own["policy"]:
+        return own | given
+    kept = share if given["policy"] == RANDOM else own.get("keep", share)
+    return ({"keep": kept} if "keep" in KINDS.get(given["policy"], ()) else {}) | given

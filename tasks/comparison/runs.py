@@ -11,12 +11,12 @@ from storage.shards import expand, index_shards
 from tasks.behaviour import task
 from tasks.comparison.arms import ALWAYS, PLAN, Arm, arm_plan
 from tasks.errors import PlanError
-from tasks.plan import Plan
+from tasks.plan import PREVIOUS, AutoWindows, Plan
 from tasks.prune import DECISIONS, OWN
 from tasks.run import Run
 from tasks.samples import skipping
 
-NOT_SHARED = ("decided", "rewritten", "prune", "trial", "audit", "removals")
+NOT_SHARED = ("decided", "rewritten", "prune", "trial", "audit", "removals", "report")
 
 
 def comparable(plan: Plan, judge: str | None = None) -> Plan:
@@ -35,23 +35,36 @@ def comparable(plan: Plan, judge: str | None = None) -> Plan:
         )
     if judge is not None and judge not in plan.targets:
         raise PlanError(f"--judge {judge} is none of the plan's targets {', '.join(plan.targets)}")
-    others = [name for name in plan.targets if name != plan.target]
-    share = plan.judging(plan.target)
-    if not share and (judge == plan.target or not others):
-        share = 0.5
-    split = {name: target.model_copy(update={"judging": plan.judging(name)}) for name, target in plan.targets.items()}
-    split[plan.target] = plan.targets[plan.target].model_copy(update={"judging": share})
+    scoring = scorers(plan)
+    others = [name for name in plan.targets if name not in scoring]
     for name in others:
-        _check_apart(plan, name)
+        _check_apart(plan, scoring, name)
+    split = judge if judge in scoring else plan.target if not (judge or others) else None
+    shares = {name: plan.judging(name) or (0.5 if name == split else 0.0) for name in plan.targets}
+    targets = {name: target.model_copy(update={"judging": shares[name]}) for name, target in plan.targets.items()}
     audit = plan.audit if plan.trust.min_fidelity is not None else None
-    return plan.model_copy(update={"targets": split, "audit": audit})
+    return plan.model_copy(update={"targets": targets, "audit": audit})
 
 
 def judges(plan: Plan, judge: str | None = None) -> list[str]:
     """The targets whose reported figures are of samples that never score, the chosen one first."""
-    names = [name for name in plan.targets if name != plan.target or plan.judging(name)]
-    first = judge or next((name for name in names if name != plan.target), names[0])
+    scoring = scorers(plan)
+    names = [name for name in plan.targets if name not in scoring or plan.judging(name)]
+    first = judge or next((name for name in names if name not in scoring), names[0])
     return [first, *(name for name in names if name != first)]
+
+
+def scorers(plan: Plan) -> list[str]:
+    """The targets by which samples are chosen: the one pruned for, and those of online selection."""
+    selecting = [select.target or plan.target for stage in plan.stages for select in stage.selections]
+    return list(dict.fromkeys([plan.target, *selecting]))
+
+
+def needs_scores(plan: Plan, stage: int) -> bool:
+    """Whether a pruning or the windows of a later stage need a stage scored; a profile needs all stages before it."""
+    later = plan.stages[stage:]
+    automatic = any(isinstance(spec.windows, AutoWindows) and spec.windows.auto == PREVIOUS for spec in later[1:])
+    return automatic or any(spec.prune is not None for spec in later)
 
 
 def first_pruned(plan: Plan) -> int | None:
@@ -86,10 +99,9 @@ def share(run_url: str, own_url: str) -> None:
     deciding = first_pruned(own.plan)
     assert deciding is not None
     copy_artefact(own.folder.basis, run.folder.basis)
-    differs = run.plan.score != own.plan.score
+    scored = () if run.plan.score == own.plan.score else ("scores", "profile")
     for stage in range(deciding + 1):
-        without = (*NOT_SHARED, *(["scores", "profile"] if differs else [])) if stage == deciding else ()
-        copy_artefacts(own.folder.stage(stage).root, run.folder.stage(stage).root, without)
+        copy_artefacts(own.folder.stage(stage).root, run.folder.stage(stage).root, (*NOT_SHARED, *scored))
 
 
 def _share(run: Run, stage: int) -> float:
@@ -100,15 +112,14 @@ def _share(run: Run, stage: int) -> float:
     return asked if asked is not None and round(len(judged) * asked) == kept else kept / len(judged)
 
 
-def _check_apart(plan: Plan, other: str) -> None:
-    """Raises where a target that judges holds samples of the one that scores."""
-    frames = [
-        index_shards(expand(data.shards), skipping(data, []))
-        for data in (plan.targets[plan.target], plan.targets[other])
-    ]
-    common = len(frames[0].join(frames[1], "sha256", how="semi"))
-    if common:
-        raise PlanError(
-            f"{common} samples of target {plan.target}, which scores, are in target {other} too, which would judge; leave "
-            f"them out of one, or leave out {other} and let `judging` split {plan.target}"
-        )
+def _check_apart(plan: Plan, scoring: list[str], other: str) -> None:
+    """Raises where a target that judges holds samples of one that scores."""
+    judging = index_shards(expand(plan.targets[other].shards), skipping(plan.targets[other], []))
+    for name in scoring:
+        data = plan.targets[name]
+        common = len(index_shards(expand(data.shards), skipping(data, [])).join(judging, "sha256", how="semi"))
+        if common:
+            raise PlanError(
+                f"{common} samples of target {name}, which scores, are in target {other} too, which would judge; leave them out "
+                f"of one, or leave out {other} and let `judging` split {name}"
+            )

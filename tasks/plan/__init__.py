@@ -190,14 +190,6 @@ class Plan(Strict):
         return next((n for n in reversed(range(number)) if self.stages[n].recorded_whole), -1)
 
     @property
-    def profiled(self) -> set[int]:
-        """The stages from whose profiles later ones take their windows."""
-        taking = [
-            n for n, s in enumerate(self.stages) if isinstance(s.windows, AutoWindows) and s.windows.auto == PREVIOUS
-        ]
-        return {self.profiled_before(number) for number in taking}
-
-    @property
     def numbers(self) -> Kronecker | Coordinates:
         """The basis: the plan's, or the optimizer's own."""
         return self.basis or (Kronecker() if isinstance(self.optimizer, SGD) else Coordinates())

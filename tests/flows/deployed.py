@@ -214,4 +214,4 @@ def deploy(folder: Path, database: PostgreSQL, store: SeaweedFS) -> Deployed:
     settings = environment(folder, port)
     settings["PATH"] = f"{database.programs}:{settings['PATH']}"
     shell = Shell(folder, changes, settings)
-    return Deployed(folder, httpx.Client(base_url=f"http://127.0.0.1:{port}/api", timeout=30), settings, shell)
+    return Deployed(folder, httpx.Client(base_url=f"http://127.0.0.1:{port}/api", timeout=300), settings, shell)

@@ -42,7 +42,7 @@ class Here(Crew):
     def call(self, task: Any, *args: Any) -> Any:  # type: ignore[override]
         return task.fn(*args)
 
-    def together(self, calls: Any, label: str) -> None:
+    def together(self, calls: Any, *_: Any) -> None:
         for call in calls:
             self.call(call.task, *call.arguments)
 
@@ -87,7 +87,7 @@ def test_arms_share_the_first_stage_byte_for_byte(found: Comparison, folder: Pat
             run = run_of(folder, seed, arm)
             theirs = {a.root.url.removeprefix(run.url): a for a in artefacts(run.folder.root)}
             for place, artefact in shared.items():
-                if (arm, place) == ("mean", "/stages/00/scores"):
+                if arm == "mean" and place in ("/stages/00/scores", "/stages/00/profile"):
                     assert theirs[place].fingerprint != artefact.fingerprint
                     continue
                 assert theirs[place].fingerprint == artefact.fingerprint
@@ -170,7 +170,7 @@ def test_it_goes_on_where_it_was(
 @pytest.mark.slow
 def test_the_command(folder: Path) -> None:
     plan = write_plan(folder, run="command", stages=STAGES)
-    done = secateur("compare", plan, "--seeds", "1", "--arm", "near=nearest:3", "--json")
+    done = secateur("compare", plan, "--seeds", "1", "--arm", "near=horizon:3", "--json")
     assert done.returncode == 0, done.stderr
     assert "compare command: seed 0, arm near (4 of 4)" in done.stderr
     assert [arm["arm"] for arm in json.loads(done.stdout)["arms"]] == ["plan", "random", "unpruned", "near"]

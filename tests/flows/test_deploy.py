@@ -146,8 +146,8 @@ def test_events_that_come_twice_early_and_late(project: Deployed) -> None:
         assert one["parameters"]["stage"] == 0 or "is not wholly trained" in ends[one["id"]]["message"]
     told = [e for e in project.events("secateur.stage.pruned") if e["payload"]["run"] == run.url]
     assert len(told) == 1  # both runs tell it, under one id
-    slots = [e for e in project.events(*SLOTS) if e["resource"]["prefect.resource.name"] == limit_name(run)]
-    assert [event["event"].rpartition(".")[2] for event in slots] == ["acquired", "released"] * 2
+    wait_for(lambda: len(slots_of(project, run)) == 4, PATIENCE, lambda: str(slots_of(project, run)))
+    assert slots_of(project, run) == ["acquired", "released"] * 2
 
     train_next(run, 1)
     pruned = run.folder.stage(0).prune("plan")
@@ -195,6 +195,12 @@ def train_next(run: Run, stage: int) -> None:
     if stage == 0:
         fit_basis.fn(run.url)
     train.fn(run.url, stage)
+
+
+def slots_of(project: Deployed, run: Run) -> list[str]:
+    """What became of the slot on a run's folder: `acquired` or `released`, in the order in which it occurred."""
+    events = [e for e in project.events(*SLOTS) if e["resource"]["prefect.resource.name"] == limit_name(run)]
+    return [event["event"].rpartition(".")[2] for event in events]
 
 
 def new_runs(project: Deployed, before: set[str]) -> list[str]:

@@ -133,3 +133,94 @@ def test_a_gradient_that_is_not_a_number_is_noticed() -> None:
         (losses(model, x, y).mean() * float("nan")).backward()
     with pytest.raises(SecateurError, match="do not add up to the gradient"):
         optimizer.step()
+
+
+def recorded(how: str) -> dict[str, Tensor]:
+    """Two clipped steps, each with its backward pass before it, or in a closure."""
+    model, optimizer, recorder, x, y = setting(momentum=0.5)
+
+    def backward() -> Tensor:
+        optimizer.zero_grad()
+        with recorder.batch(IDS):
+            loss = losses(model, x, y).mean()
+            loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        return loss
+
+    for _ in range(2):
+        if how == "before":
+            backward()
+            optimizer.step()
+        elif how == "closure":
+            optimizer.step(backward)
+        else:
+            optimizer.step(closure=backward)
+    return recorder.take().tensors()
+
+
+@pytest.mark.parametrize("how", ["closure", "keyword"])
+def test_a_step_with_a_closure_is_recorded_after_it(how: str) -> None:
+    """Lightning's way; the gradients before the closure were the last step's, and the step was refused."""
+    expected = recorded("before")
+    for name, tensor in recorded(how).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_weights_are_read_off_losses_in_the_graph(parts: int) -> None:
+    model, optimizer, recorder, x, y = setting()
+    for rows in IDS.chunk(parts):
+        with recorder.batch(rows) as batch:
+            each = functional.cross_entropy(model(x[rows]), y[rows], reduction="none")
+            batch.losses = each
+            (each * TOKENS[rows]).sum().div(TOKENS.sum()).backward()
+    optimizer.step()
+    segment = recorder.take()
+    torch.testing.assert_close(segment.weights, TOKENS / TOKENS.sum())
+    with pytest.raises(SecateurError, match=r"losses of shape \(1,\) for 8 samples"), recorder.batch(IDS) as batch:
+        batch.losses = torch.ones(1)
+
+
+def test_a_batch_without_a_step_is_forgotten() -> None:
+    """A scaler that met an overflow takes no step; its batch then counted for the next one."""
+    model, optimizer, recorder, x, y = setting()
+    for rows in (IDS[:5], IDS[5:]):
+        optimizer.zero_grad()
+        with recorder.batch(rows):
+            losses(model, x[rows], y[rows]).mean().backward()
+    optimizer.step()
+    assert recorder.take().samples.tolist() == [5, 6, 7]
+
+
+class Placed(nn.Module):
+    """Positions that are looked up once for the whole batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.places, self.head = nn.Embedding(7, 4), nn.Embedding(6, 4), nn.Linear(4, 7)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.tokens(ids) + self.places(torch.arange(ids.shape[1])[None])))
+
+
+def test_positions_that_samples_share_are_told_apart() -> None:
+    """GPT-2's way; their table saw a batch of one, and the batch was refused."""
+    torch.manual_seed(0)
+    model, ids = Placed().double(), torch.randint(7, (8, 6))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    bindings = bind(model)
+    recorder = Recorder(model, optimizer, bindings, everything(bindings))
+
+    def each(rows: Tensor) -> Tensor:
+        logits = model(rows)[:, :-1].transpose(1, 2)
+        return functional.cross_entropy(logits, rows[:, 1:], reduction="none").mean(1)
+
+    expected = []
+    for row in ids:
+        found = torch.autograd.grad(each(row[None])[0] / 8, list(model.parameters()))
+        named = dict(zip(dict(model.named_parameters()), found, strict=True))
+        expected.append(everything(bindings).project_all(named))
+    with recorder.batch(IDS):
+        each(ids).mean().backward()
+    optimizer.step()
+    torch.testing.assert_close(recorder.take().contributions, torch.stack(expected))

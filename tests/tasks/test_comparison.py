@@ -14,7 +14,7 @@ from scipy import stats
 from storage.copies import copy_artefacts
 from storage.manifest import Artefact
 from storage.root import Root
-from tasks.comparison.arms import ALWAYS, PLAN, Arm, arm_plan, check_arms, read_arms
+from tasks.comparison.arms import ALWAYS, PLAN, arm_plan, check_arms, read_arms
 from tasks.comparison.figures import Interval, summarise
 from tasks.comparison.report import ArmResult, verdict
 from tasks.comparison.runs import comparable, judges
@@ -27,10 +27,10 @@ TRIAL = {"trial": {"steps": 3}}
 
 def test_arms_are_read_from_options_and_a_file(tmp_path: Path) -> None:
     path = tmp_path / "arms.yaml"
-    path.write_text("near3: {nearest: 3}\nhard: {policy: el2n, prefer: highest}\n")
+    path.write_text("warm: {temperature: 0.5}\nhard: {policy: el2n, prefer: highest}\n")
     options = ["grand", "mean=aggregate:mean,horizon:stage,estimate:embedding", "by=policy:balanced,by:json:domain"]
     assert read_arms(options, str(path)) == {
-        "near3": {"nearest": 3},
+        "warm": {"temperature": 0.5},
         "hard": {"policy": "el2n", "prefer": "highest"},
         "grand": {"policy": "grand"},
         "mean": {"aggregate": "mean", "horizon": "stage", "estimate": "embedding"},
@@ -68,8 +68,8 @@ def test_the_random_arm_keeps_what_the_plans_policy_came_to() -> None:
     plan = small_plan(NOWHERE, stages=stages)
     for name, arm in (
         ("random", ALWAYS["random"]),
-        ("loss", Arm(policy="loss")),
-        ("half", Arm(policy="top", keep=0.5)),
+        ("loss", {"policy": "loss"}),
+        ("half", {"policy": "top", "keep": 0.5}),
     ):
         policy = arm_plan(plan, name, arm, {0: 83 / 140}).stages[0].prune
         assert policy is not None
@@ -88,7 +88,7 @@ def test_a_share_gives_the_count_back(sizes: tuple[int, int]) -> None:
         ({"random": {"policy": "loss"}}, "every comparison has an arm random"),
         ({"a/b": {"policy": "loss"}}, "'a/b' is no name for an arm"),
         ({"x": {"polcy": "loss"}}, "the arm x: unknown key `polcy`; did you mean `policy`"),
-        ({"x": "loss"}, "the arm x: `as a whole`"),
+        ({"x": "loss"}, "the arm x is 'loss'; give settings"),
         ({"x": {"policy": "best"}}, r"the arm x: `stages\.0\.prune`: .*'grand', 'el2n'"),
         ({"x": {"policy": "threshold"}}, r"the arm x: `stages\.0\.prune\.threshold\.at_least`: Field required"),
         ({"x": {"at_least": 1}}, r"the arm x: unknown key `stages\.0\.prune\.top\.at_least`"),
@@ -129,6 +129,10 @@ def test_what_scores_does_not_judge(folder: Path) -> None:
     assert (comparable(two).judging("clean"), judges(comparable(two))) == (0.0, ["test"])
     halved = comparable(two, "clean")
     assert (halved.judging("clean"), judges(halved, "clean")) == (0.5, ["clean", "test"])
+    selecting = [{"steps": 4, "batch_size": 20, "prune": {"policy": "top", "keep": 0.5},
+                  "windows": [{"select": {"target": "test"}}]}, {"steps": 4, "batch_size": 20}]  # fmt: skip
+    both = comparable(small_plan(folder, stages=selecting, targets=two.model_dump()["targets"]))
+    assert (both.judging("clean"), both.judging("test"), judges(both)) == (0.5, 0.0, ["clean"])
     gated = comparable(two.model_copy(update={"trust": small_plan(folder, trust=TRIAL).trust}))
     assert judges(gated) == ["test", "clean"]
     control = arm_plan(gated, "random", ALWAYS["random"], {0: 0.5})

@@ -105,7 +105,7 @@ def test_another_loop_writes_the_same_ledger(ours: Run, folder: Path) -> None:
         recording = loop(plan, stage, steps)
         assert recording.run.folder.stage(stage).trained.manifest.facts == {
             "stage": stage, "samples": len(stage_samples(ours, stage)), "steps": steps, "segments": -(-steps // 6),
-            "by": "outside",
+            "by": "outside", "candidates": 0, "chosen": 0,
         }  # fmt: skip
         assert_equal_ledgers(ours, recording.run, stage)
         appraise(recording.run, stage)
@@ -124,6 +124,19 @@ def test_an_interrupted_loop_carries_on_to_the_same_bytes(ours: Run, folder: Pat
     recording = loop(plan, 0, 21)
     assert_equal_ledgers(ours, recording.run, 0)
     assert loop(plan, 0, 21, 0).finished  # again: nothing is left to do
+
+
+def test_automatic_windows_are_settled(folder: Path) -> None:
+    stages = [{"steps": 12, "batch_size": 20}, {"steps": 10, "batch_size": 20, "windows": {"auto": "previous"}}]
+    plan = small_plan(folder, run="auto", stages=stages)
+    run = loop(plan, 0, None).run
+    appraise(run, 0)
+    settled = loop(plan, 1, None).run.folder.stage(1).windows.manifest.facts["windows"]
+    inside = {step for window in settled for step in range(window["start"], window["stop"])}
+    ledgers = [read_ledger(segment)[0] for segment in run.folder.stage(1).segments()]
+    found = {int(step) for ledger in ledgers for step in ledger["steps"][ledger["windows"] >= 0]}
+    assert found == inside
+    assert len(inside) < 10
 
 
 @pytest.mark.parametrize("parts", [1, 4])
@@ -217,14 +230,13 @@ PRUNED = [{"steps": 3, "batch_size": 20, "prune": {"policy": "loss", "keep": 0.5
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"score": {"horizon": "stage", "aggregate": "mean"}}, "scores by replay, and another trainer's steps cannot be run"),
     ({"audit": {"removals": 4}}, "has stage 0 audited, and another trainer's steps cannot be run again"),
+    ({"stages": [{"epochs": 1, "batch_size": 20, "windows": [{"select": {"candidates": 2}}]}]}, "selects online"),
     ({"curvature": {"kind": "hessian"}}, "`curvature.kind: hessian` needs more passes"),
     ({"model": {"factory": "tests.tasks.small:network", "args": {"width": 8}}}, r"0\.weight of the trainer's model is \(12, 64\)"),
     ({"dtype": "float64"}, "float32, and in the plan's .* it is .* float64"),
     ({"optimizer": {"kind": "adamw", "lr": 0.1}, "basis": None}, "optimizer is SGD with slots momentum_buffer and the plan's AdamW"),
     ({"optimizer": {"kind": "sgd", "lr": 0.1}}, "SGD with slots momentum_buffer and the plan's SGD with slots none"),
     ({"stages": [{"epochs": 1, "batch_size": 20, "windows": [{"stop": 0.5}]}]}, "windows of stage 0 are fractions"),
-    ({"stages": [{"steps": 3, "batch_size": 20, "windows": [{"select": {}}]}]}, "has `select`, and another trainer chooses its own"),
-    ({"stages": [{"steps": 3, "batch_size": 20, "windows": {"auto": "runs/other"}}]}, "windows of stage 0 are automatic"),
 ]  # fmt: skip
 
 

@@ -16,7 +16,8 @@ from PIL import Image
 
 from flows.artifacts import figures, plain, top_samples
 from tasks.artifacts import key_of
-from tasks.report import HTML, PICTURE, TOP, extremes, report, stored_extremes
+from tasks.profile import PICTURE
+from tasks.report import HTML, TOP, extremes, report, stored_extremes
 from tasks.run import Run
 from tasks.score import stage_scores
 from tasks.shown import LETTERS, SIDE, Shown, shown
@@ -97,7 +98,7 @@ def test_top_samples_are_the_scores_own(run: Run) -> None:
 def test_a_report_is_made_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tasks.report.page", None)
     assert report.fn(run.url, 0) == run.folder.stage(0).report.url(HTML)
-    assert run.folder.stage(0).report.read(PICTURE).startswith(b"\x89PNG")
+    assert run.folder.stage(0).profile.read(PICTURE).startswith(b"\x89PNG")
 
 
 def test_markdown_shows_samples_and_nothing_of_their_making(run: Run) -> None:
