@@ -76,7 +76,7 @@ def draw_evolution(frame: pl.DataFrame, title: str) -> bytes:
                 f"{target}: {'mean |influence|' if column == 1 else 'mean influence'} / learning rate", fontsize=9
             )
             axes.set_xlabel("as seen from the end of stage", fontsize=8)
-            axes.tick_params(labelsize=7)
+            axes.tick_params(labelsize=7, which="both")
             if column == 1:
                 axes.legend(title="trained on in", fontsize=7, title_fontsize=7)
     return _png(figure)
@@ -96,7 +96,7 @@ def _draw_steps(axes: Axes, rows: pl.DataFrame, figures: str) -> None:
     for start in steps.group_by("stage", maintain_order=True).first()["place"].to_list()[1:]:
         axes.axvline(start, color="0.4", lw=0.8, ls=":")
     axes.set_xlabel("recorded step", fontsize=8)
-    axes.tick_params(labelsize=7)
+    axes.tick_params(labelsize=7, which="both")
 
 
 def _shade(axes: Axes, found: Phases, offset: int) -> None:
