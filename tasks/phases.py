@@ -69,7 +69,7 @@ class Phases(BaseModel):
         return float(np.exp(np.average(np.log([p.level for p in own]), weights=weights))) if own else None
 
 
-def find_phases(steps: Sequence[int], influence: Sequence[float], length: int, seed: int = 0) -> Phases:
+def find_phases(steps: Sequence[int], influence: Sequence[float], length: int) -> Phases:
     """Cuts a profile into pieces of constant level, in logarithms, and names them.
 
     The partitions of least squares into at most six pieces (Truong, Oudre and Vayatis, 2020; `ruptures`), their number by
@@ -93,7 +93,7 @@ def find_phases(steps: Sequence[int], influence: Sequence[float], length: int, s
     series = np.log([values[group].mean() for group in groups])
     edges = np.array([0, *(places[group[0]] for group in groups[1:]), length])
     ends = _choose(series, _partitions(series))
-    profiles = _resampled(series, ends, seed)
+    profiles = _resampled(series, ends)
     again = [_partitions(profile) for profile in profiles]
     alike = [_shown(p, _choose(p, cut)) == _shown(series, ends) for p, cut in zip(profiles, again, strict=True)]
     spread = np.quantile([found[len(ends) - 1] for found in again], [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2], axis=0)
@@ -135,9 +135,9 @@ def _choose(series: np.ndarray, partitions: list[list[int]]) -> list[int]:
     return max(filter(differ, partitions), key=criterion)
 
 
-def _resampled(series: np.ndarray, ends: list[int], seed: int) -> list[np.ndarray]:
+def _resampled(series: np.ndarray, ends: list[int]) -> list[np.ndarray]:
     """Profiles of the same pieces, each of its values at the piece's level plus a residual drawn from the piece's."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)  # the same profile has the same intervals
     parts = np.split(series, ends[:-1])
     return [np.concatenate([rng.choice(part, len(part)) for part in parts]) for _ in range(RESAMPLES)]
 
