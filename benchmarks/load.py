@@ -129,7 +129,7 @@ def deployed(folder: Path, limit: int) -> Iterator[Deployed]:
         with open(folder / "prefect.log", "ab") as log:
             running.append(subprocess.Popen([*python, *words], cwd=folder, env=settings, stdout=log, stderr=log))
 
-    client = httpx.Client(base_url=settings["PREFECT_API_URL"], timeout=60)
+    client = httpx.Client(base_url=settings["PREFECT_API_URL"], timeout=300)
     try:
         begin("prefect", "server", "start")
         wait_for(lambda: healthy(client), 120, lambda: (folder / "prefect.log").read_text()[-2000:])

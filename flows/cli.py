@@ -30,7 +30,7 @@ QUIET = {
     "DO_NOT_TRACK": "1",
 }
 
-INTERRUPTED = 130  # how typer ends after Ctrl-C
+INTERRUPTED, TERMINATED = 130, 143  # how typer ends after Ctrl-C, and what a scheduler that ends us politely expects
 
 app = typer.Typer(
     name="secateur",
@@ -218,8 +218,14 @@ def main() -> None:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     logging.getLogger("EventsWorker").setLevel(logging.CRITICAL)  # Prefect's, which its own settings do not reach
+    signal.signal(signal.SIGTERM, _terminated)
     with _explained():
         app(standalone_mode=True)
+
+
+def _terminated(*_: object) -> None:
+    """By default nothing would be tidied up. Within a flow Prefect ends the flow run first, and then sends the signal again."""
+    raise SystemExit(TERMINATED)
 
 
 @contextmanager
@@ -231,16 +237,9 @@ def _explained() -> Iterator[None]:
         print(f"secateur: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except SystemExit as end:
-        if end.code == INTERRUPTED:
+        if end.code in (INTERRUPTED, TERMINATED):
             print("secateur: interrupted; the same command carries on from the last whole segment", file=sys.stderr)
         raise
-    except BaseException as error:
-        from prefect.exceptions import TerminationSignal
-
-        if not isinstance(error, TerminationSignal):
-            raise
-        print("secateur: terminated; the same command carries on from the last whole segment", file=sys.stderr)
-        raise SystemExit(128 + signal.SIGTERM) from None
 
 
 def _policy(settings: dict[str, Any]) -> Policy:

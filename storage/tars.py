@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,13 +64,16 @@ def member_end(offset: int, size: int) -> int:
 
 
 def _walk(file: IO[bytes], url: str) -> Iterator[tarfile.TarInfo]:
-    end = 0
+    end, size = 0, file.seek(0, os.SEEK_END)
+    file.seek(0)
     with tarfile.open(fileobj=cast(IO[bytes], _Headers(file)), mode="r:") as archive:
         for member in archive:
             archive.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
             if member.offset < end:
                 raise tarfile.ReadError(f"a member begins at byte {member.offset}, within the one before")
             end = archive.offset
+            if end > size:
+                raise tarfile.ReadError(f"it ends within the member at byte {member.offset}")
             if member.sparse is not None or not (member.isfile() or member.isdir()):
                 raise StorageError(
                     f"shard {url} has a member {member.name!a} that is no regular file (a link, a device or a sparse file); "

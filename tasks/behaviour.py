@@ -61,6 +61,7 @@ def task(
         return Task(
             fn=body,
             name=name,
+            task_run_name=functools.partial(_run_name, name),
             tags=[TAG, f"{TAG}-{name.replace(' ', '-')}"],
             retries=len(PAUSES),
             retry_delay_seconds=PAUSES,
@@ -74,6 +75,12 @@ def task(
         )
 
     return decorate
+
+
+def _run_name(name: str, parameters: dict[str, Any]) -> str:
+    """What a task run is called: `train, stage 0`, `rewrite shard, stage 0, number 3`."""
+    told = [f"{key} {value}" for key, value in parameters.items() if key != "run_url" and isinstance(value, int)]
+    return ", ".join([name, *told])
 
 
 def is_drawing(of: Task[..., Any]) -> bool:

@@ -25,6 +25,7 @@ from tasks.run import Run
 from tasks.samples import list_samples, stage_samples
 from tasks.state import state_of, take_state
 from tasks.train import Trained, commit_segment, commit_trained, place_of, segments_by, start_checkpoint
+from tasks.windows import settle_windows
 
 Keys = Sequence[str] | Sequence[int] | Int[Tensor, " batch"]
 
@@ -118,7 +119,9 @@ class Recording:
             list_samples.fn(self.run.url, self.stage)
             self._samples = stage_samples(self.run, self.stage)
             self._rows = {key: row for row, key in enumerate(self._samples.frame["key"])}
-            self._windows = windows_of(self.plan, self.stage, len(self._samples), self.steps)
+            settle_windows.fn(self.run.url, self.stage)
+            self.run = Run.open(self.run.url)
+            self._windows = windows_of(self.run.plan, self.stage, len(self._samples), self.steps)
             self._folder = self.run.folder.stage(self.stage)
             self._segments = segments_by(self.run, self.stage, self.by)
             if self.stage == 0:

@@ -51,6 +51,17 @@ def test_every_key_of_the_plan_is_documented() -> None:
     assert missing == []
 
 
+def test_every_promise_names_tests_and_benchmarks_that_exist() -> None:
+    text = Path("docs/guarantees.md").read_text()
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
+    missing = [
+        f"{path}::{name}" for path, name in named if not re.search(rf"^def {name}\(", Path(path).read_text(), re.M)
+    ]
+    assert missing == []
+    assert len(named) > 50
+    assert all(Path(f"benchmarks/{name}.py").exists() for name in re.findall(r"`benchmarks\.(\w+)`", text))
+
+
 def test_no_pickle_is_loaded_anywhere() -> None:
     loading = re.compile(r"\bpickle\b|torch\.load\(|allow_pickle|(?<!\.)\beval\(|yaml\.load\(")
     rooms = ("secateur", "storage", "tasks", "flows")

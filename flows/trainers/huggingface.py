@@ -49,7 +49,7 @@ class RecordingCallback(TrainerCallback):
     (unless `save_strategy` is `no`), so that both resume from the same step.
 
     Args:
-        tolerance: relative distance allowed between the contributions' sum and the gradient; about 0.05 with `bf16`.
+        tolerance: relative distance allowed between the contributions' sum and the gradient; about 0.02 with `bf16`.
     """
 
     def __init__(self, plan: Plan | str | Path, stage: int, tolerance: float = 1e-3) -> None:

@@ -32,7 +32,7 @@ class RecordingCallback(Callback):
     Args:
         model: name of the submodule that is the plan's model; the module itself if empty.
         keys: gives the samples' keys (or their numbers in the run's list) from a batch.
-        tolerance: relative distance allowed between the contributions' sum and the gradient; about 0.05 with bfloat16.
+        tolerance: relative distance allowed between the contributions' sum and the gradient; about 0.02 with bfloat16.
     """
 
     def __init__(

@@ -15,7 +15,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 class Strict(BaseModel):
     """A part of the plan: unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
 
 class Factory(Strict):

@@ -69,7 +69,7 @@ def test_a_trainer_in_another_process(served: tuple[Path, dict[str, str]]) -> No
         doomed.send_signal(signal.SIGKILL)
     assert doomed.wait() == -signal.SIGKILL
     assert not (stage / "trained").exists()
-    done = subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     assert re.search(r"stage 0 of \S+ carries on at step (60|120|180)\n", done.stderr)
     assert "nothing was triggered" not in done.stderr

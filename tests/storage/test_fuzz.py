@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,8 +28,9 @@ from tests.storage.test_shards import write_tar
 
 pytestmark = pytest.mark.slow
 
-FUZZ = settings(max_examples=400, deadline=20_000, suppress_health_check=list(HealthCheck))
+FUZZ = settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 Mutation = Callable[[bytes], bytes]
+OUTCOMES = Counter[tuple[str, str]]()  # what became of mutated files, by kind, for `benchmarks.fuzz`
 
 
 @st.composite
@@ -67,18 +69,28 @@ def shard(where: Path) -> str:
     """Six samples of two members, the names of some in headers of their own."""
     rng = np.random.default_rng(0)
     members = [
-        (f"{'d' * 90 * (n % 2)}/{n:03d}.{ext}", rng.bytes(200 + 300 * n)) for n in range(6) for ext in ("bin", "cls")
+        (f"{'d' * (1 + 90 * (n % 2))}/{n:03d}.{ext}", rng.bytes(200 + 300 * n))
+        for n in range(6)
+        for ext in ("bin", "cls")
     ]
     return write_tar(where / "a.tar", members)
 
 
-def told(error: StorageError) -> None:
+def refused(kind: str, error: StorageError) -> None:
     """An error is one sentence."""
     assert "\n" not in str(error)
+    OUTCOMES[kind, "refused"] += 1
 
 
-def damage(path: Path, mutate: Mutation) -> None:
-    path.write_bytes(mutate(path.read_bytes()))
+def accepted(kind: str, changed: bool) -> None:
+    OUTCOMES[kind, "read, and the same as before" if changed else "not changed by the mutation"] += 1
+
+
+def damage(path: Path, mutate: Mutation) -> bool:
+    """Whether the file is another now."""
+    before = path.read_bytes()
+    path.write_bytes(mutate(before))
+    return path.read_bytes() != before
 
 
 @FUZZ
@@ -90,8 +102,9 @@ def test_a_mutated_shard_is_listed_within_its_bounds_or_refused(mutate: Mutation
         try:
             frame = index_shards([url])
         except StorageError as error:
-            told(error)
+            refused("shard, before listing", error)
             return
+        OUTCOMES["shard, before listing", "listed: a whole tar"] += 1
         size = Path(url).stat().st_size
         ends = frame.select((pl.col("offsets") + pl.col("sizes")).explode()).to_series()
         assert all(end <= size for end in ends)
@@ -107,19 +120,22 @@ def test_a_shard_mutated_after_listing_gives_the_same_samples_or_is_refused(muta
         frame = index_shards([url])
         samples = Samples([url], frame)
         expected = samples.read(range(6))
-        damage(Path(url), mutate)
+        other = damage(Path(url), mutate)
         try:
             assert Samples([url], frame).read(range(6)) == expected
+            accepted("shard, read after listing", other)
         except StorageError as error:
-            told(error)
+            refused("shard, read after listing", error)
         artefact = Artefact(Root(str(where / "out")))
         try:
             with artefact.attempt("prune", {}) as attempt:
                 rewrite_shards(attempt, [url], frame, np.ones(6, bool))
-        except StorageError:
+        except StorageError as error:
+            refused("shard, rewritten after listing", error)
             assert artefact.root.files() == []
             return
         assert Path(artefact.url("shards/a.tar")).read_bytes() == before
+        accepted("shard, rewritten after listing", other)
 
 
 FRAME = pl.DataFrame({"key": [f"k{n}" for n in range(200)], "score": np.linspace(0, 1, 200)})
@@ -155,8 +171,9 @@ def test_a_mutated_artefact_is_what_was_committed_or_refused(name: str, mutate: 
     with folder() as where:
         artefact = commit(where)
         place = name if name == "manifest.json" else f"{artefact.manifest.attempt}/{name}"
-        damage(where / "artefact" / place, mutate)
+        other = damage(where / "artefact" / place, mutate)
         try:
             read_back(Artefact(artefact.root))
+            accepted(name, other)
         except StorageError as error:
-            told(error)
+            refused(name, error)

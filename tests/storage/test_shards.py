@@ -14,6 +14,7 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from storage import shards
 from storage.errors import StorageError
 from storage.shards import Samples, expand, index_shards
 
@@ -143,6 +144,20 @@ def test_a_shard_that_changes_after_listing_is_named(tmp_path: Path, damage: Cal
     Path(url).write_bytes(damage(Path(url).read_bytes()))
     with pytest.raises(StorageError, match=r"a\.tar has changed since it was listed; its sample \d is another"):
         samples.read([0, 1])
+
+
+def test_a_shard_that_changes_while_it_is_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the pass over its headers and the one over its bytes: the places of one version, the hashes of another."""
+    url = write_tar(tmp_path / "a.tar", [("0.a", b"x" * 1500), ("1.a", b"y" * 1500)])
+    whole = shards.hash_shard
+
+    def replaced_before(url: str, of: list[tuple[int, int]]) -> tuple[bytes, list[bytes]]:
+        write_tar(Path(url), [("0.a", b"z" * 1500), ("1.a", b"y" * 1500)])
+        return whole(url, of)
+
+    monkeypatch.setattr(shards, "hash_shard", replaced_before)
+    with pytest.raises(StorageError, match=r"a\.tar has changed since it was listed"):
+        index_shards([url])
 
 
 @pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,22 @@ def test_duplicate_keys(folder: Path) -> None:
 def test_a_sample_that_cannot_be_decoded(folder: Path) -> None:
     make_data(folder, [sample(500, raw=b"short")])
     refused(folder, PlanError, r"sample digit-0500 of .*train-1\.tar cannot be decoded by the task .*mend or remove it")
+
+
+def test_an_image_bomb_is_a_sample_that_cannot_be_decoded(folder: Path) -> None:
+    """A PNG of a few bytes that declares 100,000 x 100,000 pixels, for the task of the image example."""
+    header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 0, 0, 0, 0)
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(100_000))), (b"IEND", b""))
+    chunks = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
+    )
+    bomb = {"__key__": "bomb", "png": b"\x89PNG\r\n\x1a\n" + b"".join(chunks), "cls": b"1"}
+    write_shards(f"{folder}/bomb-%d.tar", [bomb], 1)
+    refused(
+        folder, PlanError, r"sample bomb of .*bomb-0\.tar cannot be decoded by the task .*DecompressionBomb",
+        data={"shards": f"{folder}/bomb-0.tar"}, task={"factory": "examples.images.task:Digits"},
+        stages=[{"steps": 2, "batch_size": 1}],
+    )  # fmt: skip
 
 
 def test_a_sample_without_a_member_the_task_needs(folder: Path) -> None:

@@ -126,6 +126,19 @@ def test_an_interrupted_loop_carries_on_to_the_same_bytes(ours: Run, folder: Pat
     assert loop(plan, 0, 21, 0).finished  # again: nothing is left to do
 
 
+def test_automatic_windows_are_settled(folder: Path) -> None:
+    stages = [{"steps": 12, "batch_size": 20}, {"steps": 10, "batch_size": 20, "windows": {"auto": "previous"}}]
+    plan = small_plan(folder, run="auto", stages=stages)
+    run = loop(plan, 0, None).run
+    appraise(run, 0)
+    settled = loop(plan, 1, None).run.folder.stage(1).windows.manifest.facts["windows"]
+    inside = {step for window in settled for step in range(window["start"], window["stop"])}
+    ledgers = [read_ledger(segment)[0] for segment in run.folder.stage(1).segments()]
+    found = {int(step) for ledger in ledgers for step in ledger["steps"][ledger["windows"] >= 0]}
+    assert found == inside
+    assert len(inside) < 10
+
+
 @pytest.mark.parametrize("parts", [1, 4])
 @pytest.mark.parametrize("kind", ["mean", "sum", "weighted"])
 def test_weights_are_read_off_the_graph(folder: Path, parts: int, kind: str) -> None:
@@ -224,7 +237,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"optimizer": {"kind": "adamw", "lr": 0.1}, "basis": None}, "optimizer is SGD with slots momentum_buffer and the plan's AdamW"),
     ({"optimizer": {"kind": "sgd", "lr": 0.1}}, "SGD with slots momentum_buffer and the plan's SGD with slots none"),
     ({"stages": [{"epochs": 1, "batch_size": 20, "windows": [{"stop": 0.5}]}]}, "windows of stage 0 are fractions"),
-    ({"stages": [{"steps": 3, "batch_size": 20, "windows": [{"select": {}}]}]}, "has `select`, and another trainer chooses its own"),
 ]  # fmt: skip
 
 

@@ -1,0 +1,70 @@
+"""A run on SeaweedFS through a proxy that fails one request in twenty: an error, a reset, a lost answer, or a stall of 30 s.
+
+    python -m benchmarks.faults [--share 0.05] [--stall 30] [--seed 0]
+
+Prints how many requests there were and failed, how many retries the run showed, how long it took, and in how many files it differs
+from a run on the disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from storage.integrity import verify
+from storage.root import Root
+from tasks.run import Run
+from tests.proxy import KINDS, FaultyProxy
+from tests.servers import SeaweedFS
+from tests.tasks.small import curate, make_data, small_plan, values
+from tests.tasks.test_run import differing
+
+RUN = """
+import json, sys
+from tasks.plan import Plan
+from tests.tasks.small import curate
+curate(Plan.model_validate(json.loads(sys.argv[1])))
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--share", type=float, default=0.05)
+    parser.add_argument("--stall", type=float, default=30.0)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder, server = Path(name), SeaweedFS(Path(name) / "seaweed")
+        os.environ["SECATEUR_CACHE"] = f"{name}/cache"
+        make_data(folder)
+        whole = curate(small_plan(folder))
+        server.start()
+        try:
+            os.environ.update(server.environment)
+            proxy = FaultyProxy(server.port, options.share, options.stall, options.seed)
+            start = time.monotonic()
+            done = subprocess.run(
+                [sys.executable, "-c", RUN, json.dumps(values(folder, root="s3://bucket/runs"))],
+                stderr=subprocess.PIPE, text=True, check=False, env=os.environ | {"AWS_ENDPOINT_URL": proxy.url},
+            )  # fmt: skip
+            seconds = time.monotonic() - start
+            proxy.shutdown()
+            assert done.returncode == 0, done.stderr[-3000:]
+            kinds = ", ".join(f"{proxy.faults[kind]} {kind}" for kind in KINDS)
+            print(f"{proxy.requests} requests, {proxy.faults.total()} failed ({kinds}), in {seconds:.0f} s")
+            print(f"{done.stderr.count('trying again')} retries shown")
+            run = Run.open("s3://bucket/runs/small")
+            damage = [finding for finding in verify(Root(run.url)) if finding.what != "extra"]
+            print(f"{len(differing(whole, run))} differing files, {len(damage)} damaged")
+        finally:
+            server.kill()
+
+
+if __name__ == "__main__":
+    main()
