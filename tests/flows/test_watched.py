@@ -70,7 +70,9 @@ def start(server: httpx.Client, folder: Path) -> subprocess.Popen[str]:
     """The command line, with this server configured."""
     plan = folder / "watched.yaml"
     data = {"shards": f"{folder}/train-{{0..2}}.tar", "damaged": "skip"}
-    plan.write_text(yaml.safe_dump(values(folder, run="Watched-2026-11-24-0300", stages=STAGES, data=data, segment_steps=20)))
+    plan.write_text(
+        yaml.safe_dump(values(folder, run="Watched-2026-11-24-0300", stages=STAGES, data=data, segment_steps=20))
+    )
     clean = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_") or k == "PREFECT_HOME"}
     return subprocess.Popen(
         [sys.executable, "-m", "flows.cli", "run", str(plan)], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
