@@ -24,6 +24,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from benchmarks import wrong_digits as digits
 from benchmarks.timing import spread
 from examples.images import make_shards as images
 from examples.text import make_shards as text
@@ -64,6 +65,8 @@ class Workload:
 
 
 WORKLOADS = {
+    "digits-constant": Workload("benchmarks/wrong_digits.yaml", digits.make, "clean", 240, {"kind": "constant"}),
+    "digits-cosine": Workload("benchmarks/wrong_digits.yaml", digits.make, "clean", 240, COSINE),
     "images-constant": Workload("examples/images/plan.yaml", images.make, "clean", 320, {"kind": "constant"}),
     "images-cosine": Workload("examples/images/plan.yaml", images.make, "clean", 320, COSINE),
     "text-cosine": Workload("examples/text/plan.yaml", text.make, "manual", 100, COSINE, {"layers": 1, "width": 32}),

@@ -13,6 +13,7 @@ from prefect.artifacts import (
 )
 
 from tasks.artifacts import key_of, post
+from tasks.comparison.report import Comparison
 from tasks.profile import PICTURE
 from tasks.report import HTML, stored_extremes
 from tasks.run import Run
@@ -54,6 +55,27 @@ def query(run_url: str, hits: list[Hit]) -> None:
     if watched():
         rows = [hit.model_dump(include={"rank", "score", "key", "stage", "step", "shard"}) for hit in hits]
         post(create_table_artifact, table=rows, key=key_of(Run.open(run_url), "query"))
+
+
+def comparison(run: Run, found: Comparison, picture: bytes) -> None:
+    """What a comparison came to: its arms, and the picture under its verdict."""
+    if watched():
+        post(create_table_artifact, table=arms(found), key=key_of(run, "compare"), description=plain(found.verdict))
+        url = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+        name = key_of(run, "compare", "picture")
+        post(create_image_artifact, image_url=url, key=name, description=plain(found.verdict))
+
+
+def arms(found: Comparison) -> list[dict[str, str | float]]:
+    """A comparison's table, one row an arm."""
+    rows: list[dict[str, str | float]] = []
+    for arm in found.arms:
+        row: dict[str, str | float] = {"arm": arm.arm, "samples": arm.samples, "steps": arm.steps}
+        for figure in found.before:
+            row[f"{figure} on {found.judge}"] = arm.figures[figure].text()
+            row |= {f"{figure} less {other}": gap.text(signed=True) for other, gap in arm.differences[figure].items()}
+        rows.append(row)
+    return rows
 
 
 def figures(summary: StageSummary) -> list[dict[str, str | float]]:

@@ -224,7 +224,7 @@ def main() -> None:
 
 
 def _terminated(*_: object) -> None:
-    """By default nothing would be tidied up, and the server that Prefect started for us would stay."""
+    """By default nothing would be tidied up. Within a flow Prefect ends the flow run first, and then sends the signal again."""
     raise SystemExit(TERMINATED)
 
 
@@ -240,13 +240,6 @@ def _explained() -> Iterator[None]:
         if end.code in (INTERRUPTED, TERMINATED):
             print("secateur: interrupted; the same command carries on from the last whole segment", file=sys.stderr)
         raise
-    except BaseException as error:
-        from prefect.exceptions import TerminationSignal
-
-        if not isinstance(error, TerminationSignal):
-            raise
-        print("secateur: terminated; the same command carries on from the last whole segment", file=sys.stderr)
-        raise SystemExit(128 + signal.SIGTERM) from None
 
 
 def _policy(settings: dict[str, Any]) -> Policy:

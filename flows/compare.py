@@ -7,6 +7,7 @@ from typing import Any
 
 from prefect import flow
 
+from flows import artifacts
 from flows.alone import alone
 from flows.stage import appraise, cut
 from flows.workers import Crew, crew
@@ -54,7 +55,9 @@ def compare(
             for name, arm in every.items():
                 say(f"compare {plan.run}: seed {seed}, arm {name} ({len(urls) + 1} of {len(every) * seeds})")
                 urls.append(_run_arm(workers, seed_plan(spec, seed), name, arm, telling))
-    return report(plan, chosen, telling[0], urls)
+    found, picture = report(plan, chosen, telling[0], urls)
+    artifacts.comparison(Run.of(plan), found, picture)
+    return found
 
 
 def _run_arm(workers: Crew, plan: Plan, name: str, arm: Arm, telling: list[str]) -> str:

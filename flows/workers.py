@@ -77,10 +77,22 @@ class Crew:
 
     def _submit(self, call: Call) -> Any:
         if self._runner is None:
-            self._runner = _runner(self.spec, self.count)
-            self._runner.__enter__()
+            self._runner = self._started()
         task = self._limited(call.task)
         return self._runner.submit(task, get_call_parameters(task.fn, call.arguments, {}))
+
+    def _started(self) -> TaskRunner[Any]:
+        runner = _runner(self.spec, self.count)
+        try:
+            runner.__enter__()
+            getattr(runner, "client", None)  # Dask's connects when it is asked for
+        except Exception as error:
+            if self.spec.address is None:
+                raise
+            raise PlanError(
+                f"the {self.spec.kind} workers at {self.spec.address} cannot be reached ({error}); start them, or change `workers`"
+            ) from error
+        return runner
 
     def _limited(self, task: Task[P, R]) -> Task[P, R]:
         return task.with_options(timeout_seconds=self.spec.timeout) if self.spec.timeout else task
@@ -148,9 +160,7 @@ def _dask(spec: Workers, count: int | None) -> TaskRunner[Any]:
 
 
 def _ray(spec: Workers, count: int | None) -> TaskRunner[Any]:
-    os.environ.setdefault(
-        "RAY_AUTH_MODE", "disabled"
-    )  # as Ray itself starts on one machine; it refuses to start otherwise
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # Ray wants a token otherwise, even of itself on one machine
     from prefect_ray import RayTaskRunner
 
     if spec.address:

@@ -59,11 +59,14 @@ class Comparison(BaseModel):
     files: list[str]
 
 
-def report(plan: Plan, seeds: list[int], judge: str, urls: list[str]) -> Comparison:
+def report(plan: Plan, seeds: list[int], judge: str, urls: list[str]) -> tuple[Comparison, bytes]:
     """Writes the report of finished arms, under a name that they determine.
 
     Args:
         urls: the arms' runs.
+
+    Returns:
+        What it says, and its plot as PNG.
     """
     folder = ComparisonFolder(plan.root, plan.run)
     prints = [Run.open(url).folder.figures.fingerprint for url in urls]
@@ -80,7 +83,7 @@ def report(plan: Plan, seeds: list[int], judge: str, urls: list[str]) -> Compari
             attempt.facts.update(seeds=seeds, judge=judge)
     arms = [_result(frame, summary, arm, judge) for arm in frame["arm"].unique(maintain_order=True)]
     figures = sorted(first["figure"].unique(), key=lambda name: (name != "loss", name))
-    return Comparison(
+    found = Comparison(
         run=plan.run,
         url=folder.root.url,
         seeds=seeds,
@@ -91,6 +94,7 @@ def report(plan: Plan, seeds: list[int], judge: str, urls: list[str]) -> Compari
         notes=_notes(arms, len(seeds)),
         files=[artefact.url(file) for file in artefact.names()],
     )
+    return found, artefact.read(PICTURE)
 
 
 def _result(frame: pl.DataFrame, summary: pl.DataFrame, arm: str, judge: str) -> ArmResult:

@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 import psutil
+import s3fs
 import yaml
 
 from tests.servers import KEY, SECRET, PostgreSQL, SeaweedFS, free_ports
@@ -204,6 +205,8 @@ def environment(folder: Path, port: int) -> dict[str, str]:
 def deploy(folder: Path, database: PostgreSQL, store: SeaweedFS) -> Deployed:
     """Begins the page; its first part has still to be run."""
     make_project(folder)
+    endpoint = store.environment["AWS_ENDPOINT_URL"]
+    s3fs.S3FileSystem(key=KEY, secret=SECRET, endpoint_url=endpoint, skip_instance_cache=True).mkdir("secateur")
     (port,) = free_ports(1)
     changes = {
         "4200": str(port),

@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 import torch
 
-from flows import tables
+from flows import artifacts, tables
 from flows.compare import compare
 from flows.workers import Crew
 from storage.frames import read_frame
@@ -47,11 +47,11 @@ class Here(Crew):
             self.call(call.task, *call.arguments)
 
 
-def compared(plan: Plan) -> Comparison:
+def compared(plan: Plan, seeds: int = 2) -> Comparison:
     """What the flow does, without Prefect."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("flows.compare.crew", lambda spec: nullcontext(Here(spec)))
-        return compare.fn(plan, 2, FURTHER)
+        return compare.fn(plan, seeds, FURTHER)
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +131,8 @@ def test_the_answer(found: Comparison) -> None:
     assert any("different numbers of steps" in note for note in found.notes)
     assert arms["random"].train_seconds > 0
     assert set(arms["plan"].differences["accuracy"]) == {"unpruned", "random"}
+    table = {row["arm"]: row for row in artifacts.arms(found)}
+    assert table["random"]["loss less unpruned"] == arms["random"].differences["loss"]["unpruned"].text(signed=True)
     assert list(found.before) == ["loss", "accuracy"]
     assert "the plan's loss on clean less that without pruning" in found.verdict
     assert [Path(file).suffix for file in found.files] == [".png", ".parquet", ".parquet"]
@@ -165,6 +167,20 @@ def test_it_goes_on_where_it_was(
     assert all(f"│ {arm} " in printed for arm in ARMS)
     assert found.verdict == again.verdict
     assert again.verdict in printed
+
+
+def test_the_first_pruning_may_come_later(folder: Path) -> None:
+    short = {"steps": 4, "batch_size": 20}
+    plan = small_plan(folder, run="late", stages=[short, short | {"prune": {"policy": "top", "keep": 0.5}}, short])
+    arms = {arm.arm: arm for arm in compared(plan, 1).arms}
+    seed = ComparisonFolder(plan.root, plan.run).seed(0)
+    own, *others = (Run.open(seed.child(arm).url) for arm in ARMS)
+    for run in others:
+        for stage in (0, 1):
+            mine, theirs = (one.folder.stage(stage).segment(0).url("ledger.safetensors") for one in (own, run))
+            assert Path(theirs).samefile(mine)
+    assert arms["unpruned"].samples == 140 > arms["plan"].samples == arms["random"].samples == arms["mean"].samples
+    assert {arm.steps for arm in arms.values()} == {12.0}
 
 
 @pytest.mark.slow

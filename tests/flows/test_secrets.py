@@ -34,14 +34,16 @@ def test_a_run_on_s3_keeps_and_says_no_credentials(seaweedfs: str, tmp_path: Pat
     make_data(tmp_path)
     root = f"{seaweedfs}/{tmp_path.name}"
     folders = {"PREFECT_HOME": str(tmp_path / "prefect"), "SECATEUR_CACHE": str(tmp_path / "cache")}
-    loud = {"PREFECT_LOGGING_LEVEL": "DEBUG", "PREFECT_SERVER_LOGGING_LEVEL": "DEBUG", "S3FS_LOGGING_LEVEL": "DEBUG"}
-    done = secateur("run", write_plan(tmp_path, root=root), **folders, **loud)
+    loud = {"PREFECT_LOGGING_LEVEL": "DEBUG", "PREFECT_SERVER_LOGGING_LEVEL": "DEBUG"}
+    stages = [{"steps": 6, "batch_size": 20, "prune": {"policy": "top", "keep": 0.5}}]
+    plan = write_plan(tmp_path, root=root, stages=stages)
+    done = secateur("run", plan, **folders, **loud)
     assert done.returncode == 0, done.stderr
-    refused = secateur("run", write_plan(tmp_path, root=root), **folders, AWS_SECRET_ACCESS_KEY=WRONG)
+    refused = secateur("run", plan, **folders, AWS_SECRET_ACCESS_KEY=WRONG)
     assert "cannot be" in sentence(refused)
     (tmp_path / "printed").write_text(done.stdout + done.stderr + refused.stdout + refused.stderr)
     s3fs.S3FileSystem().get(root, str(tmp_path / "run"), recursive=True)
-    assert len(list((tmp_path / "run").rglob("manifest.json"))) > 10
+    assert len(list((tmp_path / "run").rglob("manifest.json"))) >= 8
     assert any((tmp_path / "prefect").rglob("*.db"))
     assert any((tmp_path / "cache").iterdir())
     assert holding(tmp_path, SECRET, WRONG) == []

@@ -69,7 +69,9 @@ def shard(where: Path) -> str:
     """Six samples of two members, the names of some in headers of their own."""
     rng = np.random.default_rng(0)
     members = [
-        (f"{'d' * 90 * (n % 2)}/{n:03d}.{ext}", rng.bytes(200 + 300 * n)) for n in range(6) for ext in ("bin", "cls")
+        (f"{'d' * (1 + 90 * (n % 2))}/{n:03d}.{ext}", rng.bytes(200 + 300 * n))
+        for n in range(6)
+        for ext in ("bin", "cls")
     ]
     return write_tar(where / "a.tar", members)
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import EndpointConnectionError, NoCredentialsError, ReadTimeoutError
 
-from storage.errors import StorageError
+from storage.errors import StorageError, UnavailableError
 from storage.manifest import Artefact
-from storage.root import Root
+from storage.root import Root, explained
 
 
 @pytest.fixture
@@ -63,9 +65,9 @@ def test_what_is_missing_is_named(root: Root) -> None:
 
 FILL = """
 import sys
-from storage.errors import StorageError
+from storage.errors import StorageError, UnavailableError
 from storage.manifest import Artefact
-from storage.root import Root
+from storage.root import Root, explained
 artefact = Artefact(Root(sys.argv[1] + "/artefact"))
 try:
     with artefact.attempt("test", {}) as attempt:
@@ -86,3 +88,38 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
     sentence, state = done.stdout.splitlines()
     assert "cannot be written: No space left on device; free some space" in sentence
     assert state == "False []"
+
+
+def test_a_file_of_another_folder_is_taken_as_it_is(root: Root) -> None:
+    other = root.child("other")
+    other.create("deep/a", b"x" * 100)
+    root.take(other, "deep/a")
+    other.delete()
+    assert root.files() == ["deep/a"]
+    assert root.read_bytes("deep/a") == b"x" * 100
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (OSError(errno.EIO, "input/output error"), True),
+        (OSError(errno.ESTALE, "stale handle"), True),
+        (OSError("the server said 503"), True),
+        (TimeoutError("no answer"), True),
+        (ConnectionResetError(errno.ECONNRESET, "reset"), True),
+        (EndpointConnectionError(endpoint_url="http://store"), True),
+        (ReadTimeoutError(endpoint_url="http://store"), True),
+        (OSError(errno.EREMOTEIO, "internal error"), True),
+        (OSError(errno.EBUSY, "slow down"), True),
+        (OSError(errno.ENOSPC, "full"), False),
+        (OSError(errno.EINVAL, "bad request"), False),
+        (PermissionError("access denied"), False),
+        (IsADirectoryError(errno.EISDIR, "a folder"), False),
+        (FileNotFoundError(errno.ENOENT, "gone"), False),
+        (NoCredentialsError(), False),
+    ],
+)
+def test_what_can_pass_is_told_from_what_cannot(error: Exception, passes: bool) -> None:
+    with pytest.raises(StorageError) as raised, explained("a file", "read"):
+        raise error
+    assert isinstance(raised.value, UnavailableError) is passes
