@@ -60,7 +60,7 @@ def report_domains(results: Results) -> None:
         [r["random"]["loss"] - r["ours"]["loss"] for r in runs],
         [r["unpruned"]["loss"] - r["ours"]["loss"] for r in runs],
     )
-    print(f"loss that ours is under random: {spread(less[0], 3)}; under unpruned: {spread(less[1], 3)}")
+    print(f"\nloss that ours is under random: {spread(less[0], 3)}; under unpruned: {spread(less[1], 3)}")
     draw_domains({arm: {c: [r[arm][c] for r in runs] for c in columns} for arm in arms})
 
 
