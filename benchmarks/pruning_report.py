@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.labels import BASELINES, DEFAULT
-from benchmarks.mislabelled import HARDER, WORKLOADS
+from benchmarks.mislabelled import WORKLOADS
 from benchmarks.pruning_figures import draw_areas, draw_arms, draw_domains, draw_duplicates
 from benchmarks.timing import spread
 
 Results = dict[str, dict[str, Any]]
-NAMES = {workload: " ".join(workload) for workload in (*WORKLOADS, HARDER)}
+NAMES = {workload: " ".join(workload) for workload in WORKLOADS}
 
 
 def report_labels(results: Results) -> None:
@@ -23,7 +23,7 @@ def report_labels(results: Results) -> None:
     print(f"\nwrong labels, {_seeds(results)} seeds: median (min to max); share of the labels that are wrong: {shares}")
     areas = {title: {which: [r["area"][which] for r in rs] for which in rs[0]["area"]} for title, rs in found.items()}
     _table("area under the ROC curve", list(found), list(areas[_title(0)]), lambda t, s: areas[t].get(s))
-    arms = {title: rs for title, rs in found.items() if "arms" in rs[0]}
+    arms = found
     names = list(arms[_title(0)][0]["arms"])
     figures = {(t, a): [r["arms"][a] for r in rs] for t, rs in arms.items() for a in names}
     for key, what in (
@@ -60,7 +60,7 @@ def report_domains(results: Results) -> None:
         [r["random"]["loss"] - r["ours"]["loss"] for r in runs],
         [r["unpruned"]["loss"] - r["ours"]["loss"] for r in runs],
     )
-    print(f"loss that ours is under random: {spread(less[0], 3)}; under unpruned: {spread(less[1], 3)}")
+    print(f"\nloss that ours is under random: {spread(less[0], 3)}; under unpruned: {spread(less[1], 3)}")
     draw_domains({arm: {c: [r[arm][c] for r in runs] for c in columns} for arm in arms})
 
 
