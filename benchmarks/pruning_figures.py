@@ -23,8 +23,8 @@ def draw_areas(areas: Values) -> None:
     shown = {label: {t: found.get(name) for t, found in areas.items()} for name, label in SHOWN.items()}
     _bars(axes, list(areas), shown)
     axes.axhline(0.95, color="grey", lw=0.8, ls=":")
-    axes.set(ylabel="area under the ROC curve", ylim=(0.4, 1.0))
-    axes.legend(fontsize=7, ncol=4, loc="lower center")
+    axes.set(ylabel="area under the ROC curve", ylim=(0.2, 1.0))
+    axes.legend(fontsize=7, ncol=4, loc="lower center", framealpha=1)
     _save("pruning_areas", figure)
 
 
@@ -43,8 +43,8 @@ def draw_domains(arms: Values) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), width_ratios=(2, 1))
     domains = [c for c in next(iter(arms.values())) if c not in ("kept", "loss")]
     _bars(left, domains, {arm: {d: found[d] for d in domains} for arm, found in arms.items()})
-    left.set(ylabel="share kept")
-    left.legend(fontsize=7)
+    left.set(ylabel="share kept", ylim=(0, 1.3))
+    left.legend(fontsize=7, ncol=3, loc="upper center")
     losses = [found["loss"] for found in arms.values()]
     right.errorbar(range(len(arms)), *_centred(losses), fmt="o", capsize=3)
     right.set_xticks(range(len(arms)), list(arms), rotation=45, ha="right", fontsize=8)

@@ -95,13 +95,12 @@ def comparison(found: Comparison) -> None:
 
 def windows(found: list[Suggestion]) -> None:
     """Phases and the windows that they suggest, with the lines to put in a plan."""
-    table = Table("stage", "phase", "steps", "begins (95%)", "influence / learning rate", "times the basin")
+    table = Table("stage", "phase", "steps", "begins (95%)", "influence / learning rate")
     for one in found:
         begins = {b.step: f"{b.low} to {b.high}" for b in one.phases.boundaries}
         for phase in one.phases.phases:
-            ratio = f"{one.phases.ratio(phase.name):.3g}"
             steps = f"{phase.start} to {phase.stop}"
-            table.add_row(str(one.stage), phase.name, steps, begins.get(phase.start, ""), f"{phase.level:.3e}", ratio)
+            table.add_row(str(one.stage), phase.name, steps, begins.get(phase.start, ""), f"{phase.level:.3e}")
     if table.rows:
         show(table)
     for one in found:

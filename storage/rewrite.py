@@ -57,12 +57,12 @@ def rewrite_shard(
 def _kept(source: IO[bytes], url: str, listed: pl.DataFrame, keep: np.ndarray) -> Iterator[memoryview]:
     """The bytes of a shard outside its dropped members; the whole is held against what was listed."""
     holes = deque((b, member_end(o, s)) for b, o, s in _members(listed.filter(pl.Series(~keep))))
-    digest, position = hashlib.sha256(), 0
+    digest, position, buffer = hashlib.sha256(), 0, memoryview(bytearray(CHUNK))
     with ThreadPoolExecutor(1) as beside:
-        while data := _read(source, url):
-            hashing = beside.submit(digest.update, data)
-            yield from _outside(memoryview(data), position, holes)
-            position += len(data)
+        while size := _read(source, buffer, url):
+            hashing = beside.submit(digest.update, buffer[:size])
+            yield from _outside(buffer[:size], position, holes)
+            position += size
             hashing.result()
     if digest.digest() != listed["shard_sha256"][0]:
         raise changed(url)
@@ -88,22 +88,24 @@ def _members(listed: pl.DataFrame) -> list[tuple[int, int, int]]:
     return listed.select("begins", "offsets", "sizes").explode("begins", "offsets", "sizes").rows()
 
 
-def _read(source: IO[bytes], url: str) -> bytes:
+def _read(source: IO[bytes], buffer: memoryview, url: str) -> int:
     with explained(f"shard {url}", "read"):
-        return source.read(CHUNK)
+        return int(source.readinto(buffer))  # type: ignore[attr-defined]  # every binary file has it
 
 
-def _joined(pieces: Iterable[memoryview]) -> Iterator[bytes]:
-    """The same bytes in blocks that are worth a write each."""
-    held: list[memoryview] = []
-    size = 0
+def _joined(pieces: Iterable[memoryview]) -> Iterator[memoryview]:
+    """The same bytes in blocks that are worth a write each; a block is overwritten by the next, for fresh memory costs more
+    than the copy."""
+    block, filled = memoryview(bytearray(CHUNK)), 0
     for piece in pieces:
-        held.append(piece)
-        size += len(piece)
-        if size >= CHUNK:
-            yield b"".join(held)
-            held, size = [], 0
-    yield b"".join(held)
+        while piece:
+            part = piece[: CHUNK - filled]
+            block[filled : filled + len(part)] = part
+            filled, piece = filled + len(part), piece[len(part) :]
+            if filled == CHUNK:
+                yield block
+                filled = 0
+    yield block[:filled]
 
 
 def _names(urls: Sequence[str]) -> list[str]:

@@ -51,4 +51,5 @@ class Live:
         if self._artifact is None or (done < self.total and now - self._shown < SECONDS_BETWEEN):
             return
         self._shown = now
-        post(update_progress_artifact, artifact_id=self._artifact, progress=100.0 * done / self.total)
+        share = 100.0 * done / self.total  # a server that did not take it is not asked again
+        self._artifact = post(update_progress_artifact, artifact_id=self._artifact, progress=share)

@@ -17,7 +17,7 @@ from tasks.samples import scoring_rows, skipping, stage_samples, target_samples
 from tasks.train import check_repeatable
 from tasks.windows import foreseen
 
-JUDGING_COST = 0.7  # of a sample in online selection, in trainings of one; see benchmarks/selection.py
+JUDGING_COST = 0.6  # of a sample in online selection, in trainings of one; see benchmarks/selection.py
 
 
 class SelectionEstimate(BaseModel):

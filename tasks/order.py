@@ -88,7 +88,7 @@ class Order:
         if isinstance(self.stage.windows, AutoWindows):
             raise PlanError(
                 f"the windows of stage {self.number} are taken from {self.stage.windows.auto}, which happens as the stage "
-                f"begins; `secateur run` does so, and a loop of your own by tasks.windows.settle_windows"
+                f"begins; `secateur run` does so"
             )
         ranges = []
         for window in self.stage.given:

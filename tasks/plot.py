@@ -55,7 +55,7 @@ def draw_profile(frame: pl.DataFrame, phases: Mapping[str, Phases], last: int, t
             if column == 1:
                 axes.set_yscale("log")
                 _shade(axes, found, _offset(rows, last))
-            axes.set_title(f"{target}: {label}", fontsize=9)
+            axes.set_title(f"{target}: {label}", fontsize=9, pad=12)
     return _png(figure)
 
 
@@ -76,7 +76,7 @@ def draw_evolution(frame: pl.DataFrame, title: str) -> bytes:
                 f"{target}: {'mean |influence|' if column == 1 else 'mean influence'} / learning rate", fontsize=9
             )
             axes.set_xlabel("as seen from the end of stage", fontsize=8)
-            axes.tick_params(labelsize=7)
+            axes.tick_params(labelsize=7, which="both")
             if column == 1:
                 axes.legend(title="trained on in", fontsize=7, title_fontsize=7)
     return _png(figure)
@@ -96,7 +96,7 @@ def _draw_steps(axes: Axes, rows: pl.DataFrame, figures: str) -> None:
     for start in steps.group_by("stage", maintain_order=True).first()["place"].to_list()[1:]:
         axes.axvline(start, color="0.4", lw=0.8, ls=":")
     axes.set_xlabel("recorded step", fontsize=8)
-    axes.tick_params(labelsize=7)
+    axes.tick_params(labelsize=7, which="both")
 
 
 def _shade(axes: Axes, found: Phases, offset: int) -> None:
@@ -104,8 +104,10 @@ def _shade(axes: Axes, found: Phases, offset: int) -> None:
     for phase in found.phases:
         axes.axvspan(offset + phase.start, offset + phase.stop, color=COLOURS[phase.name], alpha=0.15, lw=0, zorder=0)
         axes.hlines(phase.level, offset + phase.start, offset + phase.stop, color="k", lw=0.8)
-        middle = offset + (phase.start + phase.stop) / 2
-        axes.annotate(phase.name, (middle, 0.97), xycoords=("data", "axes fraction"), ha="center", va="top", fontsize=7)
+    for name in dict.fromkeys(phase.name for phase in found.phases):
+        own = [phase for phase in found.phases if phase.name == name]
+        middle = offset + (own[0].start + own[-1].stop) / 2
+        axes.annotate(name, (middle, 1.0), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=7)
     for boundary in found.boundaries:
         axes.axvspan(offset + boundary.low, offset + max(boundary.high, boundary.low + 1), color="k", alpha=0.15, lw=0)
 

@@ -96,6 +96,13 @@ def rates(run: Run, stage: int) -> pl.DataFrame:
     return pl.concat(found)
 
 
+def _known_rates(run: Run, stage: int, view: int) -> pl.DataFrame:
+    """The rates of a stage's recorded steps; an earlier stage's ledger need not be read again for them."""
+    if stage == view:
+        return rates(run, stage)
+    return read_frame(run.folder.stage(stage).profile, PROFILE).filter(stage=stage).select("step", "rate").unique()
+
+
 def _steps(run: Run, stage: int) -> int:
     return Trained(**run.folder.stage(stage).trained.manifest.facts).steps
 
@@ -105,7 +112,7 @@ def _summaries(run: Run, view: int) -> Iterator[pl.DataFrame]:
     targets = list(run.plan.targets)
     gradients = torch.stack([scoring_gradients(run, view, name).double().mean(0) for name in targets])
     for stage, query in sorted(queries(run, list(range(view + 1)), gradients), key=lambda pair: pair[0]):
-        known = stage_scores(run, stage).join(rates(run, stage), "step", maintain_order="left")
+        known = stage_scores(run, stage).join(_known_rates(run, stage, view), "step", maintain_order="left")
         parts = stage_embeddings(run.folder.stage(stage).embeddings)
         effects = np.concatenate([part.double().numpy() @ query.T.astype(np.float64) for part in parts])
         for number, name in enumerate(targets):

@@ -11,6 +11,7 @@ from pydantic import BaseModel, TypeAdapter
 
 from storage.errors import StorageError
 from storage.frames import read_frame, write_frame
+from storage.integrity import artefacts
 from storage.manifest import Artefact
 from storage.rewrite import rewrite_shard as rewritten
 from tasks.behaviour import task
@@ -104,8 +105,8 @@ def prune_stage(run_url: str, stage: int, policy: dict[str, Any] | None = None) 
             for part in (decided, *(folder.rewritten(name, number) for number in range(count))):
                 attempt.adopt(part)
             attempt.facts.update(decided.manifest.facts)
-        for part in (*(folder.rewritten(name, number) for number in range(count)), decided):
-            part.remove()
+    for part in (*artefacts(folder.root.child("rewritten", name)), *artefacts(decided.root)):
+        part.remove()
     return pruned(artefact, stage, name)
 
 

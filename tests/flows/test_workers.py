@@ -247,16 +247,19 @@ def test_workers_end_with_the_flow_run_that_is_cancelled(tmp_path: Path, kind: s
     """SIGTERM is what a Prefect worker sends to a flow run that is cancelled."""
     script = tmp_path / "sleep.py"
     script.write_text(SLEEP)
-    process = started(str(script), kind, str(tmp_path))
     marks = [tmp_path / str(number) for number in range(2)]
-    end = time.monotonic() + 300
-    while not all(mark.exists() for mark in marks):
-        assert process.poll() is None
-        assert time.monotonic() < end
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    begun = time.monotonic()
-    process.communicate(timeout=120)
+    with started(str(script), kind, str(tmp_path)) as process:
+        try:
+            end = time.monotonic() + 900
+            while not all(mark.exists() and mark.read_text() for mark in marks):
+                assert process.poll() is None
+                assert time.monotonic() < end
+                time.sleep(0.1)
+            process.send_signal(signal.SIGTERM)
+            begun = time.monotonic()
+            process.communicate(timeout=120)
+        finally:
+            process.kill()
     assert process.returncode != 0
     assert time.monotonic() - begun < 60  # of the 600 that they would take
     for mark in marks:

@@ -15,6 +15,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from flows.artifacts import figures, plain, top_samples
+from tasks import artifacts
 from tasks.artifacts import key_of
 from tasks.profile import PICTURE
 from tasks.report import HTML, TOP, extremes, report, stored_extremes
@@ -156,3 +157,37 @@ def test_members_that_are_looked_at() -> None:
     assert "\u202e" not in long
     assert "\n" not in long
     assert len(long) <= LETTERS + 10
+
+
+def test_an_artifact_that_is_not_taken_is_reported_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, asked = Run.of(small_plan(tmp_path)), list[object]()
+
+    def refuse(**fields: object) -> None:
+        asked.append(fields)
+        raise ConnectionError
+
+    monkeypatch.setattr(artifacts, "watched", lambda: True)
+    monkeypatch.setattr(artifacts.FlowRunContext, "get", classmethod(lambda cls: object()))
+    monkeypatch.setattr("tasks.progress.log", lambda sentence: False)
+    monkeypatch.setattr(artifacts, "create_progress_artifact", refuse)
+    live = artifacts.Live(run, "stage-0-training", 5)
+    live.reach(5)
+    assert len(asked) == 1
+    assert (
+        "does not take the artifact secateur-small-stage-0-training (ConnectionError); the run goes on"
+        in capsys.readouterr().err
+    )
+
+    monkeypatch.setattr(artifacts, "create_progress_artifact", lambda **fields: "id")
+    monkeypatch.setattr(artifacts, "update_progress_artifact", refuse)
+    live = artifacts.Live(run, "stage-0-training", 5)
+    live.reach(5)
+    live.reach(5)
+    assert len(asked) == 2
+
+
+def test_nothing_is_asked_of_a_server_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifacts, "create_progress_artifact", None)
+    artifacts.Live(Run.of(small_plan(tmp_path)), "stage-0-training", 5).reach(5)

@@ -125,6 +125,18 @@ def test_a_finished_run_does_nothing_again(run: Run, monkeypatch: pytest.MonkeyP
     assert content(run) == before
 
 
+def test_what_a_killed_run_had_no_time_to_remove_goes_with_the_next(folder: Path) -> None:
+    """Parts whose whole is committed, but which the process that committed it did not live to remove."""
+    plan = small_plan(folder, root=f"{folder}/leftover")
+    stage = curate(plan).folder.stage(0)
+    parts = (stage.local(0), stage.decided(OWN), stage.rewritten(OWN, 0))
+    for part in parts:
+        with part.attempt("left", {}) as attempt:
+            attempt.write("a", b"x")
+    curate(plan)
+    assert [part.root.url for part in parts if part.root.files()] == []
+
+
 def test_contributions_in_the_ledger_are_autograds(folder: Path) -> None:
     """The last segment is one step: each sample's gradient by autograd, from the checkpoint before it."""
     run = curate(small_plan(folder, root=f"{folder}/full", basis=ALL, dtype="float64", segment_steps=5))
