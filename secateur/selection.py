@@ -5,7 +5,7 @@ step on the chosen ones changes the target's mean loss, whose gradient is `q`, b
 
     sum_i <q, s_i> + 1/2 sum_ij <s_i, H s_j>
 
-`grad_align` (Wang et al., "Capturing the Temporal Dependence of Training Data Influence", ICLR 2025, the selection of section 5)
+`grad_align` (Wang et al., "Capturing the Temporal Dependence of Training Data Influence", ICLR 2025)
 keeps the first term: the candidates of largest `-<q, s_i>`. `greats` (Wang, Wu, Song, Mittal, Jia, "GREATS: Online Selection of
 High-Quality Data for LLM Training in Every Iteration", NeurIPS 2024) adds the pairs greedily: after every pick `j` each candidate's gain
 falls by `<s_i, s_j>`, the Hessian taken as the identity, as in the authors' code.
