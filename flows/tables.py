@@ -73,7 +73,14 @@ def audited(found: list[Audited]) -> None:
 def comparison(found: Comparison) -> None:
     """Whether pruning pays: what the arms used, and each figure of the target that judges."""
     count = len(found.seeds)
-    used = Table("arm", "samples", "steps", "training s", "selecting s", title=f"{found.url}: means over {count} seed{'s' if count > 1 else ''}")
+    used = Table(
+        "arm",
+        "samples",
+        "steps",
+        "training s",
+        "selecting s",
+        title=f"{found.url}: means over {count} seed{'s' if count > 1 else ''}",
+    )
     for arm in found.arms:
         selecting = "-" if arm.select_seconds is None else f"{arm.select_seconds:.1f}"
         used.add_row(arm.arm, f"{arm.samples:.0f}", f"{arm.steps:.0f}", f"{arm.train_seconds:.1f}", selecting)
