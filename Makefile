@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
+TWO = -n 2 --dist loadfile  # two files at a time, each with servers of its own
 export PREFECT_SERVER_ANALYTICS_ENABLED = false
 export DO_NOT_TRACK = 1
 export PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS = 180
@@ -16,10 +17,10 @@ text: $(READY)  ## the text example; leaves its run in runs/text
 	$(BIN)/python -m examples.text.run
 
 test: $(READY)  ## the quick tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TWO)
 
 test-slow: $(READY)  ## the tests that take longer: whole examples, real servers
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest $(TWO) -m slow
 
 lint: $(READY)  ## formatting, lint, types, and which room imports which
 	$(BIN)/ruff format --check .
@@ -32,6 +33,16 @@ bench: $(READY)  ## every figure the README quotes
 	$(BIN)/python -m benchmarks.fidelity
 	$(BIN)/python -m benchmarks.cost
 	$(BIN)/python -m benchmarks.images
+	$(BIN)/python -m benchmarks.pruning
+	$(BIN)/python -m benchmarks.windows
+	$(BIN)/python -m benchmarks.selection
+	$(BIN)/python -m benchmarks.kills
+	$(BIN)/python -m benchmarks.faults
+	$(BIN)/python -m benchmarks.fuzz
+	$(BIN)/python -m benchmarks.rewrite
+	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.workers
+	$(BIN)/python -m benchmarks.load
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
