@@ -8,7 +8,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED = false
 export DO_NOT_TRACK = 1
 export PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS = 180
 
-.PHONY: demo text test test-slow lint bench
+.PHONY: demo text test test-slow test-server lint bench
 
 demo: $(READY)  ## the image example; leaves its run in runs/images
 	$(BIN)/python -m examples.images.run
@@ -21,6 +21,9 @@ test: $(READY)  ## the quick tests
 
 test-slow: $(READY)  ## the tests that take longer: whole examples, real servers
 	$(BIN)/python -m pytest $(TWO) -m slow
+
+test-server: $(READY)  ## the tests on a real Prefect server, its workers, Dask and Ray: minutes
+	$(BIN)/python -m pytest -m server
 
 lint: $(READY)  ## formatting, lint, types, and which room imports which
 	$(BIN)/ruff format --check .

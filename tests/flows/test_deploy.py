@@ -27,7 +27,7 @@ from tests.tasks.small import make_data, small_plan, values
 
 SLOTS = ("prefect.concurrency-limit.acquired", "prefect.concurrency-limit.released")
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.server
 
 
 @pytest.fixture(scope="module")

@@ -58,7 +58,7 @@ def served(tmp_path: Path) -> Iterator[tuple[Path, dict[str, str]]]:
         yield tmp_path, settings
 
 
-@pytest.mark.slow
+@pytest.mark.server
 def test_a_trainer_in_another_process(served: tuple[Path, dict[str, str]]) -> None:
     folder, settings = served
     command = [sys.executable, "-m", "examples.outside.train"]

@@ -22,7 +22,7 @@ from tests.tasks.small import make_data, sample, values
 HOSTILE = "<script>alert(1)<\u2215script>|[a](javascript:b)"
 STAGES = [{"steps": 400, "batch_size": 20, "prune": {"policy": "top", "keep": 0.5}}, {"steps": 5, "batch_size": 20}]
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.server
 
 
 @pytest.fixture(scope="module")

@@ -228,7 +228,7 @@ def started(code: str, *words: str) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, code, *words], env=clean | quiet, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.slow
+@pytest.mark.server
 def test_every_kind_leaves_the_same_bytes(folder: Path, serial: Run) -> None:
     kinds = ["threads", "processes", "dask", "ray"]
     script = folder / "all.py"
@@ -241,7 +241,7 @@ def test_every_kind_leaves_the_same_bytes(folder: Path, serial: Run) -> None:
         assert content(Run.open(f"{folder}/runs/{kind}")) == expected, kind
 
 
-@pytest.mark.slow
+@pytest.mark.server
 @pytest.mark.parametrize("kind", ["threads", "processes"])
 def test_workers_end_with_the_flow_run_that_is_cancelled(tmp_path: Path, kind: str) -> None:
     """SIGTERM is what a Prefect worker sends to a flow run that is cancelled."""
