@@ -77,7 +77,11 @@ def test_a_truncated_shard_is_named_wherever_it_was_cut(tmp_path: Path, cut: int
         index_shards([url])
 
 
-@pytest.mark.parametrize("data", [b"", b"no tar at all" * 100, gzip.compress(b"x" * 10_000), bytes(512) + b"x" * 512])
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"no tar at all" * 100, gzip.compress(b"x" * 10_000), bytes(512) + b"x" * 512],
+    ids=["empty", "text", "gzip", "a second archive"],
+)
 def test_what_is_no_plain_tar_is_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a.tar").write_bytes(data)
     with pytest.raises(StorageError, match=r"a\.tar is truncated, damaged, compressed or no tar"):
