@@ -22,7 +22,8 @@ from tasks.server import watched
 from tasks.shown import Shown
 from tasks.summary import StageSummary, summary_of
 
-ENTITIES = {ord(c): f"&#{ord(c)};" for c in string.punctuation if c not in "-_ ,"} | dict.fromkeys(range(32), " ")
+# Backslashes, for Prefect's UI shows the entities of HTML as they are written.
+ESCAPES = {ord(c): f"\\{c}" for c in string.punctuation if c not in "-_,"} | dict.fromkeys(range(32), " ")
 
 
 def stage(run_url: str, number: int) -> None:
@@ -105,8 +106,8 @@ def top_samples(run: Run, number: int, top: dict[str, list[Shown]]) -> str:
 
 
 def plain(text: str) -> str:
-    """Text that markdown and HTML show as it is, whatever is in it."""
-    return text.translate(ENTITIES)
+    """Text that markdown shows as it is, whatever is in it."""
+    return text.translate(ESCAPES)
 
 
 def _link(run: Run, number: int) -> str:
