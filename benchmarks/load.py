@@ -115,6 +115,7 @@ def deployed(folder: Path, limit: int) -> Iterator[Deployed]:
     make_project(folder)
     (port,) = free_ports(1)
     settings = environment(folder, port) | {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+    settings["PWD"] = str(folder)  # `prefect deploy` has flow runs begin there
     python = [sys.executable, "-m"]
 
     def command(*words: str, **more: str) -> None:
@@ -140,8 +141,8 @@ def deployed(folder: Path, limit: int) -> Iterator[Deployed]:
     finally:
         client.close()
         for process in reversed(running):
-            process.terminate()
-            process.wait(60)
+            process.kill()  # a worker that is asked to end first waits for what it runs
+            process.wait()
 
 
 def healthy(client: httpx.Client) -> bool:
