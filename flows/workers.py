@@ -20,6 +20,8 @@ from tasks.errors import PlanError
 from tasks.plan import Workers
 from tasks.progress import track
 
+SECONDS_A_TURN = 1.0
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -72,7 +74,7 @@ class Crew:
         waited = zip(beside, futures, strict=True)
         for done, (call, future) in enumerate(track(waited, label, len(beside)), len(here) + 1):
             with self._timed(call.task):
-                future.result()
+                _await(future)
             _show(live, done)
 
     def _submit(self, call: Call) -> Any:
@@ -118,6 +120,17 @@ class Crew:
                 child.terminate()
         self._runner.__exit__(None, None, None)
         self._runner = None
+
+
+def _await(future: Any) -> None:
+    """Waits by turns, for a main thread that waits without an end does not hear an interruption."""
+    while True:
+        try:
+            future.result(timeout=SECONDS_A_TURN)
+            return
+        except TimeoutError:
+            if future.state.is_final():  # the task's own
+                raise
 
 
 def _show(live: Live | None, done: int) -> None:
