@@ -17,6 +17,7 @@ from tasks.embed import compose_stage, embed_segment
 from tasks.fit import fit_basis
 from tasks.loop import Loop, Tensors, collate, evaluating
 from tasks.plan import Plan
+from tasks.replay import replay
 from tasks.run import Run
 from tasks.samples import list_samples, stage_samples
 from tasks.score import score
@@ -27,15 +28,23 @@ from tasks.train import end_checkpoint, train
 def first_stage(plan: Plan) -> Run:
     """The run with its first stage trained, embedded and scored; what is there already is taken as it is."""
     run = Run.start(plan)
-    list_samples.fn(run.url, 0)
-    fit_basis.fn(run.url)
-    train.fn(run.url, 0)
-    for number in range(len(run.folder.stage(0).segments())):
-        embed_segment.fn(run.url, 0, number)
-    compose_stage.fn(run.url, 0)
-    differentiate_targets.fn(run.url, 0)
-    score.fn(run.url, 0)
+    stage_through_scores(run, 0)
     return run
+
+
+def stage_through_scores(run: Run, stage: int) -> None:
+    """Trains, embeds and scores a stage, by replay where the plan says so."""
+    list_samples.fn(run.url, stage)
+    if stage == 0:
+        fit_basis.fn(run.url)
+    train.fn(run.url, stage)
+    for number in range(len(run.folder.stage(stage).segments())):
+        embed_segment.fn(run.url, stage, number)
+    compose_stage.fn(run.url, stage)
+    differentiate_targets.fn(run.url, stage)
+    if run.plan.estimate == "replay":
+        replay.fn(run.url, stage)
+    score.fn(run.url, stage)
 
 
 class Held(Loop):

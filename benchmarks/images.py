@@ -14,21 +14,19 @@ import numpy as np
 import polars as pl
 from pydantic import TypeAdapter
 
+from benchmarks.arms import stage_through_scores
 from examples.images.make_shards import make
 from examples.images.run import PLAN, detection, flips
 from storage.rewrite import rewrite_shards
 from tasks.comparison.runs import share
 from tasks.decide import decide
-from tasks.embed import compose_stage, embed_segment
-from tasks.fit import fit_basis
 from tasks.plan import Plan, Policy, Score, Top
 from tasks.prune import OWN, prune_stage
 from tasks.reading import read_plan
 from tasks.run import Run
-from tasks.samples import list_samples, stage_samples
-from tasks.score import aggregate, score, scored_vectors, stage_scores
-from tasks.targets import differentiate_targets, target_gradients
-from tasks.train import train
+from tasks.samples import stage_samples
+from tasks.score import aggregate, scored_vectors, stage_scores
+from tasks.targets import target_gradients
 
 KEEP = 0.7
 ARMS: dict[str, dict[str, Any] | None] = {
@@ -38,19 +36,6 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "unpruned": None,
     "oracle": {"policy": "top", "keep": KEEP},
 }
-
-
-def stage_through_scores(run: Run, stage: int) -> None:
-    """Trains and scores a stage."""
-    list_samples.fn(run.url, stage)
-    if stage == 0:
-        fit_basis.fn(run.url)
-    train.fn(run.url, stage)
-    for number in range(len(run.folder.stage(stage).segments())):
-        embed_segment.fn(run.url, stage, number)
-    compose_stage.fn(run.url, stage)
-    differentiate_targets.fn(run.url, stage)
-    score.fn(run.url, stage)
 
 
 def plan_of(arm: str, seed: int, root: str, **score_settings: Any) -> Plan:

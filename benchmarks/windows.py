@@ -18,10 +18,11 @@ import numpy as np
 import polars as pl
 from scipy.stats import spearmanr
 
+from benchmarks.arms import stage_through_scores
 from examples.images.make_shards import make as make_images
 from examples.text.make_shards import make as make_text
 from storage.frames import read_frame
-from tasks.embed import compose_stage, embed_segment, segment_of
+from tasks.embed import segment_of
 from tasks.fit import fit_basis
 from tasks.phases import Phases
 from tasks.plan import Plan
@@ -30,8 +31,6 @@ from tasks.profile import EVOLUTION, PROFILE, profile, rates, series, stage_phas
 from tasks.replay import replay, replay_scores
 from tasks.run import Run
 from tasks.samples import list_samples
-from tasks.score import score
-from tasks.targets import differentiate_targets
 from tasks.train import train
 
 BINS = 20  # of the steps, for figures that do not rest on the phases that were found
@@ -82,17 +81,7 @@ def profiled(plan: Plan) -> Run:
     """The plan's run, with the profile of every stage."""
     run = Run.start(plan)
     for stage in range(len(plan.stages)):
-        list_samples.fn(run.url, stage)
-        if stage == 0:
-            fit_basis.fn(run.url)
-        train.fn(run.url, stage)
-        for number in range(len(run.folder.stage(stage).segments())):
-            embed_segment.fn(run.url, stage, number)
-        compose_stage.fn(run.url, stage)
-        differentiate_targets.fn(run.url, stage)
-        if plan.estimate == "replay":
-            replay.fn(run.url, stage)
-        score.fn(run.url, stage)
+        stage_through_scores(run, stage)
         profile.fn(run.url, stage)
     return run
 
