@@ -47,8 +47,10 @@ def some_server() -> Iterator[None]:
             port = listener.getsockname()[1]
             listener.close()  # the server has its own hold on it
             _use(f"http://127.0.0.1:{port}/api", server, errors)
-            yield
-            _settle()
+            try:
+                yield
+            finally:
+                _settle()
         finally:
             _end(server)
 

@@ -39,6 +39,23 @@ def test_a_server_that_does_not_start_is_a_sentence(folder: Path, tmp_path: Path
     assert f"{tmp_path} can be written and holds no damaged prefect.db" in told
 
 
+FAILS = """
+from flows.server import some_server
+with some_server():
+    from prefect.events import emit_event
+    emit_event("secateur.test", resource={"prefect.resource.id": "secateur.test"})
+    raise SystemExit("what went wrong")
+"""
+
+
+def test_a_command_that_fails_tells_its_server_before_that_ends() -> None:
+    """Prefect would try at the interpreter's end, fail, and say so below the sentence."""
+    done = subprocess.run([sys.executable, "-c", FAILS], capture_output=True, text=True)
+    assert "what went wrong" in done.stderr
+    assert "Unable to connect" not in done.stderr
+    assert "failed with" not in done.stderr
+
+
 def test_a_killed_command_leaves_no_server(folder: Path) -> None:
     plan = write_plan(folder, run="killed", stages=[{"steps": 100_000, "batch_size": 20}])
     process = subprocess.Popen([sys.executable, "-m", "flows.cli", "run", plan], stderr=subprocess.PIPE, text=True)
