@@ -7,19 +7,18 @@ import json
 import re
 import uuid
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from storage.cache import Cache, NotCommitted, check
 from storage.errors import StorageError
+from storage.hashed import Hashed, hashed
 from storage.root import Root, explained
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-LARGE = 1 << 18
 ATTEMPT, SHA256 = re.compile("[0-9a-f]{12}"), re.compile("[0-9a-f]{64}")
 
 
@@ -57,12 +56,11 @@ class Attempt:
     facts: dict[str, Any] = field(default_factory=dict)
 
     @contextmanager
-    def open(self, name: str) -> Iterator[IO[bytes]]:
+    def open(self, name: str) -> Iterator[Hashed]:
         """A file of the artefact to write, hashed as it is written."""
-        with self.root.open(name, "wb") as file, ThreadPoolExecutor(1) as beside:
-            hashed = _Hashed(file, beside)
-            yield hashed  # type: ignore[misc]  # the writing part of a file is all that is used
-        self.files[name] = {"size": hashed.size, "sha256": hashed.digest.hexdigest()}
+        with self.root.open(name, "wb") as file, hashed(file) as target:
+            yield target
+        self.files[name] = {"size": target.size, "sha256": target.digest.hexdigest()}
 
     def write(self, name: str, data: bytes) -> None:
         """A whole file of the artefact."""
@@ -216,34 +214,6 @@ class Artefact:
         if name not in self.manifest.files:
             raise StorageError(f"{self.root.url} holds no {name}; it holds {', '.join(self.names()) or 'no files'}")
         return name
-
-
-class _Hashed:
-    """The writing end of a file that counts and hashes what passes; large blocks are hashed while they are written."""
-
-    def __init__(self, file: IO[bytes], beside: ThreadPoolExecutor) -> None:
-        self._file, self._beside, self.size, self.digest = file, beside, 0, hashlib.sha256()
-
-    def write(self, data: bytes | memoryview) -> int:
-        size = memoryview(data).nbytes
-        self.size += size
-        if size < LARGE:
-            self.digest.update(data)
-            return self._file.write(data)
-        hashing = self._beside.submit(self.digest.update, data)
-        written = self._file.write(data)
-        hashing.result()
-        return written
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def writable(self) -> bool:
-        return True
-
-    @property
-    def closed(self) -> bool:
-        return self._file.closed
 
 
 def _sealed(values: dict[str, Any]) -> str:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import posixpath
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from typing import IO
 
 import numpy as np
 import polars as pl
+import xxhash
 
+from storage.hashed import Hashed
 from storage.manifest import Attempt
 from storage.root import explained
 from storage.spans import changed
 from storage.tars import member_end, open_shard
 
-CHUNK = 4 << 20
+BLOCK, BLOCKS = 2 << 20, 4  # blocks larger than a file's own buffer are read without a copy
 
 
 def rewrite_shards(attempt: Attempt, urls: Sequence[str], frame: pl.DataFrame, keep: np.ndarray) -> list[str]:
@@ -49,22 +50,25 @@ def rewrite_shard(
     if not kept.any():
         return []
     with open_shard(urls[number]) as source, attempt.open(name) as target:
-        for block in _joined(_kept(source, urls[number], listed, kept)):
-            target.write(block)
+        _copy(source, urls[number], target, listed, kept)
     return [name]
 
 
-def _kept(source: IO[bytes], url: str, listed: pl.DataFrame, keep: np.ndarray) -> Iterator[memoryview]:
-    """The bytes of a shard outside its dropped members; the whole is held against what was listed."""
+def _copy(source: IO[bytes], url: str, target: Hashed, listed: pl.DataFrame, keep: np.ndarray) -> None:
+    """Writes the bytes of a shard outside its dropped members; the whole is held against what was listed. A block of memory
+    is read into again once what was written of it has been hashed, so that reading, writing and hashing go on together."""
     holes = deque((b, member_end(o, s)) for b, o, s in _members(listed.filter(pl.Series(~keep))))
-    digest, position, buffer = hashlib.sha256(), 0, memoryview(bytearray(CHUNK))
-    with ThreadPoolExecutor(1) as beside:
-        while size := _read(source, buffer, url):
-            hashing = beside.submit(digest.update, buffer[:size])
-            yield from _outside(buffer[:size], position, holes)
-            position += size
-            hashing.result()
-    if digest.digest() != listed["shard_sha256"][0]:
+    digest, position, blocks = xxhash.xxh3_128(), 0, deque(memoryview(bytearray(BLOCK)) for _ in range(BLOCKS))
+    hashing: deque[Future[None]] = deque()
+    while size := _read(source, blocks[0], url):
+        data = blocks[0][:size]
+        digest.update(data)
+        hashing.append(target.send(list(_outside(data, position, holes))))
+        position += size
+        blocks.rotate(-1)
+        if len(hashing) == BLOCKS:
+            hashing.popleft().result()
+    if digest.digest() != listed["shard_xxh3"][0]:
         raise changed(url)
 
 
@@ -91,21 +95,6 @@ def _members(listed: pl.DataFrame) -> list[tuple[int, int, int]]:
 def _read(source: IO[bytes], buffer: memoryview, url: str) -> int:
     with explained(f"shard {url}", "read"):
         return int(source.readinto(buffer))  # type: ignore[attr-defined]  # every binary file has it
-
-
-def _joined(pieces: Iterable[memoryview]) -> Iterator[memoryview]:
-    """The same bytes in blocks that are worth a write each; a block is overwritten by the next, for fresh memory costs more
-    than the copy."""
-    block, filled = memoryview(bytearray(CHUNK)), 0
-    for piece in pieces:
-        while piece:
-            part = piece[: CHUNK - filled]
-            block[filled : filled + len(part)] = part
-            filled, piece = filled + len(part), piece[len(part) :]
-            if filled == CHUNK:
-                yield block
-                filled = 0
-    yield block[:filled]
 
 
 def _names(urls: Sequence[str]) -> list[str]:

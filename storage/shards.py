@@ -30,7 +30,7 @@ MEMBERS: dict[str, Any] = {
     "offsets": pl.UInt64,
     "sizes": pl.UInt64,
 }
-HASHES = {"sha256": pl.Binary, "shard_sha256": pl.Binary}
+HASHES = {"sha256": pl.Binary, "shard_xxh3": pl.Binary}
 META = re.compile(r"__[^/]*__($|/)")  # WebDataset's own side files
 RESERVED = {"__key__", "__url__"}
 OPEN_FILES = 128
@@ -58,7 +58,8 @@ def expand(shards: str | Sequence[str]) -> list[str]:
 def index_shards(urls: Sequence[str], skip: Callable[[str], None] | None = None) -> pl.DataFrame:
     """One row a sample, in shard order: its `key`, `shard` (position in `urls`), and of each member its extension
     (`names`), where its header begins (`begins`), where its payload is (`offsets`) and its size in bytes (`sizes`); of
-    all its bytes, headers included, the `sha256`, and of its whole shard the `shard_sha256`.
+    all its bytes, headers included, the `sha256`, and of its whole shard the `shard_xxh3` (XXH3, 128 bits: it finds what
+    went wrong by itself, at a tenth of the cost; what a sample is trained on is held by the sha256).
 
     Args:
         skip: where given, a shard that is no whole tar is left out, all of it, and told to this in one sentence.
@@ -86,7 +87,7 @@ def index_shards(urls: Sequence[str], skip: Callable[[str], None] | None = None)
         if stamp(urls[shard]) != stamps[shard]:
             raise changed(urls[shard])
         hashes["sha256"] += each
-        hashes["shard_sha256"] += [whole] * len(each)
+        hashes["shard_xxh3"] += [whole] * len(each)
     return frame.hstack(pl.DataFrame(hashes, schema=HASHES))
 
 

@@ -8,6 +8,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from storage.errors import StorageError
 from storage.frames import read_frame, write_frame
 from storage.integrity import differing
 from storage.shards import Samples, expand, index_shards
@@ -28,7 +29,7 @@ def list_samples(run_url: str, stage: int) -> int:
 
     Raises:
         PlanError: there are none.
-        StorageError: a shard is missing, truncated, or repeats a key.
+        StorageError: a shard is missing, truncated, or repeats a key; a pruned one holds what was never listed.
     """
     run = Run.open(run_url)
     artefact = run.folder.stage(stage).samples
@@ -37,6 +38,7 @@ def list_samples(run_url: str, stage: int) -> int:
         frame = index_shards(urls, skipping(run.plan.data, skipped))
         if not len(frame):
             raise PlanError(f"there are no samples to train on in {', '.join(urls)}; give shards that hold some")
+        _check_kept(run, stage, frame)
         with artefact.attempt("samples", {}) as attempt:
             write_frame(attempt, "samples.parquet", frame)
             attempt.facts.update(shards=urls, samples=len(frame), skipped=skipped)
@@ -109,10 +111,8 @@ def stage_shards(run: Run, stage: int) -> list[str]:
     Raises:
         PlanError: the stage before has not been pruned yet.
     """
-    before = stage - 1
-    while before >= 0 and run.plan.stages[before].prune is None:
-        before -= 1
-    if before < 0:
+    before = _pruned_before(run, stage)
+    if before is None:
         return expand(run.plan.data.shards)
     pruned = run.folder.stage(before).prune("plan")
     if not pruned.committed:
@@ -126,3 +126,22 @@ def stage_shards(run: Run, stage: int) -> list[str]:
     if not names:
         raise PlanError(f"stage {before} of {run.url} kept no sample; relax its policy")
     return [pruned.url(name) for name in names]
+
+
+def _pruned_before(run: Run, stage: int) -> int | None:
+    """The last stage before that prunes."""
+    return next((before for before in reversed(range(stage)) if run.plan.stages[before].prune is not None), None)
+
+
+def _check_kept(run: Run, stage: int, frame: pl.DataFrame) -> None:
+    """Holds the samples of pruned shards against those that they were kept from, byte for byte, by their sha256."""
+    before = _pruned_before(run, stage)
+    if before is None:
+        return
+    listed = read_frame(run.folder.stage(before).samples, "samples.parquet", ["key", "sha256"])
+    others = frame.join(listed, ["key", "sha256"], "anti", maintain_order="left")
+    if len(others):
+        raise StorageError(
+            f"sample {others['key'][0]} of the pruned shards of stage {before} is not what stage {before} trained on ({len(others)} "
+            f"such); restore the shards that it came from, and remove {run.folder.stage(before).prune('plan').root.url} to prune anew"
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from secateur.errors import SecateurError
 from storage.errors import StorageError
 from tasks.errors import PlanError
 from tasks.estimate import estimate
+from tasks.prune import prune_stage
 from tasks.run import Run
 from tasks.samples import list_samples, stage_samples
 from tasks.search import search
@@ -94,6 +96,25 @@ def test_a_pruned_shard_that_changed_is_not_trained_on(folder: Path) -> None:
     run.folder.stage(1).samples.remove()
     with pytest.raises(PlanError, match=r"the pruned shard .*train-0\.tar is changed; restore it"):
         list_samples.fn(run.url, 1)
+
+
+def test_a_shard_that_was_forged_before_it_was_pruned_is_not_trained_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole shard's hash is quick and can be deceived, which no test can afford to do: here it calls everything alike."""
+    alike = SimpleNamespace(xxh3_128=lambda: SimpleNamespace(update=lambda data: None, digest=lambda: b"alike"))
+    monkeypatch.setattr("storage.rewrite.xxhash", alike)
+    monkeypatch.setattr("storage.spans.xxhash", alike)
+
+    def forge(run: str, stage: int) -> None:
+        data = bytearray((folder / "train-0.tar").read_bytes())
+        data[700] ^= 1
+        data[700 + len(data) // 2 // 512 * 512] ^= 1
+        (folder / "train-0.tar").write_bytes(data)
+        prune_stage.fn(run, stage)
+
+    monkeypatch.setattr("tests.tasks.small.prune_stage", SimpleNamespace(fn=forge))
+    refused(folder, StorageError, r"sample digit-00\d\d of the pruned shards of stage 0 is not what stage 0 trained on")
 
 
 def test_duplicate_keys(folder: Path) -> None:
