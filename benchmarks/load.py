@@ -46,7 +46,9 @@ def main() -> None:
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="load-"))
     try:
-        with deployed(folder, options.limit) as project:
+        with deployed(folder, options.limit) as (project, begin):
+            begin.command("examples.images.make_shards")
+            begin.command("flows.cli", "run", "examples/images/plan.yaml")
             submitted = submit(project, folder, options.queries, options.prunes)
             begun = time.monotonic()
             wait_for(lambda: all(ended(project, submitted)), 3600, lambda: str(ended(project, submitted)))
@@ -109,40 +111,56 @@ def names(files: list[str], policy: dict[str, Any]) -> list[str]:
     return [name for name in files if name == f"prune/{folder}/manifest.json"]
 
 
+class Begin:
+    """Begins the commands of a deployment in its folder, and ends them."""
+
+    def __init__(self, folder: Path, settings: dict[str, str], limit: int) -> None:
+        self.folder, self.settings = folder, settings
+        self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self._words = {
+            "server": ("prefect", "server", "start"),
+            "worker": ("prefect", "worker", "start", "--pool", "secateur", "--limit", str(limit)),
+        }
+
+    def command(self, *words: str) -> None:
+        """Runs one to its end."""
+        python = [sys.executable, "-m"]
+        subprocess.run([*python, *words], cwd=self.folder, env=self.settings, check=True, stdout=subprocess.DEVNULL)
+
+    def __call__(self, name: str) -> None:
+        """Begins the server or the worker."""
+        with open(self.folder / "prefect.log", "ab") as log:
+            self.running[name] = subprocess.Popen(
+                [sys.executable, "-m", *self._words[name]], cwd=self.folder, env=self.settings, stdout=log, stderr=log
+            )
+
+    def end(self) -> None:
+        for process in reversed(self.running.values()):
+            process.kill()  # a worker that is asked to end first waits for what it runs
+            process.wait()
+
+
 @contextmanager
-def deployed(folder: Path, limit: int) -> Iterator[Deployed]:
-    """A server, the three deployments and a worker, and a finished run to ask."""
+def deployed(folder: Path, limit: int) -> Iterator[tuple[Deployed, Begin]]:
+    """A server, the three deployments and a worker."""
     make_project(folder)
     (port,) = free_ports(1)
     settings = environment(folder, port) | {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
     settings["PWD"] = str(folder)  # `prefect deploy` has flow runs begin there
-    python = [sys.executable, "-m"]
-
-    def command(*words: str, **more: str) -> None:
-        subprocess.run([*python, *words], cwd=folder, env=settings | more, check=True, stdout=subprocess.DEVNULL)
-
-    command("examples.images.make_shards")
-    command("flows.cli", "run", "examples/images/plan.yaml")
+    settings["PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"] = "prefect.server.concurrency.lease_storage.filesystem"
     settings["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
-    running: list[subprocess.Popen[bytes]] = []
-
-    def begin(*words: str) -> None:
-        with open(folder / "prefect.log", "ab") as log:
-            running.append(subprocess.Popen([*python, *words], cwd=folder, env=settings, stdout=log, stderr=log))
-
+    begin = Begin(folder, settings, limit)
     client = httpx.Client(base_url=settings["PREFECT_API_URL"], timeout=300)
     try:
-        begin("prefect", "server", "start")
+        begin("server")
         wait_for(lambda: healthy(client), 120, lambda: (folder / "prefect.log").read_text()[-2000:])
-        command("prefect", "work-pool", "create", "secateur", "--type", "process")
-        command("prefect", "--no-prompt", "deploy", "--all")
-        begin("prefect", "worker", "start", "--pool", "secateur", "--limit", str(limit))
-        yield Deployed(folder, client, settings)
+        begin.command("prefect", "work-pool", "create", "secateur", "--type", "process")
+        begin.command("prefect", "--no-prompt", "deploy", "--all")
+        begin("worker")
+        yield Deployed(folder, client, settings), begin
     finally:
         client.close()
-        for process in reversed(running):
-            process.kill()  # a worker that is asked to end first waits for what it runs
-            process.wait()
+        begin.end()
 
 
 def healthy(client: httpx.Client) -> bool:

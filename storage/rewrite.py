@@ -18,7 +18,7 @@ from storage.root import explained
 from storage.spans import changed
 from storage.tars import member_end, open_shard
 
-BLOCK, BLOCKS = 2 << 20, 4  # blocks larger than a file's own buffer are read without a copy
+BLOCK, BLOCKS = 1 << 20, 4  # more, or larger ones, would not stay in a processor's own cache
 
 
 def rewrite_shards(attempt: Attempt, urls: Sequence[str], frame: pl.DataFrame, keep: np.ndarray) -> list[str]:

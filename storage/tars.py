@@ -29,7 +29,7 @@ def open_shard(url: str) -> Iterator[IO[bytes]]:
     with explained(f"shard {url}", "read"):
         filesystem, path = url_to_fs(url)
         local = isinstance(filesystem, LocalFileSystem)
-        with open(path, "rb", buffering=BUFFER >> 3) if local else filesystem.open(path, "rb") as file:
+        with open(path, "rb") if local else filesystem.open(path, "rb") as file:
             yield cast(IO[bytes], file)
 
 
