@@ -4,7 +4,8 @@
 
 A two-stage plan on the image example's data runs through the command line. It is killed with -9 at moments spread evenly over
 its artefacts, and so over its tasks, each drawn within its share of them; then the same command resumes it. (Its processes
-are forked from one that has imported torch and Prefect, which spares most of an hour, and share one Prefect server.) Every file that
+are forked from one that has imported torch and Prefect, which spares most of an hour, and share a Prefect server such as a
+command has of its own.) Every file that
 the run committed is compared with the uninterrupted run's by its sha256, and the pruned shards sample by sample. SeaweedFS,
 where it is the store, is killed the same way while the run goes on, and started again.
 """
@@ -17,14 +18,10 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -35,12 +32,13 @@ import yaml
 
 from examples.images.make_shards import make
 from flows.cli import QUIET
+from flows.server import some_server
 from storage.frames import read_frame
 from storage.integrity import artefacts, stray, verify
 from storage.root import Root
 from storage.run import RunFolder
 from storage.shards import index_shards
-from tests.servers import SeaweedFS, free_ports
+from tests.servers import SeaweedFS
 
 FORKS = get_context("forkserver")
 SEED = 20
@@ -64,7 +62,7 @@ def main() -> None:
     print(f"seed {SEED}", flush=True)
     try:
         make(str(folder / "data"), 0)
-        with prefect_server(folder):
+        with some_server():  # for all runs: each would start its own
             if "disk" in options.store:
                 Trial(folder, f"{folder}/runs").kills(options.kills)
             if "seaweedfs" in options.store:
@@ -79,28 +77,6 @@ def main() -> None:
                     server.kill()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def prefect_server(folder: Path) -> Iterator[None]:
-    """A Prefect server for all runs: without one each would start its own, which outlives a run that is killed."""
-    (port,) = free_ports(1)
-    with open(folder / "prefect.log", "ab") as log:
-        command = [sys.executable, "-m", "prefect", "server", "start", "--port", str(port), "--no-ui"]
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-    os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
-    try:
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/api/health", timeout=5)
-                break
-            except OSError:
-                assert process.poll() is None, (folder / "prefect.log").read_text()[-2000:]
-                time.sleep(0.5)
-        yield
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 class Trial:

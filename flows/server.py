@@ -19,12 +19,16 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from tasks.errors import PlanError
 
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
 PATIENCE = 180.0  # its first start makes a database; a busy machine is slow
 SECONDS_TO_END = 5.0
+BUSY, SECONDS_BUSY = 503, b"0.25"
 
 
 @contextmanager
@@ -138,9 +142,25 @@ def _end(server: subprocess.Popen[bytes]) -> None:
 def _serve(descriptor: int) -> None:
     """The server's process, which ends with the one that started it: a killed command leaves none behind."""
     import uvicorn
+    from prefect.server.api.server import create_app
 
     threading.Thread(target=lambda: (sys.stdin.buffer.read(), os._exit(0)), daemon=True).start()
-    uvicorn.run("prefect.server.api.server:create_app", factory=True, fd=descriptor, log_level="error", lifespan="on")
+    uvicorn.run(prompt(create_app()), fd=descriptor, log_level="error", lifespan="on")
+
+
+def prompt(app: ASGIApp) -> ASGIApp:
+    """A server whose clients ask again soon for what it refused while another had its database, which is one request in ten
+    where tasks have tags: Prefect's clients wait two seconds and more, unless the answer says how long."""
+
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        async def say(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] == BUSY:
+                message["headers"] = [*message.get("headers", []), (b"retry-after", SECONDS_BUSY)]
+            await send(message)
+
+        await app(scope, receive, say)
+
+    return serve
 
 
 if __name__ == "__main__":

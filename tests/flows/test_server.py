@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
+from starlette.responses import PlainTextResponse
 
+from flows.server import prompt
 from tests.flows.test_cli import secateur, sentence, write_plan
 from tests.servers import free_ports
 from tests.tasks.small import make_data
@@ -37,6 +41,18 @@ def test_a_server_that_does_not_start_is_a_sentence(folder: Path, tmp_path: Path
     told = sentence(done)
     assert "Prefect's server does not start" in told
     assert f"{tmp_path} can be written and holds no damaged prefect.db" in told
+
+
+@pytest.mark.parametrize(("status", "told"), [(503, "0.25"), (200, None)])
+def test_a_busy_server_says_how_soon_to_ask_again(status: int, told: str | None) -> None:
+    """Prefect's clients wait two seconds otherwise, and a run without a server took twice as long."""
+
+    async def asked() -> httpx.Response:
+        transport = httpx.ASGITransport(prompt(PlainTextResponse("", status)))
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            return await client.get("/")
+
+    assert asyncio.run(asked()).headers.get("retry-after") == told
 
 
 FAILS = """
