@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.load import Begin, deployed
+from benchmarks.load import Begin, deployed, healthy
 from storage.integrity import artefacts
 from storage.root import Root
 from storage.run import RunFolder
@@ -100,6 +100,7 @@ class Outage:
             server.send_signal(signal.SIGKILL)
             time.sleep(5)
             self.begin("server")
+            wait_for(lambda: healthy(self.project.client), PATIENCE, lambda: "the server does not start again")
             return
         victims = {"process": flows, "worker": [worker], "both": [worker, *flows]}[self.part]
         for victim in victims:
@@ -117,12 +118,13 @@ AGAIN = {"type": "SCHEDULED", "name": "AwaitingRetry", "message": "Retry from th
 
 
 def content(run: Path) -> dict[str, str]:
-    """The sha256 of what decides: every segment's and the pruned shards' files, by name without the attempt."""
+    """The sha256 of what decides: every segment's and the pruned shards' files, by name without the attempt; two
+    name the folder."""
     found: dict[str, str] = {}
     for artefact in artefacts(Root(str(run))):
         place = artefact.root.url.removeprefix(str(run))
         found |= {f"{place}/{name}": facts["sha256"] for name, facts in artefact.manifest.files.items()}
-    return {name: sha256 for name, sha256 in found.items() if not name.endswith("scores.parquet")}
+    return {name: sha256 for name, sha256 in found.items() if not name.endswith(("scores.parquet", "plan.yaml"))}
 
 
 if __name__ == "__main__":
