@@ -11,6 +11,7 @@ from torch import Tensor
 from storage.errors import StorageError
 from storage.frames import read_frame, write_frame
 from storage.integrity import differing
+from storage.manifest import Artefact
 from storage.shards import Samples, expand, index_shards
 from tasks.behaviour import task
 from tasks.errors import PlanError
@@ -46,10 +47,14 @@ def list_samples(run_url: str, stage: int) -> int:
 
 
 def stage_samples(run: Run, stage: int) -> Samples:
-    """The listed samples of a stage, ready to be read."""
-    artefact = run.folder.stage(stage).samples
+    """The listed samples of a stage, ready to be read; pruned ones from where they are now, for they may have been removed
+    and pruned again."""
+    artefact, before = run.folder.stage(stage).samples, _pruned_before(run, stage)
     frame: pl.DataFrame = read_frame(artefact, "samples.parquet")
-    return Samples(artefact.manifest.facts["shards"], frame)
+    if before is None:
+        return Samples(artefact.manifest.facts["shards"], frame)
+    pruned, names = _kept_shards(run, stage, before)
+    return Samples([pruned.url(name) for name in names], frame)
 
 
 def target_samples(run: Run, target: str) -> Samples:
@@ -114,10 +119,7 @@ def stage_shards(run: Run, stage: int) -> list[str]:
     before = _pruned_before(run, stage)
     if before is None:
         return expand(run.plan.data.shards)
-    pruned = run.folder.stage(before).prune("plan")
-    if not pruned.committed:
-        raise PlanError(f"stage {stage} of {run.url} needs the shards of stage {before}; prune that first")
-    names = [name for name in pruned.names() if name.startswith("shards/")]
+    pruned, names = _kept_shards(run, stage, before)
     for name in names:
         if what := differing(pruned, name):
             raise PlanError(
@@ -126,6 +128,14 @@ def stage_shards(run: Run, stage: int) -> list[str]:
     if not names:
         raise PlanError(f"stage {before} of {run.url} kept no sample; relax its policy")
     return [pruned.url(name) for name in names]
+
+
+def _kept_shards(run: Run, stage: int, before: int) -> tuple[Artefact, list[str]]:
+    """What the plan's policy wrote of the stage before, and the names of the shards in it."""
+    pruned = run.folder.stage(before).prune("plan")
+    if not pruned.committed:
+        raise PlanError(f"stage {stage} of {run.url} needs the shards of stage {before}; prune that first")
+    return pruned, [name for name in pruned.names() if name.startswith("shards/")]
 
 
 def _pruned_before(run: Run, stage: int) -> int | None:

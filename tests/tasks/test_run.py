@@ -15,7 +15,7 @@ from storage.frames import read_frame
 from storage.ledger import read_checkpoint
 from tasks.embed import dynamics_of, segment_of, spans_of
 from tasks.loop import Loop
-from tasks.prune import OWN, stage_decisions
+from tasks.prune import OWN, prune_stage, stage_decisions
 from tasks.run import Run
 from tasks.samples import judging_rows, stage_samples, target_samples
 from tasks.score import stage_scores
@@ -70,6 +70,18 @@ def test_the_next_stage_trains_on_what_was_kept(run: Run) -> None:
     assert [line.split("\t") for line in dropped] == [
         list(row) for row in decisions.filter(~pl.col("keep")).select("key", "reason").iter_rows()
     ]
+
+
+def test_a_stage_is_read_from_shards_that_were_removed_and_pruned_again(folder: Path) -> None:
+    """They come out the same, in another folder."""
+    run = curate(small_plan(folder, run="again"))
+    before = stage_samples(run, 1)
+    run.folder.stage(0).prune(OWN).remove()
+    prune_stage.fn(run.url, 0)
+    after = stage_samples(run, 1)
+    assert set(before.urls).isdisjoint(after.urls)
+    rows = range(len(after))
+    assert [sample["__key__"] for sample in after.read(rows)] == before.frame["key"].to_list()
 
 
 def test_only_what_was_used_in_a_window_is_judged(run: Run) -> None:
