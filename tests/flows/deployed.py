@@ -86,7 +86,7 @@ class Deployed:
     def running(self) -> list[int]:
         """The processes of flow runs; one outlives the state that it reports by a moment."""
         found = started(self.environment["PREFECT_HOME"])
-        return [process.pid for process in found if "prefect.engine" in (process.info["cmdline"] or ())]
+        return [process.pid for process in found if "prefect.engine" in process.info["cmdline"]]
 
     def get(self, path: str) -> Any:
         return self._answer("GET", path, None)
