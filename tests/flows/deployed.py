@@ -64,9 +64,10 @@ class Shell:
         """Ends the shell and all that it left in the background: server, worker, flow runs."""
         self.process.kill()
         self.process.wait()
-        for process in started(self.home):
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        for process in psutil.process_iter(["environ"]):
+            if (process.info["environ"] or {}).get("PREFECT_HOME") == self.home:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
 
     def _done(self, number: int) -> bool:
         done = (self.folder / f"done-{number}").exists()
@@ -82,11 +83,6 @@ class Deployed:
     client: httpx.Client
     environment: dict[str, str]
     shell: Shell | None = None
-
-    def running(self) -> list[int]:
-        """The processes of flow runs; one outlives the state that it reports by a moment."""
-        found = started(self.environment["PREFECT_HOME"])
-        return [process.pid for process in found if "prefect.engine" in process.info["cmdline"]]
 
     def get(self, path: str) -> Any:
         return self._answer("GET", path, None)
@@ -170,12 +166,6 @@ class Deployed:
         wait_for(answered, PATIENCE, lambda: answers[-1].text)
         assert answers[-1].is_success, answers[-1].text
         return answers[-1].json() if answers[-1].content else None
-
-
-def started(home: str) -> list[psutil.Process]:
-    """The processes that share a PREFECT_HOME."""
-    found = psutil.process_iter(["environ", "cmdline"])
-    return [process for process in found if (process.info["environ"] or {}).get("PREFECT_HOME") == home]
 
 
 def wait_for(holds: Callable[[], bool], seconds: float, told: Callable[[], str]) -> None:
