@@ -25,7 +25,8 @@ from typing import Any
 
 import httpx
 
-from storage.run import RunFolder
+from tasks.prune import name_of
+from tasks.run import Run
 from tests.flows.deployed import ENDED, Deployed, environment, make_project, wait_for
 from tests.servers import free_ports
 
@@ -57,9 +58,11 @@ def main() -> None:
             for kind, runs in found.items():
                 report(kind, runs)
             print(f"all {sum(map(len, found.values()))} in {seconds:.0f} s, {options.limit} at a time")
-            stage = RunFolder(f"{folder}/runs/images").stage(0)
-            kept = [len(names(stage.root.files(), policy)) for policy in POLICIES[: options.prunes]]
-            print(f"prunes committed: {sum(count == 1 for count in kept)} of {options.prunes}, each once")
+            run = Run.open(f"{folder}/runs/images")
+            made = [
+                run.folder.stage(0).prune(name_of(run, 0, policy)).committed for policy in POLICIES[: options.prunes]
+            ]
+            print(f"prunes committed: {sum(made)} of {len(made)}")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -103,12 +106,6 @@ def report(kind: str, runs: list[dict[str, Any]]) -> None:
 
 def seconds_between(start: str, end: str) -> float:
     return (datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds()
-
-
-def names(files: list[str], policy: dict[str, Any]) -> list[str]:
-    """The manifests of a policy's prunings."""
-    folder = "-".join(str(value) for value in policy.values())
-    return [name for name in files if name == f"prune/{folder}/manifest.json"]
 
 
 class Begin:

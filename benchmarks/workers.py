@@ -28,7 +28,7 @@ from tasks.samples import list_samples
 from tasks.train import train
 from tests.tasks.small import make_data, small_plan
 
-SEGMENTS, WIDTH, BATCH = 16, 64, 32  # 64-64-10: 4,810 numbers a sample, all of them recorded
+SEGMENTS, WIDTH, BATCH = 16, 16, 32  # 64-16-10: 1,210 numbers a sample, all of them recorded
 
 
 def main() -> None:

@@ -129,8 +129,9 @@ def _await(future: Any) -> None:
             future.result(timeout=SECONDS_A_TURN)
             return
         except TimeoutError:
-            if future.state.is_final():  # the task's own
-                raise
+            if future.state.is_final():  # it has ended since, or the timeout is the task's own
+                future.result()
+                return
 
 
 def _show(live: Live | None, done: int) -> None:

@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dask
@@ -264,3 +266,20 @@ def test_workers_end_with_the_flow_run_that_is_cancelled(tmp_path: Path, kind: s
     assert time.monotonic() - begun < 60  # of the 600 that they would take
     for mark in marks:
         assert not Path(f"/proc/{mark.read_text()}").exists()  # the process that carried it out
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_task_that_ends_as_its_turn_of_waiting_does_is_waited_for(own: bool) -> None:
+    """Its state is final by then: that was taken for a timeout of the task's own, and ended flows on Dask."""
+
+    def result(timeout: float | None = None) -> str:
+        if timeout is not None or own:
+            raise TimeoutError
+        return "done"
+
+    future = SimpleNamespace(result=result, state=SimpleNamespace(is_final=lambda: True))
+    workers = Crew(Workers())
+    workers._submit = lambda call: future  # type: ignore[method-assign]
+    calls = [Call(rewrite_shard, ("run", 0, OWN, number)) for number in range(2)]
+    with pytest.raises(TimeoutError) if own else nullcontext():
+        workers.together(calls, "waiting")
