@@ -46,6 +46,7 @@ bench: $(READY)  ## every figure the README quotes
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.workers
 	$(BIN)/python -m benchmarks.load
+	$(BIN)/python -m benchmarks.outages
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
