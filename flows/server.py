@@ -149,8 +149,8 @@ def _serve(descriptor: int) -> None:
 
 
 def prompt(app: ASGIApp) -> ASGIApp:
-    """A server whose clients ask again soon for what it refused while another had its database, which is one request in ten
-    where tasks have tags: Prefect's clients wait two seconds and more, unless the answer says how long."""
+    """A server whose clients ask again soon for what it refused while another had its database, which happens to every third
+    task or so that has tags: Prefect's clients wait two seconds and more, unless the answer says how long."""
 
     async def serve(scope: Scope, receive: Receive, send: Send) -> None:
         async def say(message: Message) -> None:
