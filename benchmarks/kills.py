@@ -95,7 +95,7 @@ class Trial:
         assert running.exitcode == 0, (folder / "run.log").read_text()[-2000:]
         seconds = time.monotonic() - start
         self.gaps = [b - a for a, b in zip([0.0, *moments], [*moments, seconds], strict=True)]
-        self.expected, self.keys = self._files(), self._keys()
+        self.expected, self.keys = committed(self.run), self._keys()
         print(
             f"{self.run.url}: uninterrupted {seconds:.1f} s, {len(artefacts(self.run))} artefacts of {len(self.expected)} "
             f"files, {len(self.keys)} samples kept",
@@ -160,19 +160,6 @@ class Trial:
         self.seen += new
         return len(new)
 
-    def _files(self) -> dict[str, str]:
-        """The sha256 of every file of every artefact, by its name without the attempt; scores name shards by path, which
-        holds the attempt's name, so it is taken out of them."""
-        found: dict[str, str] = {}
-        for artefact in artefacts(self.run):
-            place = artefact.root.url.removeprefix(self.run.url)
-            found |= {f"{place}/{name}": facts["sha256"] for name, facts in artefact.manifest.files.items()}
-            if SCORES in artefact.names():
-                named = pl.col("shard").str.replace("/[0-9a-f]{12}/", "/")
-                frame = read_frame(artefact, SCORES).with_columns(named)
-                found[f"{place}/{SCORES}"] = hashlib.sha256(frame.write_csv().encode()).hexdigest()
-        return found
-
     def _keys(self) -> list[str]:
         """The keys in the pruned shards, read from the shards themselves."""
         pruned = RunFolder(self.run.url).stage(0).prune("plan")
@@ -183,7 +170,7 @@ class Trial:
         running = self._start()
         running.join()
         code = running.exitcode
-        files, keys = (self._files(), self._keys()) if code == 0 else ({}, [])
+        files, keys = (committed(self.run), self._keys()) if code == 0 else ({}, [])
         differ = [name for name in files.keys() | self.expected.keys() if files.get(name) != self.expected.get(name)]
         counts = (
             int(code != 0),
@@ -205,6 +192,20 @@ class Trial:
         running = FORKS.Process(target=_secateur, args=(str(self.plan), str(self.folder / "run.log"), dict(os.environ)))
         running.start()
         return running
+
+
+def committed(run: Root) -> dict[str, str]:
+    """The sha256 of every file of every artefact, by its name without the attempt; scores name shards by path, which
+    holds the attempt's name, so it is taken out of them."""
+    found: dict[str, str] = {}
+    for artefact in artefacts(run):
+        place = artefact.root.url.removeprefix(run.url)
+        found |= {f"{place}/{name}": facts["sha256"] for name, facts in artefact.manifest.files.items()}
+        if SCORES in artefact.names():
+            named = pl.col("shard").str.replace("/[0-9a-f]{12}/", "/")
+            frame = read_frame(artefact, SCORES).with_columns(named)
+            found[f"{place}/{SCORES}"] = hashlib.sha256(frame.write_csv().encode()).hexdigest()
+    return found
 
 
 def _secateur(plan: str, log: str, environment: dict[str, str]) -> None:

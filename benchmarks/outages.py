@@ -21,18 +21,17 @@ from typing import Any
 
 import psutil
 
+from benchmarks.kills import SCORES, committed
 from benchmarks.load import Begin, deployed, healthy
-from storage.integrity import artefacts
 from storage.root import Root
 from storage.run import RunFolder
 from tests.flows.deployed import Deployed, wait_for
 from tests.tasks.small import curate, make_data, small_plan, values
 
 PARTS = ("process", "worker", "both", "server")
-PATIENCE, READING = (
-    600.0,
-    10.0,
-)  # a user reads before retrying; a worker still holds a flow run's place as it says that it crashed
+PATIENCE = 600.0
+READING = 10.0  # before retrying, as a user does; a worker still holds a flow run's place as it says that it crashed
+AGAIN = {"type": "SCHEDULED", "name": "AwaitingRetry", "message": "Retry from the UI"}
 STAGES: list[dict[str, Any]] = [
     {"steps": 4000, "batch_size": 20, "prune": {"policy": "top", "keep": 0.5}},
     {"steps": 100, "batch_size": 20},
@@ -47,7 +46,7 @@ def main() -> None:
     try:
         make_data(folder)
         quiet = curate(small_plan(folder, run="quiet", root=f"{folder}/quiet", **changes()))
-        expected = content(Path(quiet.url))
+        expected = content(quiet.url)
         with deployed(folder, limit=2) as (project, begin):
             begin.command("prefect", "automation", "create", "--from-file", "automations/zombies.yaml")
             for part in options.parts:
@@ -88,7 +87,7 @@ class Outage:
         for one in self.project.get(f"/flow_run_states/?flow_run_id={self.identity}"):
             seconds = datetime.fromisoformat(one["timestamp"]).timestamp() - self.killed
             print(f"  {seconds:+7.1f} s  {one['name']:14} {' '.join((one['message'] or '').split())[:110]}")
-        found = content(self.run)
+        found = content(str(self.run))
         differ = [name for name in expected if found.get(name) != expected[name]]
         print(f"  retries {retries}; segments {len(segments)}, of {len(kept)} there before {same} kept")
         print(f"  files that differ: {len(differ)} of {len(expected)} {' '.join(differ)}", flush=True)
@@ -114,17 +113,10 @@ class Outage:
         return state
 
 
-AGAIN = {"type": "SCHEDULED", "name": "AwaitingRetry", "message": "Retry from the UI"}
-
-
-def content(run: Path) -> dict[str, str]:
-    """The sha256 of what decides: every segment's and the pruned shards' files, by name without the attempt; two
-    name the folder."""
-    found: dict[str, str] = {}
-    for artefact in artefacts(Root(str(run))):
-        place = artefact.root.url.removeprefix(str(run))
-        found |= {f"{place}/{name}": facts["sha256"] for name, facts in artefact.manifest.files.items()}
-    return {name: sha256 for name, sha256 in found.items() if not name.endswith(("scores.parquet", "plan.yaml"))}
+def content(run: str) -> dict[str, str]:
+    """The sha256 of what the run committed, but for the files that name its folder."""
+    found = committed(Root(run))
+    return {name: sha256 for name, sha256 in found.items() if not name.endswith((SCORES, "plan.yaml"))}
 
 
 if __name__ == "__main__":

@@ -23,27 +23,26 @@ def report_labels(results: Results) -> None:
     print(f"\nwrong labels, {_seeds(results)} seeds: median (min to max); share of the labels that are wrong: {shares}")
     areas = {title: {which: [r["area"][which] for r in rs] for which in rs[0]["area"]} for title, rs in found.items()}
     _table("area under the ROC curve", list(found), list(areas[_title(0)]), lambda t, s: areas[t].get(s))
-    arms = found
-    names = list(arms[_title(0)][0]["arms"])
-    figures = {(t, a): [r["arms"][a] for r in rs] for t, rs in arms.items() for a in names}
+    names = list(found[_title(0)][0]["arms"])
+    figures = {(t, a): [r["arms"][a] for r in rs] for t, rs in found.items() for a in names}
     for key, what in (
         ("accuracy", "accuracy on clean test images after the second stage"),
         ("loss", "loss on clean test images after the second stage"),
         ("kept", "share kept"),
         ("wrong", "share of wrong labels among what was kept"),
     ):
-        _table(what, list(arms), names, lambda t, a, key=key: [f[key] for f in figures[t, a]])
+        _table(what, list(found), names, lambda t, a, key=key: [f[key] for f in figures[t, a]])
     closed = {
-        key: {(t, a): _closed(rs, a, key) for t, rs in arms.items() for a in names} for key in ("accuracy", "loss")
+        key: {(t, a): _closed(rs, a, key) for t, rs in found.items() for a in names} for key in ("accuracy", "loss")
     }
     for key, shares in closed.items():
         print(
             f"\nshare of the gap in {key} between unpruned and oracle that each arm closes, by the means of all seeds"
         )
-        _rows(list(arms), names, lambda t, a, shares=shares: f"{shares[t, a]:.2f}")
-    _goals(areas, closed, list(arms), names)
+        _rows(list(found), names, lambda t, a, shares=shares: f"{shares[t, a]:.2f}")
+    _goals(areas, closed, list(found), names)
     draw_areas(areas)
-    draw_arms({t: {a: [f["accuracy"] for f in figures[t, a]] for a in names} for t in arms})
+    draw_arms({t: {a: [f["accuracy"] for f in figures[t, a]] for a in names} for t in found})
 
 
 def report_domains(results: Results) -> None:

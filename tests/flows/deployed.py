@@ -36,9 +36,8 @@ class Shell:
         for old, new in changes.items():
             assert old in page, f"docs/deploy.md no longer says {old}"
             page = page.replace(old, new)
-        script = [
-            "set -euxm"
-        ]  # job control, as in a terminal: else what is begun with & is deaf to SIGINT, by which workers end
+        # Job control (-m), as in a terminal: else what is begun with & is deaf to SIGINT, by which workers end.
+        script = ["set -euxm"]
         for part, text in enumerate(re.split(r"^## ", page, flags=re.MULTILINE)):
             script += [f"until [ -e go-{part} ]; do sleep 0.1; done"]
             script += re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
