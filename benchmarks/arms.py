@@ -11,18 +11,18 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from storage.ledger import read_checkpoint
-from storage.shards import Samples
-from tasks.embed import compose_stage, embed_segment
-from tasks.fit import fit_basis
-from tasks.loop import Loop, Tensors, collate, evaluating
-from tasks.plan import Plan
-from tasks.replay import replay
-from tasks.run import Run
-from tasks.samples import list_samples, stage_samples
-from tasks.score import score
-from tasks.targets import differentiate_targets
-from tasks.train import end_checkpoint, train
+from secateur.storage.ledger import read_checkpoint
+from secateur.storage.shards import Samples
+from secateur.tasks.data.samples import list_stage_samples, read_stage_samples
+from secateur.tasks.plan import Plan
+from secateur.tasks.run.run import Run
+from secateur.tasks.training.fit_basis import fit_basis
+from secateur.tasks.training.loop import Tensors, TrainingLoop, collate, eval_mode
+from secateur.tasks.training.train import end_checkpoint, train_stage
+from secateur.tasks.valuation.embed import compose_stage, embed_segment
+from secateur.tasks.valuation.replay import replay_stage
+from secateur.tasks.valuation.score import write_scores
+from secateur.tasks.valuation.target_gradients import write_target_gradients
 
 
 def first_stage(plan: Plan) -> Run:
@@ -34,20 +34,20 @@ def first_stage(plan: Plan) -> Run:
 
 def stage_through_scores(run: Run, stage: int) -> None:
     """Trains, embeds and scores a stage, by replay where the plan says so."""
-    list_samples.fn(run.url, stage)
+    list_stage_samples.fn(run.url, stage)
     if stage == 0:
         fit_basis.fn(run.url)
-    train.fn(run.url, stage)
+    train_stage.fn(run.url, stage)
     for number in range(len(run.folder.stage(stage).segments())):
         embed_segment.fn(run.url, stage, number)
     compose_stage.fn(run.url, stage)
-    differentiate_targets.fn(run.url, stage)
+    write_target_gradients.fn(run.url, stage)
     if run.plan.estimate == "replay":
-        replay.fn(run.url, stage)
-    score.fn(run.url, stage)
+        replay_stage.fn(run.url, stage)
+    write_scores.fn(run.url, stage)
 
 
-class Held(Loop):
+class Held(TrainingLoop):
     """A loop over samples that were decoded beforehand."""
 
     def __init__(self, run: Run, stage: int, samples: Samples, tensors: Tensors) -> None:
@@ -70,7 +70,7 @@ class Arms:
     @staticmethod
     def of(run: Run) -> Arms:
         """With the first stage's samples."""
-        samples = stage_samples(run, 0)
+        samples = read_stage_samples(run, 0)
         return Arms(run, samples, decoded(run, samples))
 
     def second_stage(self, keep: np.ndarray) -> nn.Module:
@@ -86,7 +86,9 @@ class Arms:
 
 def decoded(run: Run, samples: Samples) -> Tensors:
     """All of some samples as the task's tensors."""
-    parts = [collate(run.task(), samples, rows, "cpu") for rows in torch.arange(len(samples)).split(512)]
+    parts = [
+        collate(run.task(), samples, rows, "cpu") for rows in torch.arange(len(samples)).split(512)
+    ]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -95,7 +97,7 @@ def judged(run: Run, model: nn.Module, tensors: Tensors) -> dict[str, float]:
     task: Any = run.task()
     values: dict[str, list[Tensor]] = {}
     size = len(next(iter(tensors.values())))
-    with evaluating(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         for rows in torch.arange(size).split(512):
             batch = {name: t[rows] for name, t in tensors.items()}
             found = {"loss": task.losses(model, batch)}

@@ -14,12 +14,12 @@ from benchmarks.fidelity import two_thousand
 from benchmarks.larger import images, text
 from benchmarks.timing import by_turns, spread
 from benchmarks.workloads import Workload
-from secateur.bindings import bind
-from secateur.curvature import EmpiricalFisher
-from secateur.recorder import Recorder
-from secateur.recursion import Dynamics, identity, walk
-from secateur.replay import Part, Tape, step_back
-from secateur.segment import Segment
+from secateur.influence.adjoint import LossPart, Tape, step_back
+from secateur.influence.bindings import bind_layers
+from secateur.influence.curvature import EmpiricalFisher
+from secateur.influence.recorder import Recorder
+from secateur.influence.recursion import Dynamics, identity_transition, walk_segment
+from secateur.influence.segment import Segment
 
 
 def measure(workload: Workload, steps: int, repeats: int) -> None:
@@ -36,7 +36,7 @@ def measure(workload: Workload, steps: int, repeats: int) -> None:
     def captured() -> tuple[Recorder, Segment]:
         model = workload.model()
         optimizer = workload.optimizer(model)
-        recorder = Recorder(model, optimizer, bind(model), basis)
+        recorder = Recorder(model, optimizer, bind_layers(model), basis)
         for step in range(steps):
             workload.step(model, optimizer, step, None, recorder)
         return recorder, recorder.take()
@@ -44,8 +44,11 @@ def measure(workload: Workload, steps: int, repeats: int) -> None:
     recorder, segment = captured()
 
     def embedded() -> None:
-        dynamics = Dynamics.of(segment, recorder.linearised, EmpiricalFisher(segment), basis.spans)
-        walk(dynamics, identity(basis.spans, 3, segment.contributions.dtype, theta_only=True))
+        dynamics = Dynamics.of(segment, recorder.update_rule, EmpiricalFisher(segment), basis.spans)
+        walk_segment(
+            dynamics,
+            identity_transition(basis.spans, 3, segment.contributions.dtype, theta_only=True),
+        )
 
     def replayed(targets: int) -> Callable[[], None]:
         def body() -> None:
@@ -59,15 +62,27 @@ def measure(workload: Workload, steps: int, repeats: int) -> None:
             later = [tape.groups.adjoint(ones, 2) for _ in range(targets)]
             for step in reversed(range(steps)):
                 ids, moment = workload.batches[step], tape.moments.pop()
-                part = Part(lambda m, ids=ids: workload.losses(m, ids), torch.full((len(ids),), 1 / len(ids)))
+                part = LossPart(
+                    lambda m, ids=ids: workload.losses(m, ids),
+                    torch.full((len(ids),), 1 / len(ids)),
+                )
                 for n, q in enumerate(later):
-                    _, later[n] = step_back(model, tape.groups, moment, tape.linearised, [part], q)
+                    _, later[n] = step_back(model, tape.groups, moment, tape.update_rule, [part], q)
 
         return body
 
-    bodies = {"plain": plain, "captured": captured, "embedded": embedded, "one": replayed(1), "two": replayed(2)}
+    bodies = {
+        "plain": plain,
+        "captured": captured,
+        "embedded": embedded,
+        "one": replayed(1),
+        "two": replayed(2),
+    }
     seconds = by_turns(bodies, repeats)
-    ratio = {name: [a / b for a, b in zip(found, seconds["plain"], strict=True)] for name, found in seconds.items()}
+    ratio = {
+        name: [a / b for a, b in zip(found, seconds["plain"], strict=True)]
+        for name, found in seconds.items()
+    }
     further = [two - one for one, two in zip(ratio["one"], ratio["two"], strict=True)]
     print(f"workload {workload.name}, {steps} steps, times plain training:")
     print(f"  training with capture in 2,048 coordinates  {spread(ratio['captured'])}")

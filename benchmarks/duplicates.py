@@ -17,12 +17,12 @@ import polars as pl
 from benchmarks.arms import first_stage
 from benchmarks.mislabelled import images
 from examples.shards import write_shards
-from tasks.plan import Plan
-from tasks.replay import replay, replay_scores
-from tasks.run import Run
-from tasks.samples import stage_samples
-from tasks.score import aggregate, scored_vectors, stage_scores
-from tasks.targets import scoring_gradients
+from secateur.tasks.data.samples import read_stage_samples
+from secateur.tasks.plan import Plan
+from secateur.tasks.run.run import Run
+from secateur.tasks.valuation.replay import read_replay_scores, replay_stage
+from secateur.tasks.valuation.score import aggregate, read_scores, scored_vectors
+from secateur.tasks.valuation.target_gradients import read_scoring_gradients
 
 IMAGES, EACH, TARGET = 3000, 200, 500
 COPIES = (2, 4, 8)
@@ -35,20 +35,31 @@ def study(folder: Path, seed: int) -> dict[str, Any]:
     the mean score, that beyond single samples of the same tenth of the epoch; and how many score lower than the first."""
     _make(folder / "data", seed)
     run = first_stage(_plan(folder, seed))
-    samples = stage_samples(run, 0)
+    samples = read_stage_samples(run, 0)
     facts = pl.DataFrame([json.loads(s["json"]) for s in samples.read(range(len(samples)))])
-    uses = stage_scores(run, 0).select("sample", "step").with_columns(embedding=_embedding(run), replay=_replayed(run))
-    uses = uses.join(facts.with_row_index("sample"), "sample", maintain_order="left").sort("step", maintain_order=True)
+    uses = (
+        read_scores(run, 0)
+        .select("sample", "step")
+        .with_columns(embedding=_embedding(run), replay=_replayed(run))
+    )
+    uses = uses.join(facts.with_row_index("sample"), "sample", maintain_order="left").sort(
+        "step", maintain_order=True
+    )
     part = pl.col("step") * PARTS // (pl.col("step").max() + 1)
     uses = uses.with_columns(place=pl.int_range(1, pl.len() + 1).over("image"), part=part)
     single = uses.filter(pl.col("copies") == 1)
     average = single.select(pl.col(*KINDS).mean()).row(0, named=True)
     timed = single.group_by("part").agg(pl.col(k).mean().alias(f"single_{k}") for k in KINDS)
-    first = uses.filter(pl.col("place") == 1).select("image", *(pl.col(k).alias(f"first_{k}") for k in KINDS))
+    first = uses.filter(pl.col("place") == 1).select(
+        "image", *(pl.col(k).alias(f"first_{k}") for k in KINDS)
+    )
     joined = uses.join(timed, "part").join(first, "image")
     rows = joined.group_by("copies", "place").agg(
         *(pl.col(k).mean() / average[k] for k in KINDS),
-        *((pl.col(k) - pl.col(f"single_{k}")).mean().alias(f"beyond_{k}") / average[k] for k in KINDS),
+        *(
+            (pl.col(k) - pl.col(f"single_{k}")).mean().alias(f"beyond_{k}") / average[k]
+            for k in KINDS
+        ),
         *((pl.col(k) < pl.col(f"first_{k}")).mean().alias(f"lower_{k}") for k in KINDS),
     )
     return {"rows": rows.sort("copies", "place").to_dicts()}
@@ -86,20 +97,33 @@ def _make(out: Path, seed: int) -> None:
         for n, copy in listed
     ]
     write_shards(str(out / "train-%06d.tar"), samples, 1)
-    target = [{"__key__": f"t-{i:05d}"} | _members(pixels, labels, i, {}) for i in order[IMAGES : IMAGES + TARGET]]
+    target = [
+        {"__key__": f"t-{i:05d}"} | _members(pixels, labels, i, {})
+        for i in order[IMAGES : IMAGES + TARGET]
+    ]
     write_shards(str(out / "target-%06d.tar"), target, 1)
 
 
-def _members(pixels: np.ndarray, labels: np.ndarray, row: int, facts: dict[str, int]) -> dict[str, Any]:
-    return {"raw": pixels[row].tobytes(), "cls": str(labels[row]), "json": json.dumps(facts).encode()}
+def _members(
+    pixels: np.ndarray, labels: np.ndarray, row: int, facts: dict[str, int]
+) -> dict[str, Any]:
+    return {
+        "raw": pixels[row].tobytes(),
+        "cls": str(labels[row]),
+        "json": json.dumps(facts).encode(),
+    }
 
 
 def _embedding(run: Run) -> np.ndarray:
-    gradients = scoring_gradients(run, 0, "clean")
-    return np.concatenate([aggregate(run, vectors, gradients) for _, vectors in scored_vectors(run, 0)])
+    gradients = read_scoring_gradients(run, 0, "clean")
+    return np.concatenate(
+        [aggregate(run, vectors, gradients) for _, vectors in scored_vectors(run, 0)]
+    )
 
 
 def _replayed(run: Run) -> np.ndarray:
-    replay.fn(run.url, 0)
+    replay_stage.fn(run.url, 0)
     segments = range(len(run.folder.stage(0).segments()))
-    return np.concatenate([replay_scores(run, 0, number)["clean"].numpy() for number in segments])
+    return np.concatenate(
+        [read_replay_scores(run, 0, number)["clean"].numpy() for number in segments]
+    )

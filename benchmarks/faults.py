@@ -17,12 +17,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from storage.integrity import verify
-from storage.root import Root
-from tasks.run import Run
+from secateur.storage.folder import Folder
+from secateur.storage.integrity import verify_folder
+from secateur.tasks.run.run import Run
 from tests.proxy import KINDS, FaultyProxy
 from tests.servers import SeaweedFS
-from tests.tasks.small import curate, make_data, small_plan, values
+from tests.tasks.small import curate_small, make_data, small_plan, values
 from tests.tasks.test_run import differing
 
 RUN = """
@@ -43,7 +43,7 @@ def main() -> None:
         folder, server = Path(name), SeaweedFS(Path(name) / "seaweed")
         os.environ["SECATEUR_CACHE"] = f"{name}/cache"
         make_data(folder)
-        whole = curate(small_plan(folder))
+        whole = curate_small(small_plan(folder))
         server.start()
         try:
             os.environ.update(server.environment)
@@ -57,10 +57,14 @@ def main() -> None:
             proxy.shutdown()
             assert done.returncode == 0, done.stderr[-3000:]
             kinds = ", ".join(f"{proxy.faults[kind]} {kind}" for kind in KINDS)
-            print(f"{proxy.requests} requests, {proxy.faults.total()} failed ({kinds}), in {seconds:.0f} s")
+            print(
+                f"{proxy.requests} requests, {proxy.faults.total()} failed ({kinds}), in {seconds:.0f} s"
+            )
             print(f"{done.stderr.count('trying again')} retries shown")
             run = Run.open("s3://bucket/runs/small")
-            damage = [finding for finding in verify(Root(run.url)) if finding.what != "extra"]
+            damage = [
+                finding for finding in verify_folder(Folder(run.url)) if finding.what != "extra"
+            ]
             print(f"{len(differing(whole, run))} differing files, {len(damage)} damaged")
         finally:
             server.kill()

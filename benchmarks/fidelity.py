@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from benchmarks.larger import images, text
 from benchmarks.peers import ADAMW_ONLY, PEERS
 from benchmarks.workloads import Workload, digits
-from secateur.basis import Basis, Kronecker, leading
-from secateur.bindings import bind
-from secateur.curvature import EmpiricalFisher, Hessian
-from secateur.fitting import EnergyFit, MomentFit, random_kronecker
-from secateur.hessian import hessian
-from secateur.recorder import Recorder
-from secateur.recursion import Dynamics, identity, walk
-from secateur.replay import Part, Tape, step_back
-from secateur.tap import contributions, tap
+from secateur.influence.adjoint import LossPart, Tape, step_back
+from secateur.influence.basis import Basis, KroneckerBasis, leading_eigenvectors
+from secateur.influence.basis_fitting import EnergyFit, MomentFit, random_kronecker_basis
+from secateur.influence.bindings import bind_layers
+from secateur.influence.curvature import EmpiricalFisher, Hessian
+from secateur.influence.hessian import compute_hessian
+from secateur.influence.hooks import capture_hooks, sample_gradients
+from secateur.influence.recorder import Recorder
+from secateur.influence.recursion import Dynamics, identity_transition, walk_segment
 
 FIT_STEPS = 10
 
@@ -56,12 +56,14 @@ class Embeddings:
 
 def pca(workload: Workload, seed: int) -> Basis:
     """A PCA Kronecker basis of 16 x 16 a layer."""
-    return _fitted(workload, lambda bindings: MomentFit(bindings), lambda fit: fit.basis(16, torch.float64))
+    return _fitted(
+        workload, lambda bindings: MomentFit(bindings), lambda fit: fit.basis(16, torch.float64)
+    )
 
 
 def random(workload: Workload, seed: int) -> Basis:
     """A random Kronecker basis of 16 x 16 a layer."""
-    return random_kronecker(bind(workload.model()), 16, seed, torch.float64)
+    return random_kronecker_basis(bind_layers(workload.model()), 16, seed, torch.float64)
 
 
 def few(workload: Workload, seed: int) -> Basis:
@@ -81,10 +83,10 @@ def full(workload: Workload, seed: int) -> Basis:
 
 def _fitted(workload: Workload, make: Callable, finish: Callable) -> Basis:
     model = workload.model()
-    optimizer, bindings = workload.optimizer(model), bind(model)
+    optimizer, bindings = workload.optimizer(model), bind_layers(model)
     fit = make(bindings)
     for step in range(FIT_STEPS):
-        with tap(bindings, fit.add):
+        with capture_hooks(bindings, fit.add):
             workload.step(model, optimizer, step)
     return finish(fit)
 
@@ -116,29 +118,36 @@ def embedding_scores(workload: Workload, basis: Basis, setting: Embeddings) -> T
     def evaluate(step: int, model: nn.Module, recorder: Recorder) -> None:
         if step % setting.every == 0:
             ids = torch.cat(workload.batches[step : step + setting.every])
-            recorder.hessian(hessian([lambda: workload.losses(model, ids).mean()], model, basis, spans))
+            recorder.hessian(
+                compute_hessian([lambda: workload.losses(model, ids).mean()], model, basis, spans)
+            )
 
     trained = workload.train(
-        lambda model, optimizer: Recorder(model, optimizer, bind(model), basis), evaluate if setting.every else None
+        lambda model, optimizer: Recorder(model, optimizer, bind_layers(model), basis),
+        evaluate if setting.every else None,
     )
     assert trained.recorder is not None
     segment = trained.recorder.take()
     curvature = Hessian(segment, spans) if setting.every else EmpiricalFisher(segment)
-    dynamics = Dynamics.of(segment, trained.recorder.linearised, curvature, spans)
+    dynamics = Dynamics.of(segment, trained.recorder.update_rule, curvature, spans)
     count = len(workload.target_losses(trained.model))
-    rows, _ = contributions(lambda: workload.target_losses(trained.model), count, bind(trained.model), basis)
-    slots, size = len(trained.recorder.linearised.slots) + 1, len(workload.batches[0])
+    rows, _ = sample_gradients(
+        lambda: workload.target_losses(trained.model), count, bind_layers(trained.model), basis
+    )
+    slots, size = len(trained.recorder.update_rule.slots) + 1, len(workload.batches[0])
     removed = torch.tensor([step * size + place for step, place in workload.removals])
     if setting.components:
-        (embeddings,), _ = walk(dynamics, identity(spans, slots, torch.float64, theta_only=True))
-        axes = leading(embeddings.T @ embeddings, setting.components)
+        (embeddings,), _ = walk_segment(
+            dynamics, identity_transition(spans, slots, torch.float64, theta_only=True)
+        )
+        axes = leading_eigenvectors(embeddings.T @ embeddings, setting.components)
         return embeddings[removed] @ axes @ (axes.T @ rows.mean(0))
     query = []
     for span in spans:
         start = torch.zeros(1, slots, span.stop - span.start, dtype=segment.contributions.dtype)
         start[0, 0] = rows.mean(0)[span]
         query.append(start)
-    effects, _ = walk(dynamics, query)
+    effects, _ = walk_segment(dynamics, query)
     return torch.cat(effects, 1).sum(1)[removed]
 
 
@@ -152,12 +161,18 @@ def replay_scores(workload: Workload) -> Tensor:
     tape.close()
     named = dict(model.named_parameters())
     gradients = torch.autograd.grad(workload.target_losses(model).mean(), list(named.values()))
-    later = tape.groups.adjoint(dict(zip(named, gradients, strict=True)), len(tape.linearised.slots))
+    later = tape.groups.adjoint(
+        dict(zip(named, gradients, strict=True)), len(tape.update_rule.slots)
+    )
     scores: dict[int, Tensor] = {}
     for step in reversed(range(len(workload.batches))):
         ids = workload.batches[step]
-        part = Part(lambda m, ids=ids: workload.losses(m, ids), torch.full((len(ids),), 1 / len(ids)))
-        scores[step], later = step_back(model, tape.groups, tape.moments.pop(), tape.linearised, [part], later)
+        part = LossPart(
+            lambda m, ids=ids: workload.losses(m, ids), torch.full((len(ids),), 1 / len(ids))
+        )
+        scores[step], later = step_back(
+            model, tape.groups, tape.moments.pop(), tape.update_rule, [part], later
+        )
     return torch.stack([scores[step][place] for step, place in workload.removals])
 
 
@@ -185,7 +200,10 @@ def measure(name: str, seed: int, chosen: list[str]) -> list[Row]:
         if estimator in ADAMW_ONLY and name[0] in "AB":
             continue
         print(f"{name} seed {seed}: {estimator}", file=sys.stderr)
-        setting, numbers = ESTIMATORS.get(estimator), sum(p.numel() for p in plain.model.parameters())
+        setting, numbers = (
+            ESTIMATORS.get(estimator),
+            sum(p.numel() for p in plain.model.parameters()),
+        )
         started = time.perf_counter()
         if estimator in PEERS:
             scores, numbers = PEERS[estimator](workload), numbers if "full" in estimator else 416
@@ -193,9 +211,12 @@ def measure(name: str, seed: int, chosen: list[str]) -> list[Row]:
             scores = replay_scores(workload)
         else:
             basis = setting.basis(workload, seed)
-            if isinstance(basis, Kronecker) and name[0] in "CDEF":
+            if isinstance(basis, KroneckerBasis) and name[0] in "CDEF":
                 continue  # a kronecker basis cannot follow AdamW
-            scores, numbers = embedding_scores(workload, basis, setting), setting.components or basis.size
+            scores, numbers = (
+                embedding_scores(workload, basis, setting),
+                setting.components or basis.size,
+            )
         cost = (time.perf_counter() - started) / training
         rho, r = spearmanr(scores, truth).statistic, pearsonr(scores, truth).statistic
         rows.append(Row(name, estimator, numbers, seed, float(rho), float(r), cost))
@@ -206,9 +227,14 @@ def main() -> None:
     """Prints a table, or one JSON list."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--workload", nargs="+", default=list("ABCD"), choices=[*"ABCDEF", *(f"{n}-relu" for n in "ABCD")]
+        "--workload",
+        nargs="+",
+        default=list("ABCD"),
+        choices=[*"ABCDEF", *(f"{n}-relu" for n in "ABCD")],
     )
-    parser.add_argument("--estimator", nargs="+", default=list(ESTIMATORS), choices=[*ESTIMATORS, *PEERS])
+    parser.add_argument(
+        "--estimator", nargs="+", default=list(ESTIMATORS), choices=[*ESTIMATORS, *PEERS]
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -222,7 +248,9 @@ def main() -> None:
     if arguments.json:
         print(json.dumps([asdict(row) for row in rows], indent=1))
         return
-    print(f"{'workload':9}{'estimator':46}{'numbers':>8}  {'spearman: median (min to max)':32}{'cost':>6}")
+    print(
+        f"{'workload':9}{'estimator':46}{'numbers':>8}  {'spearman: median (min to max)':32}{'cost':>6}"
+    )
     for name in arguments.workload:
         for estimator in arguments.estimator:
             own = [row for row in rows if (row.workload, row.estimator) == (name, estimator)]

@@ -27,7 +27,10 @@ def main() -> None:
     for kind in dict.fromkeys(kind for kind, _ in fuzz.OUTCOMES):
         found = {outcome: count for (k, outcome), count in fuzz.OUTCOMES.items() if k == kind}
         inputs += sum(found.values()) * ("rewritten" not in kind)
-        print(f"{kind}: " + ", ".join(f"{count} {outcome}" for outcome, count in sorted(found.items())))
+        print(
+            f"{kind}: "
+            + ", ".join(f"{count} {outcome}" for outcome, count in sorted(found.items()))
+        )
     print(f"{inputs} mutated inputs: crashes 0, hangs 0, changed payloads accepted 0")
 
 

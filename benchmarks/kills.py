@@ -31,13 +31,13 @@ import polars as pl
 import yaml
 
 from examples.images.make_shards import make
-from flows.cli import QUIET
-from flows.server import some_server
-from storage.frames import read_frame
-from storage.integrity import artefacts, stray, verify
-from storage.root import Root
-from storage.run import RunFolder
-from storage.shards import index_shards
+from secateur.flows.cli import QUIET
+from secateur.storage.folder import Folder
+from secateur.storage.frames import read_frame
+from secateur.storage.integrity import list_outputs, verify_folder
+from secateur.storage.layout import RunFolder
+from secateur.storage.shards import list_shards
+from secateur.tasks.engine.prefect_server import prefect_server
 from tests.servers import SeaweedFS
 
 FORKS = get_context("forkserver")
@@ -51,18 +51,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--servers", type=int, default=5)
-    parser.add_argument("--store", nargs="+", choices=["disk", "seaweedfs"], default=["disk", "seaweedfs"])
+    parser.add_argument(
+        "--store", nargs="+", choices=["disk", "seaweedfs"], default=["disk", "seaweedfs"]
+    )
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves no server behind
     folder = Path(tempfile.mkdtemp(prefix="kills-"))
-    FORKS.set_forkserver_preload(["flows.curate"])
+    FORKS.set_forkserver_preload(["secateur.flows.curate"])
     os.environ.update(
-        QUIET, OMP_NUM_THREADS="1", PREFECT_HOME=str(folder / "prefect"), SECATEUR_CACHE=str(folder / "cache")
+        QUIET,
+        OMP_NUM_THREADS="1",
+        PREFECT_HOME=str(folder / "prefect"),
+        SECATEUR_CACHE=str(folder / "cache"),
     )
     print(f"seed {SEED}", flush=True)
     try:
         make(str(folder / "data"), 0)
-        with some_server():  # for all runs: each would start its own
+        with prefect_server():  # for all runs: each would start its own
             if "disk" in options.store:
                 Trial(folder, f"{folder}/runs").kills(options.kills)
             if "seaweedfs" in options.store:
@@ -83,7 +88,7 @@ class Trial:
     """One store: the uninterrupted run, and every interrupted one, at the same place, held against it."""
 
     def __init__(self, folder: Path, root: str) -> None:
-        self.folder, self.run = folder, Root(f"{root}/killed")
+        self.folder, self.run = folder, Folder(f"{root}/killed")
         self.plan = folder / "plan.yaml"
         self.plan.write_text(yaml.safe_dump(_plan(root, folder / "data")))
         start, running = time.monotonic(), self._start()
@@ -97,7 +102,7 @@ class Trial:
         self.gaps = [b - a for a, b in zip([0.0, *moments], [*moments, seconds], strict=True)]
         self.expected, self.keys = committed(self.run), self._keys()
         print(
-            f"{self.run.url}: uninterrupted {seconds:.1f} s, {len(artefacts(self.run))} artefacts of {len(self.expected)} "
+            f"{self.run.url}: uninterrupted {seconds:.1f} s, {len(list_outputs(self.run))} artefacts of {len(self.expected)} "
             f"files, {len(self.keys)} samples kept",
             flush=True,
         )
@@ -151,11 +156,15 @@ class Trial:
         """What was committed, and how many files of unfinished attempts lie beside it."""
         self._look()
         last = self.seen[-1] if self.seen else "none"
-        return f"{len(self.seen):2d} artefacts committed (the last {last}), {len(stray(self.run))} stray files"
+        return f"{len(self.seen):2d} artefacts committed (the last {last}), {len(find_stray_files(self.run))} stray files"
 
     def _look(self) -> int:
         """Adds what was committed since to `seen`; an artefact may have served its purpose and be gone again."""
-        found = {f.removesuffix("/manifest.json") for f in self.run.files() if f.endswith("/manifest.json")}
+        found = {
+            f.removesuffix("/manifest.json")
+            for f in self.run.files()
+            if f.endswith("/manifest.json")
+        }
         new = sorted(found - set(self.seen))
         self.seen += new
         return len(new)
@@ -164,24 +173,31 @@ class Trial:
         """The keys in the pruned shards, read from the shards themselves."""
         pruned = RunFolder(self.run.url).stage(0).prune("plan")
         shards = [pruned.url(n) for n in pruned.names() if n.startswith("shards/")]
-        return [key for shard in shards for key in index_shards([shard])["key"].to_list()]
+        return [key for shard in shards for key in list_shards([shard])["key"].to_list()]
 
     def _resumed(self, told: str) -> Counter[str]:
         running = self._start()
         running.join()
         code = running.exitcode
         files, keys = (committed(self.run), self._keys()) if code == 0 else ({}, [])
-        differ = [name for name in files.keys() | self.expected.keys() if files.get(name) != self.expected.get(name)]
+        differ = [
+            name
+            for name in files.keys() | self.expected.keys()
+            if files.get(name) != self.expected.get(name)
+        ]
         counts = (
             int(code != 0),
             len(set(self.keys) - set(keys)),
             len(keys) - len(set(keys)),
             sum("/shards/" in name for name in differ),
             len(differ),
-            sum(f.what != "extra" for f in verify(self.run)),
+            sum(f.what != "extra" for f in verify_folder(self.run)),
         )
         counted = Counter(dict(zip(NAMES, counts, strict=True)))
-        print(f"  {told}: {_told(counted)}{''.join(f'; {name} differs' for name in differ)}", flush=True)
+        print(
+            f"  {told}: {_told(counted)}{''.join(f'; {name} differs' for name in differ)}",
+            flush=True,
+        )
         if code != 0:
             print((self.folder / "run.log").read_text()[-2000:], flush=True)
         self.run.delete()
@@ -189,18 +205,22 @@ class Trial:
 
     def _start(self) -> BaseProcess:
         """`secateur run`, in a process of its own."""
-        running = FORKS.Process(target=_secateur, args=(str(self.plan), str(self.folder / "run.log"), dict(os.environ)))
+        running = FORKS.Process(
+            target=_secateur, args=(str(self.plan), str(self.folder / "run.log"), dict(os.environ))
+        )
         running.start()
         return running
 
 
-def committed(run: Root) -> dict[str, str]:
+def committed(run: Folder) -> dict[str, str]:
     """The sha256 of every file of every artefact, by its name without the attempt; scores name shards by path, which
     holds the attempt's name, so it is taken out of them."""
     found: dict[str, str] = {}
-    for artefact in artefacts(run):
+    for artefact in list_outputs(run):
         place = artefact.root.url.removeprefix(run.url)
-        found |= {f"{place}/{name}": facts["sha256"] for name, facts in artefact.manifest.files.items()}
+        found |= {
+            f"{place}/{name}": facts["sha256"] for name, facts in artefact.manifest.files.items()
+        }
         if SCORES in artefact.names():
             named = pl.col("shard").str.replace("/[0-9a-f]{12}/", "/")
             frame = read_frame(artefact, SCORES).with_columns(named)
@@ -209,7 +229,7 @@ def committed(run: Root) -> dict[str, str]:
 
 
 def _secateur(plan: str, log: str, environment: dict[str, str]) -> None:
-    from flows import cli
+    from secateur.flows import cli
 
     os.environ.update(environment)
     with open(log, "ab") as file:

@@ -16,16 +16,16 @@ from torch.nn import functional
 from benchmarks.arms import Arms, best, decoded, first_stage, judged
 from benchmarks.mislabelled import SIZES, Pictures, make
 from examples.images.model import mlp
-from tasks.decide import decide
-from tasks.loop import Tensors
-from tasks.plan import Plan, Policy, Score
-from tasks.progress import say
-from tasks.replay import replay, replay_scores
-from tasks.run import Run
-from tasks.samples import target_samples
-from tasks.score import aggregate, scored_vectors, stage_scores
-from tasks.targets import scoring_gradients
-from tasks.tracin import policy_scores
+from secateur.tasks.data.samples import list_target_samples
+from secateur.tasks.engine.progress import print_status
+from secateur.tasks.plan import Plan, Policy, ScoreConfig
+from secateur.tasks.pruning.decide import decide_samples
+from secateur.tasks.run.run import Run
+from secateur.tasks.training.loop import Tensors
+from secateur.tasks.valuation.replay import read_replay_scores, replay_stage
+from secateur.tasks.valuation.score import aggregate, read_scores, scored_vectors
+from secateur.tasks.valuation.target_gradients import read_scoring_gradients
+from secateur.tasks.valuation.tracin import read_policy_scores
 
 KEEP = 0.7
 EPOCHS, BATCH, LONGER = 6, 128, 2  # the second stage takes twice the first one's steps
@@ -76,12 +76,16 @@ def study(folder: Path, name: str, kind: str, seed: int) -> dict[str, Any]:
     scores = all_scores(run, held)
     scores["ideal"] = cross_fitted(held.tensors, true, seed)
     found: dict[str, Any] = {"share": float(wrong.mean())}
-    found["area"] = {which: float(roc_auc_score(wrong, -values)) for which, values in scores.items()}
+    found["area"] = {
+        which: float(roc_auc_score(wrong, -values)) for which, values in scores.items()
+    }
     found["arms"] = _arms(run, held, scores, wrong)
     return found
 
 
-def _arms(run: Run, held: Arms, scores: dict[str, np.ndarray], wrong: np.ndarray) -> dict[str, dict[str, float]]:
+def _arms(
+    run: Run, held: Arms, scores: dict[str, np.ndarray], wrong: np.ndarray
+) -> dict[str, dict[str, float]]:
     """What each arm keeps and comes to."""
     ruled = {"ours": scores[DEFAULT], **{name: scores[name] for name in (*BASELINES, "ideal")}}
     keeps = {name: best(values, KEEP) for name, values in ruled.items()}
@@ -93,10 +97,13 @@ def _arms(run: Run, held: Arms, scores: dict[str, np.ndarray], wrong: np.ndarray
             update={"shards": str(Path(run.plan.root, "data/test-000000.tar"))}
         )
     }
-    judging = decoded(run, target_samples(Run(run.plan.model_copy(update={"targets": test}), run.folder), "test"))
+    judging = decoded(
+        run,
+        list_target_samples(Run(run.plan.model_copy(update={"targets": test}), run.folder), "test"),
+    )
     found = {}
     for name, keep in keeps.items():
-        say(f"  second stage: {name}")
+        print_status(f"  second stage: {name}")
         figures = judged(run, held.second_stage(keep), judging)
         found[name] = {"kept": float(keep.mean()), "wrong": float(wrong[keep].mean()), **figures}
     return found
@@ -106,37 +113,57 @@ def all_scores(run: Run, held: Arms) -> dict[str, np.ndarray]:
     """A value a sample for every score and baseline, high where it should be kept."""
     found = swept(run, 0, list(AGGREGATES))
     for horizon in (SHORT, "stage"):
-        found |= {f"{name}, horizon {horizon}": v for name, v in swept(run, horizon, list(LATER)).items()}
+        found |= {
+            f"{name}, horizon {horizon}": v for name, v in swept(run, horizon, list(LATER)).items()
+        }
     found["mean, replay"] = _replayed(run)
     for policy in BASELINES:
         chosen: Policy = TypeAdapter(Policy).validate_python({"policy": policy, "keep": KEEP})
-        decisions = decide(run.plan, 0, chosen, policy_scores(run, 0, chosen), held.samples)
+        decisions = decide_samples(
+            run.plan, 0, chosen, read_policy_scores(run, 0, chosen), held.samples
+        )
         found[policy] = -decisions["rank"].to_numpy().astype(float)
     return found
 
 
 def swept(run: Run, horizon: Any, names: list[str]) -> dict[str, np.ndarray]:
     """Each sample's score under several aggregates of one horizon, from the same ledger."""
-    gradients = scoring_gradients(run, 0, "clean")
-    settings = {name: Score(horizon=horizon, estimate="embedding", **AGGREGATES[name]) for name in names}
-    runs = {n: Run(run.plan.model_copy(update={"score": score}), run.folder) for n, score in settings.items()}
+    gradients = read_scoring_gradients(run, 0, "clean")
+    settings = {
+        name: ScoreConfig(horizon=horizon, estimate="embedding", **AGGREGATES[name])
+        for name in names
+    }
+    runs = {
+        n: Run(run.plan.model_copy(update={"score": score}), run.folder)
+        for n, score in settings.items()
+    }
     parts = [
         pl.DataFrame(
-            {"sample": s.samples[s.selected].numpy()} | {n: aggregate(r, vectors, gradients) for n, r in runs.items()}
+            {"sample": s.samples[s.selected].numpy()}
+            | {n: aggregate(r, vectors, gradients) for n, r in runs.items()}
         )
         for s, vectors in scored_vectors(runs[names[0]], 0)
     ]
-    totals = [pl.col(n).sum() if settings[n].aggregate == "mean" else pl.col(n).last() for n in names]
+    totals = [
+        pl.col(n).sum() if settings[n].aggregate == "mean" else pl.col(n).last() for n in names
+    ]
     uses = pl.concat(parts).group_by("sample", maintain_order=True).agg(totals).sort("sample")
     return {name: uses[name].to_numpy() for name in names}
 
 
 def _replayed(run: Run) -> np.ndarray:
     """Each sample's effect on the target at the stage's end, over its uses, by replay."""
-    replay.fn(run.url, 0)
+    replay_stage.fn(run.url, 0)
     count = len(run.folder.stage(0).segments())
-    effects = np.concatenate([replay_scores(run, 0, number)["clean"].numpy() for number in range(count)])
-    uses = stage_scores(run, 0).with_columns(effect=effects).group_by("sample").agg(pl.col("effect").sum())
+    effects = np.concatenate(
+        [read_replay_scores(run, 0, number)["clean"].numpy() for number in range(count)]
+    )
+    uses = (
+        read_scores(run, 0)
+        .with_columns(effect=effects)
+        .group_by("sample")
+        .agg(pl.col("effect").sum())
+    )
     return uses.sort("sample")["effect"].to_numpy()
 
 

@@ -25,7 +25,12 @@ def images(seed: int) -> Workload:
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(x), generator=generator)
     train, validation = order[:4000], order[4000:]
-    batches = [b for _ in range(2) for b in train[torch.randperm(4000, generator=generator)].split(64) if len(b) == 64]
+    batches = [
+        b
+        for _ in range(2)
+        for b in train[torch.randperm(4000, generator=generator)].split(64)
+        if len(b) == 64
+    ]
 
     def model() -> nn.Module:
         torch.manual_seed(seed)
@@ -39,7 +44,10 @@ def images(seed: int) -> Workload:
     def losses(made: nn.Module, ids: Tensor) -> Tensor:
         return functional.cross_entropy(made(x[ids]), y[ids], reduction="none")
 
-    data = lambda ids: (x[validation if ids is None else ids], y[validation if ids is None else ids])  # noqa: E731
+    data = lambda ids: (
+        x[validation if ids is None else ids],
+        y[validation if ids is None else ids],
+    )
     return _workload("E", model, batches, 0.002, losses, validation, generator, data)
 
 
@@ -57,7 +65,9 @@ def text(seed: int) -> Workload:
 
     def losses(made: nn.Module, ids: Tensor) -> Tensor:
         logits = made(samples[ids, :-1])
-        return functional.cross_entropy(logits.transpose(1, 2), samples[ids, 1:], reduction="none").mean(1)
+        return functional.cross_entropy(
+            logits.transpose(1, 2), samples[ids, 1:], reduction="none"
+        ).mean(1)
 
     data = lambda ids: (samples[ids, :-1], samples[ids, 1:])  # noqa: E731
     return _workload("F", model, batches, 0.002, losses, validation, generator, data)
@@ -91,5 +101,13 @@ def _workload(
     )  # fmt: skip
     removals = [(int(step), int(place)) for step, place in drawn]
     return Workload(
-        name, model, optimizer, batches, rate, losses, lambda made: losses(made, validation), removals, data
+        name,
+        model,
+        optimizer,
+        batches,
+        rate,
+        losses,
+        lambda made: losses(made, validation),
+        removals,
+        data,
     )

@@ -25,8 +25,8 @@ from typing import Any
 
 import httpx
 
-from tasks.prune import name_of
-from tasks.run import Run
+from secateur.tasks.pruning.prune import pruning_name
+from secateur.tasks.run.run import Run
 from tests.flows.deployed import ENDED, Deployed, environment, make_project, wait_for
 from tests.servers import free_ports
 
@@ -42,25 +42,34 @@ POLICIES: list[dict[str, Any]] = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--queries", type=int, default=40)
-    parser.add_argument("--prunes", type=int, default=len(POLICIES), choices=range(len(POLICIES) + 1))
+    parser.add_argument(
+        "--prunes", type=int, default=len(POLICIES), choices=range(len(POLICIES) + 1)
+    )
     parser.add_argument("--limit", type=int, default=4, help="flow runs at a time")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="load-"))
     try:
         with deployed(folder, options.limit) as (project, begin):
             begin.command("examples.images.make_shards")
-            begin.command("flows.cli", "run", "examples/images/plan.yaml")
+            begin.command("secateur.flows.cli", "run", "examples/images/plan.yaml")
             submitted = submit(project, folder, options.queries, options.prunes)
             begun = time.monotonic()
-            wait_for(lambda: all(ended(project, submitted)), 3600, lambda: str(ended(project, submitted)))
+            wait_for(
+                lambda: all(ended(project, submitted)), 3600, lambda: str(ended(project, submitted))
+            )
             seconds = time.monotonic() - begun
-            found = {kind: [project.flow_run(one) for one in ones] for kind, ones in submitted.items()}
+            found = {
+                kind: [project.flow_run(one) for one in ones] for kind, ones in submitted.items()
+            }
             for kind, runs in found.items():
                 report(kind, runs)
-            print(f"all {sum(map(len, found.values()))} in {seconds:.0f} s, {options.limit} at a time")
+            print(
+                f"all {sum(map(len, found.values()))} in {seconds:.0f} s, {options.limit} at a time"
+            )
             run = Run.open(f"{folder}/runs/images")
             made = [
-                run.folder.stage(0).prune(name_of(run, 0, policy)).committed for policy in POLICIES[: options.prunes]
+                run.folder.stage(0).prune(pruning_name(run, 0, policy)).committed
+                for policy in POLICIES[: options.prunes]
             ]
             print(f"prunes committed: {sum(made)} of {len(made)}")
     finally:
@@ -69,10 +78,13 @@ def main() -> None:
 
 def submit(project: Deployed, folder: Path, queries: int, prunes: int) -> dict[str, list[str]]:
     """Every flow run, one after the other, as fast as the server takes them; their ids."""
-    query, prune = (project.deployment(name) for name in ("query/on-demand", "prune/on-stage-trained"))
+    query, prune = (
+        project.deployment(name) for name in ("query/on-demand", "prune/on-stage-trained")
+    )
     run = f"{folder}/runs/images"
     asked = [
-        {"run": run, "target": ("clean", "test")[n % 2], "harmful": n % 4 > 1, "top": 5 + n} for n in range(queries)
+        {"run": run, "target": ("clean", "test")[n % 2], "harmful": n % 4 > 1, "top": 5 + n}
+        for n in range(queries)
     ]
     pruned = [{"run": run, "stage": 0, "policy": policy} for policy in POLICIES[:prunes]]
     return {
@@ -122,13 +134,23 @@ class Begin:
     def command(self, *words: str) -> None:
         """Runs one to its end."""
         python = [sys.executable, "-m"]
-        subprocess.run([*python, *words], cwd=self.folder, env=self.settings, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [*python, *words],
+            cwd=self.folder,
+            env=self.settings,
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
 
     def __call__(self, name: str) -> None:
         """Begins the server or the worker."""
         with open(self.folder / "prefect.log", "ab") as log:
             self.running[name] = subprocess.Popen(
-                [sys.executable, "-m", *self._words[name]], cwd=self.folder, env=self.settings, stdout=log, stderr=log
+                [sys.executable, "-m", *self._words[name]],
+                cwd=self.folder,
+                env=self.settings,
+                stdout=log,
+                stderr=log,
             )
 
     def end(self) -> None:
@@ -142,9 +164,14 @@ def deployed(folder: Path, limit: int) -> Iterator[tuple[Deployed, Begin]]:
     """A server, the three deployments and a worker."""
     make_project(folder)
     (port,) = free_ports(1)
-    settings = environment(folder, port) | {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+    settings = environment(folder, port) | {
+        "DO_NOT_TRACK": "1",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    }
     settings["PWD"] = str(folder)  # `prefect deploy` has flow runs begin there
-    settings["PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"] = "prefect.server.concurrency.lease_storage.filesystem"
+    settings["PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"] = (
+        "prefect.server.concurrency.lease_storage.filesystem"
+    )
     settings["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
     begin = Begin(folder, settings, limit)
     client = httpx.Client(base_url=settings["PREFECT_API_URL"], timeout=300)

@@ -26,7 +26,12 @@ DATA = Path("data/fashion")
 PACKAGE = "dataset-fashion-mnist"
 RANDOM_SHARE = 0.3
 SIZES = {"fashion": (10_000, 600, 10_000), "mnist": (3_600, 500, 900)}  # to train, target, test
-WORKLOADS = [("fashion", "random"), ("fashion", "careless"), ("mnist", "random"), ("mnist", "careless")]
+WORKLOADS = [
+    ("fashion", "random"),
+    ("fashion", "careless"),
+    ("mnist", "random"),
+    ("mnist", "careless"),
+]
 
 
 class Pictures:
@@ -56,8 +61,12 @@ def images(name: str) -> tuple[np.ndarray, np.ndarray]:
         return pixels.astype(np.uint8), labels.astype(np.int64)
     folder = _fashion()
     parts = ("train", "t10k")
-    pixels = [np.frombuffer(_unzipped(folder, f"{p}-images-idx3-ubyte.gz"), np.uint8)[16:] for p in parts]
-    labels = [np.frombuffer(_unzipped(folder, f"{p}-labels-idx1-ubyte.gz"), np.uint8)[8:] for p in parts]
+    pixels = [
+        np.frombuffer(_unzipped(folder, f"{p}-images-idx3-ubyte.gz"), np.uint8)[16:] for p in parts
+    ]
+    labels = [
+        np.frombuffer(_unzipped(folder, f"{p}-labels-idx1-ubyte.gz"), np.uint8)[8:] for p in parts
+    ]
     return np.concatenate(pixels).reshape(-1, 784), np.concatenate(labels).astype(np.int64)
 
 

@@ -23,10 +23,10 @@ import psutil
 
 from benchmarks.kills import SCORES, committed
 from benchmarks.load import Begin, deployed, healthy
-from storage.root import Root
-from storage.run import RunFolder
+from secateur.storage.folder import Folder
+from secateur.storage.layout import RunFolder
 from tests.flows.deployed import Deployed, wait_for
-from tests.tasks.small import curate, make_data, small_plan, values
+from tests.tasks.small import curate_small, make_data, small_plan, values
 
 PARTS = ("process", "worker", "both", "server")
 PATIENCE = 600.0
@@ -45,10 +45,12 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="outages-"))
     try:
         make_data(folder)
-        quiet = curate(small_plan(folder, run="quiet", root=f"{folder}/quiet", **changes()))
+        quiet = curate_small(small_plan(folder, run="quiet", root=f"{folder}/quiet", **changes()))
         expected = content(quiet.url)
         with deployed(folder, limit=2) as (project, begin):
-            begin.command("prefect", "automation", "create", "--from-file", "automations/zombies.yaml")
+            begin.command(
+                "prefect", "automation", "create", "--from-file", "automations/zombies.yaml"
+            )
             for part in options.parts:
                 Outage(project, begin, folder, part).report(expected)
     finally:
@@ -74,7 +76,9 @@ class Outage:
     def report(self, expected: dict[str, str]) -> None:
         """Kills the part, sees the flow run to its end, and prints what was shown and what came out."""
         self.kill()
-        kept = [segment.manifest.attempt for segment in RunFolder(str(self.run)).stage(0).segments()]
+        kept = [
+            segment.manifest.attempt for segment in RunFolder(str(self.run)).stage(0).segments()
+        ]
         retries = 0
         while (state := self.ended())["type"] != "COMPLETED":
             time.sleep(READING)
@@ -86,11 +90,17 @@ class Outage:
         print(f"killed: {self.part}")
         for one in self.project.get(f"/flow_run_states/?flow_run_id={self.identity}"):
             seconds = datetime.fromisoformat(one["timestamp"]).timestamp() - self.killed
-            print(f"  {seconds:+7.1f} s  {one['name']:14} {' '.join((one['message'] or '').split())[:110]}")
+            print(
+                f"  {seconds:+7.1f} s  {one['name']:14} {' '.join((one['message'] or '').split())[:110]}"
+            )
         found = content(str(self.run))
         differ = [name for name in expected if found.get(name) != expected[name]]
-        print(f"  retries {retries}; segments {len(segments)}, of {len(kept)} there before {same} kept")
-        print(f"  files that differ: {len(differ)} of {len(expected)} {' '.join(differ)}", flush=True)
+        print(
+            f"  retries {retries}; segments {len(segments)}, of {len(kept)} there before {same} kept"
+        )
+        print(
+            f"  files that differ: {len(differ)} of {len(expected)} {' '.join(differ)}", flush=True
+        )
 
     def kill(self) -> None:
         worker, server = self.begin.running["worker"], self.begin.running["server"]
@@ -99,7 +109,11 @@ class Outage:
             server.send_signal(signal.SIGKILL)
             time.sleep(5)
             self.begin("server")
-            wait_for(lambda: healthy(self.project.client), PATIENCE, lambda: "the server does not start again")
+            wait_for(
+                lambda: healthy(self.project.client),
+                PATIENCE,
+                lambda: "the server does not start again",
+            )
             return
         victims = {"process": flows, "worker": [worker], "both": [worker, *flows]}[self.part]
         for victim in victims:
@@ -115,8 +129,10 @@ class Outage:
 
 def content(run: str) -> dict[str, str]:
     """The sha256 of what the run committed, but for the files that name its folder."""
-    found = committed(Root(run))
-    return {name: sha256 for name, sha256 in found.items() if not name.endswith((SCORES, "plan.yaml"))}
+    found = committed(Folder(run))
+    return {
+        name: sha256 for name, sha256 in found.items() if not name.endswith((SCORES, "plan.yaml"))
+    }
 
 
 if __name__ == "__main__":

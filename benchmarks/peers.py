@@ -32,7 +32,9 @@ def dattri(factorization: str, numbers: int | None) -> Callable[[Workload], Tens
             return functional.cross_entropy(model(data[0]), data[1])
 
         task = AttributionTask(
-            loss_func=full if factorization == "none" else factored, model=model, checkpoints=[model.state_dict()]
+            loss_func=full if factorization == "none" else factored,
+            model=model,
+            checkpoints=[model.state_dict()],
         )
         attributor = DVEmbAttributor(task=task, proj_dim=numbers, factorization_type=factorization)
         size = len(workload.batches[0])
@@ -58,14 +60,24 @@ def dattri_llm(adamw: bool, mask: int | None = None) -> Callable[[Workload], Ten
         model = workload.model()
         optimizer = workload.optimizer(model)
         projection = {"__default__": {"style": "mask", "proj_dim": mask}} if mask else None
-        moments = peer.OptimizerStateCallback(model, optimizer, projection_kwargs=projection) if adamw else None
+        moments = (
+            peer.OptimizerStateCallback(model, optimizer, projection_kwargs=projection)
+            if adamw
+            else None
+        )
 
         def capturing(folder: str, *more: Any) -> Any:
             store = peer.OffloadCallback(
-                offload_interval=1, file_manager=peer.GradientStorageManager(folder), recording_type="per_sample"
+                offload_interval=1,
+                file_manager=peer.GradientStorageManager(folder),
+                recording_type="per_sample",
             )
-            config = peer.HookManagerConfig(linear_io=peer.REGISTER_ALL, projection_kwargs=projection)
-            return peer.HookManager(model, config=config, callbacks=[store, *more]).collect(deregister_on_exit=True)
+            config = peer.HookManagerConfig(
+                linear_io=peer.REGISTER_ALL, projection_kwargs=projection
+            )
+            return peer.HookManager(model, config=config, callbacks=[store, *more]).collect(
+                deregister_on_exit=True
+            )
 
         def backward(ids: Tensor | None) -> None:
             model.zero_grad()
@@ -87,15 +99,21 @@ def dattri_llm(adamw: bool, mask: int | None = None) -> Callable[[Workload], Ten
             stores = f"{folder}/train", f"{folder}/test"
             if moments:
                 attributor = peer.AdamWInfluenceAttributor(arguments)
-                found = attributor.attribute_from_cache(*stores, dynamics=moments.dynamics(), propagation="test")
+                found = attributor.attribute_from_cache(
+                    *stores, dynamics=moments.dynamics(), propagation="test"
+                )
             else:
                 rates = {step: workload.rate(step) for step in range(len(workload.batches))}
                 attributor = peer.DVEmbAttributor(arguments)
-                found = attributor.attribute_from_cache(*stores, learning_rate=rates, propagation="test")
+                found = attributor.attribute_from_cache(
+                    *stores, learning_rate=rates, propagation="test"
+                )
         # AdamWInfluence: the change of the final loss as the weight grows; DVEmb: as the sample is removed
         sign = -1 if moments else 1
         values, steps = sign * found.scores.double().sum(1), torch.tensor(found.row_steps)
-        return torch.stack([values[(steps == step).nonzero()[place, 0]] for step, place in workload.removals])
+        return torch.stack(
+            [values[(steps == step).nonzero()[place, 0]] for step, place in workload.removals]
+        )
 
     return scores
 

@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks import domains, duplicates, labels
 from benchmarks.mislabelled import WORKLOADS
 from benchmarks.pruning_report import report_domains, report_duplicates, report_labels
-from tasks.progress import say
+from secateur.tasks.engine.progress import print_status
 
 RESULTS = Path("data/pruning")
 Study = Callable[[Path], dict[str, Any]]
@@ -30,7 +30,9 @@ def jobs(study: str, seeds: int) -> dict[str, Study]:
     for seed in range(seeds):
         if study == "labels":
             for name, kind in WORKLOADS:
-                found[f"labels-{name}-{kind}-{seed}"] = partial(labels.study, name=name, kind=kind, seed=seed)
+                found[f"labels-{name}-{kind}-{seed}"] = partial(
+                    labels.study, name=name, kind=kind, seed=seed
+                )
         else:
             module = {"domains": domains, "duplicates": duplicates}[study]
             found[f"{study}-{seed}"] = partial(module.study, seed=seed)
@@ -40,14 +42,18 @@ def jobs(study: str, seeds: int) -> dict[str, Study]:
 def carry_out(found: dict[str, Study]) -> None:
     """Runs what has left no results yet."""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    missing = {name: study for name, study in found.items() if not (RESULTS / f"{name}.json").exists()}
+    missing = {
+        name: study for name, study in found.items() if not (RESULTS / f"{name}.json").exists()
+    }
     for number, (name, study) in enumerate(missing.items(), 1):
-        say(f"{name}, {number} of {len(missing)}")
+        print_status(f"{name}, {number} of {len(missing)}")
         start, used = time.monotonic(), time.process_time()
         with tempfile.TemporaryDirectory() as folder:
             result = study(Path(folder))
         (RESULTS / f"{name}.json").write_text(json.dumps(result))
-        say(f"  took {time.monotonic() - start:.0f} s, {time.process_time() - used:.0f} s of them computing")
+        print_status(
+            f"  took {time.monotonic() - start:.0f} s, {time.process_time() - used:.0f} s of them computing"
+        )
 
 
 def results(found: dict[str, Study]) -> dict[str, dict[str, Any]]:

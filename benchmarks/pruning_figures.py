@@ -20,7 +20,9 @@ Values = dict[str, dict[str, list[float]]]
 def draw_areas(areas: Values) -> None:
     """What each score finds, a group of bars a workload."""
     figure, axes = plt.subplots(figsize=(9, 3.2))
-    shown = {label: {t: found.get(name) for t, found in areas.items()} for name, label in SHOWN.items()}
+    shown = {
+        label: {t: found.get(name) for t, found in areas.items()} for name, label in SHOWN.items()
+    }
     _bars(axes, list(areas), shown)
     axes.axhline(0.95, color="grey", lw=0.8, ls=":")
     axes.set(ylabel="area under the ROC curve", ylim=(0.2, 1.0))
@@ -32,7 +34,11 @@ def draw_arms(accuracy: Values) -> None:
     """Accuracy after the second stage, a group of bars a workload."""
     names = list(next(iter(accuracy.values())))
     figure, axes = plt.subplots(figsize=(9, 3.2))
-    _bars(axes, list(accuracy), {name: {t: found[name] for t, found in accuracy.items()} for name in names})
+    _bars(
+        axes,
+        list(accuracy),
+        {name: {t: found[name] for t, found in accuracy.items()} for name in names},
+    )
     axes.set(ylabel="accuracy on clean test images", ylim=(0.4, 1.0))
     axes.legend(fontsize=7, ncol=5, loc="upper center")
     _save("pruning_arms", figure)
@@ -73,7 +79,15 @@ def _bars(axes: Axes, groups: list[str], values: dict[str, dict[str, list[float]
         held = [(place, v) for place, group in enumerate(groups) if (v := found[group])]
         middle, away = _centred([v for _, v in held])
         places = [place + (number - (len(values) - 1) / 2) * width for place, _ in held]
-        axes.bar(places, middle, width, yerr=away, label=label, error_kw={"lw": 0.7}, color=plt.cm.tab10(number % 10))
+        axes.bar(
+            places,
+            middle,
+            width,
+            yerr=away,
+            label=label,
+            error_kw={"lw": 0.7},
+            color=plt.cm.tab10(number % 10),
+        )
     axes.set_xticks(range(len(groups)), groups, fontsize=8)
 
 

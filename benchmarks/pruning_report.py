@@ -19,10 +19,22 @@ NAMES = {workload: " ".join(workload) for workload in WORKLOADS}
 def report_labels(results: Results) -> None:
     """What each score finds, what each arm comes to, and how far the goals are met."""
     found = {title: _of(results, f"labels-{name}-{kind}-") for (name, kind), title in NAMES.items()}
-    shares = ", ".join(f"{title} {np.mean([r['share'] for r in rs]):.1%}" for title, rs in found.items())
-    print(f"\nwrong labels, {_seeds(results)} seeds: median (min to max); share of the labels that are wrong: {shares}")
-    areas = {title: {which: [r["area"][which] for r in rs] for which in rs[0]["area"]} for title, rs in found.items()}
-    _table("area under the ROC curve", list(found), list(areas[_title(0)]), lambda t, s: areas[t].get(s))
+    shares = ", ".join(
+        f"{title} {np.mean([r['share'] for r in rs]):.1%}" for title, rs in found.items()
+    )
+    print(
+        f"\nwrong labels, {_seeds(results)} seeds: median (min to max); share of the labels that are wrong: {shares}"
+    )
+    areas = {
+        title: {which: [r["area"][which] for r in rs] for which in rs[0]["area"]}
+        for title, rs in found.items()
+    }
+    _table(
+        "area under the ROC curve",
+        list(found),
+        list(areas[_title(0)]),
+        lambda t, s: areas[t].get(s),
+    )
     names = list(found[_title(0)][0]["arms"])
     figures = {(t, a): [r["arms"][a] for r in rs] for t, rs in found.items() for a in names}
     for key, what in (
@@ -33,7 +45,8 @@ def report_labels(results: Results) -> None:
     ):
         _table(what, list(found), names, lambda t, a, key=key: [f[key] for f in figures[t, a]])
     closed = {
-        key: {(t, a): _closed(rs, a, key) for t, rs in found.items() for a in names} for key in ("accuracy", "loss")
+        key: {(t, a): _closed(rs, a, key) for t, rs in found.items() for a in names}
+        for key in ("accuracy", "loss")
     }
     for key, shares in closed.items():
         print(
@@ -59,7 +72,9 @@ def report_domains(results: Results) -> None:
         [r["random"]["loss"] - r["ours"]["loss"] for r in runs],
         [r["unpruned"]["loss"] - r["ours"]["loss"] for r in runs],
     )
-    print(f"\nloss that ours is under random: {spread(less[0], 3)}; under unpruned: {spread(less[1], 3)}")
+    print(
+        f"\nloss that ours is under random: {spread(less[0], 3)}; under unpruned: {spread(less[1], 3)}"
+    )
     draw_domains({arm: {c: [r[arm][c] for r in runs] for c in columns} for arm in arms})
 
 
@@ -73,24 +88,39 @@ def report_duplicates(results: Results) -> None:
     cells = {(row["copies"], row["place"]): n for n, row in enumerate(runs[0])}
     print("| copies | use | " + " | ".join(measures) + " |\n|" + "---|" * (len(measures) + 2))
     for (copies, place), n in cells.items():
-        print(f"| {copies} | {place} | " + " | ".join(interval([r[n][m] for r in runs]) for m in measures) + " |")
-    draw_duplicates({place: {m: [r[n][m] for r in runs] for m in measures} for place, n in cells.items()})
+        print(
+            f"| {copies} | {place} | "
+            + " | ".join(interval([r[n][m] for r in runs]) for m in measures)
+            + " |"
+        )
+    draw_duplicates(
+        {place: {m: [r[n][m] for r in runs] for m in measures} for place, n in cells.items()}
+    )
 
 
 def interval(values: list[float]) -> str:
     """Mean, and half the width of its 95% interval (Student's t)."""
     from scipy.stats import t
 
-    half = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
+    half = (
+        t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
+        if len(values) > 1
+        else np.nan
+    )
     return f"{np.mean(values):.2f} ± {half:.2f}"
 
 
 def _goals(
-    areas: dict[str, Any], closed: dict[str, dict[tuple[str, str], float]], titles: list[str], arms: list[str]
+    areas: dict[str, Any],
+    closed: dict[str, dict[tuple[str, str], float]],
+    titles: list[str],
+    arms: list[str],
 ) -> None:
     """The goals of the study, by medians over seeds."""
     print(f"\ngoals, for the default ({DEFAULT})")
-    rivals = [arm for arm in arms if arm not in ("unpruned", "oracle", "ideal") and "ours" not in arm]
+    rivals = [
+        arm for arm in arms if arm not in ("unpruned", "oracle", "ideal") and "ours" not in arm
+    ]
     for title in titles:
         ours = float(np.median(areas[title][DEFAULT]))
         others = {name: float(np.median(areas[title][name])) for name in BASELINES}
@@ -98,7 +128,9 @@ def _goals(
             top = max(others, key=lambda name: others[name])
             told = f"{others[top] - ours:.3f} under the best baseline, {top} (goal: at most .03)"
         else:
-            told = f"{ours - max(others['loss'], others['el2n']):.3f} above loss and EL2N (goal: .2)"
+            told = (
+                f"{ours - max(others['loss'], others['el2n']):.3f} above loss and EL2N (goal: .2)"
+            )
         print(f"  {title}: area {ours:.3f} (goal: .95), {told}")
         for key, shares in closed.items():
             best = max(rivals, key=lambda arm: shares[title, arm])
@@ -113,7 +145,9 @@ def _closed(runs: list[dict[str, Any]], arm: str, key: str) -> float:
     return float((mean[arm] - mean["unpruned"]) / (mean["oracle"] - mean["unpruned"]))
 
 
-def _table(what: str, columns: list[str], rows: list[str], values: Callable[[str, str], list[float] | None]) -> None:
+def _table(
+    what: str, columns: list[str], rows: list[str], values: Callable[[str, str], list[float] | None]
+) -> None:
     print(f"\n{what}")
     _rows(columns, rows, lambda c, r: spread(v, 3) if (v := values(c, r)) else "")
 

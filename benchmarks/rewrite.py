@@ -47,7 +47,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 256, 1024])
-    parser.add_argument("--folder", help="on the disk to measure; the system's temporary one otherwise")
+    parser.add_argument(
+        "--folder", help="on the disk to measure; the system's temporary one otherwise"
+    )
     options = parser.parse_args()
     print("MiB   of cp's throughput, median (least-greatest)   MiB/s   further memory, MiB")
     for size in options.sizes:
@@ -66,7 +68,10 @@ def main() -> None:
                 os.unlink(written)
                 os.unlink(f"{folder}/copy-{number}")
         spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
-        print(f"{size:5d} {spread:>46} {statistics.median(speeds):7.0f} {max(memory):14.0f}", flush=True)
+        print(
+            f"{size:5d} {spread:>46} {statistics.median(speeds):7.0f} {max(memory):14.0f}",
+            flush=True,
+        )
 
 
 def shard(path: Path, samples: Iterable[int]) -> None:
@@ -91,7 +96,9 @@ def same(one: str, other: str) -> bool:
 def rewritten(folder: str, number: int) -> tuple[float, float, str]:
     """Seconds and further MiB of a rewriting in a process of its own, and the file written."""
     command = [sys.executable, "-c", MEASURED, f"{folder}/a.tar", f"{folder}/out-{number}"]
-    seconds, extra, written = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    seconds, extra, written = subprocess.run(
+        command, capture_output=True, text=True, check=True
+    ).stdout.split()
     return float(seconds), float(extra), written
 
 

@@ -28,13 +28,13 @@ from benchmarks import wrong_digits as digits
 from benchmarks.timing import spread
 from examples.images import make_shards as images
 from examples.text import make_shards as text
-from tasks.fit import fit_basis
-from tasks.plan import Plan
-from tasks.reading import read_plan
-from tasks.run import Run
-from tasks.samples import list_samples, target_samples
-from tasks.targets import at_end, target_loss
-from tasks.train import train
+from secateur.tasks.data.samples import list_stage_samples, list_target_samples
+from secateur.tasks.plan import Plan
+from secateur.tasks.plan.plan_file import read_plan
+from secateur.tasks.run.run import Run
+from secateur.tasks.training.fit_basis import fit_basis
+from secateur.tasks.training.train import train_stage
+from secateur.tasks.valuation.target_gradients import loop_at_stage_end, target_loss
 
 EARLY, LATE, WHOLE = (0.0, 0.2), (0.7, 1.0), (0.0, 1.0)
 CANDIDATES, JUDGES = 3, 64
@@ -65,11 +65,17 @@ class Workload:
 
 
 WORKLOADS = {
-    "digits-constant": Workload("benchmarks/wrong_digits.yaml", digits.make, "clean", 240, {"kind": "constant"}),
+    "digits-constant": Workload(
+        "benchmarks/wrong_digits.yaml", digits.make, "clean", 240, {"kind": "constant"}
+    ),
     "digits-cosine": Workload("benchmarks/wrong_digits.yaml", digits.make, "clean", 240, COSINE),
-    "images-constant": Workload("examples/images/plan.yaml", images.make, "clean", 320, {"kind": "constant"}),
+    "images-constant": Workload(
+        "examples/images/plan.yaml", images.make, "clean", 320, {"kind": "constant"}
+    ),
     "images-cosine": Workload("examples/images/plan.yaml", images.make, "clean", 320, COSINE),
-    "text-cosine": Workload("examples/text/plan.yaml", text.make, "manual", 100, COSINE, {"layers": 1, "width": 32}),
+    "text-cosine": Workload(
+        "examples/text/plan.yaml", text.make, "manual", 100, COSINE, {"layers": 1, "width": 32}
+    ),
 }
 
 
@@ -124,12 +130,21 @@ def of_seed(workload: Workload, seed: int) -> dict[str, Outcome]:
 def plan_of(workload: Workload, arm: str, seed: int, root: str) -> Plan:
     """The example's plan as one stage, with the arm's windows; every step is recorded in each arm."""
     method, stretches = ARMS[arm]
-    select = {"method": method, "candidates": CANDIDATES, "samples": JUDGES, "target": workload.scoring}
+    select = {
+        "method": method,
+        "candidates": CANDIDATES,
+        "samples": JUDGES,
+        "target": workload.scoring,
+    }
     edges = sorted({0.0, 1.0, *(edge for stretch in stretches for edge in stretch)})
     windows = [
-        {"start": a, "stop": b} | ({"select": select} if (a, b) in stretches else {}) for a, b in pairwise(edges)
+        {"start": a, "stop": b} | ({"select": select} if (a, b) in stretches else {})
+        for a, b in pairwise(edges)
     ]
-    targets = {workload.scoring: f"{root}/data/target-000000.tar", "test": f"{root}/data/test-000000.tar"}
+    targets = {
+        workload.scoring: f"{root}/data/target-000000.tar",
+        "test": f"{root}/data/test-000000.tar",
+    }
     changes: dict[str, Any] = {
         "run": arm.replace(", ", "-").replace(" ", "-"), "root": root, "seed": seed, "threads": 1, "audit": None,
         "data": {"shards": f"{root}/data/train-{{000000..000003}}.tar"}, "schedule": workload.schedule,
@@ -144,26 +159,37 @@ def plan_of(workload: Workload, arm: str, seed: int, root: str) -> Plan:
 def outcome(plan: Plan) -> Outcome:
     """Trains an arm."""
     run = Run.start(plan)
-    list_samples.fn(run.url, 0)
+    list_stage_samples.fn(run.url, 0)
     fit_basis.fn(run.url)
     start = time.process_time()
-    train.fn(run.url, 0)
+    train_stage.fn(run.url, 0)
     seconds = time.process_time() - start
-    judging = target_samples(run, "test")
-    return Outcome(target_loss(at_end(run, 0), judging, torch.arange(len(judging))), seconds)
+    judging = list_target_samples(run, "test")
+    return Outcome(
+        target_loss(loop_at_stage_end(run, 0), judging, torch.arange(len(judging))), seconds
+    )
 
 
 def show(workload: str, arms: dict[str, list[Outcome]]) -> None:
     """The table of a workload."""
     pairs = list(zip(arms["never"], arms["always"], strict=True))
     print(f"{workload}, {len(pairs)} seeds: median (least to greatest)")
-    print(f"  {'arm':28}{'loss':26}{'share of the gain kept':28}{'time, of never':26}share of the overhead")
+    print(
+        f"  {'arm':28}{'loss':26}{'share of the gain kept':28}{'time, of never':26}share of the overhead"
+    )
     for arm, outcomes in arms.items():
-        triples = [(never, always, own) for (never, always), own in zip(pairs, outcomes, strict=True)]
+        triples = [
+            (never, always, own) for (never, always), own in zip(pairs, outcomes, strict=True)
+        ]
         kept = [(n.loss - own.loss) / (n.loss - a.loss) for n, a, own in triples]
         ratio = [own.seconds / n.seconds for n, _, own in triples]
         overhead = [(own.seconds - n.seconds) / (a.seconds - n.seconds) for n, a, own in triples]
-        figures = (spread([o.loss for o in outcomes], 3), spread(kept), spread(ratio), spread(overhead))
+        figures = (
+            spread([o.loss for o in outcomes], 3),
+            spread(kept),
+            spread(ratio),
+            spread(overhead),
+        )
         print(f"  {arm:28}{figures[0]:26}{figures[1]:28}{figures[2]:26}{figures[3]}")
     trained = 1 / (CANDIDATES + JUDGES / 32)  # samples trained on for each one that is judged
     judged = [(a.seconds - n.seconds) / n.seconds * trained for n, a in pairs]
@@ -177,14 +203,21 @@ def draw(found: dict[str, dict[str, list[Outcome]]], path: str) -> None:
     grid = figure.subplots(len(found), 2, squeeze=False)
     for (loss, ratio), (name, arms) in zip(grid, found.items(), strict=True):
         never = [outcome.seconds for outcome in arms["never"]]
-        times = {arm: [o.seconds / n for o, n in zip(os, never, strict=True)] for arm, os in arms.items()}
+        times = {
+            arm: [o.seconds / n for o, n in zip(os, never, strict=True)] for arm, os in arms.items()
+        }
         losses = {arm: [outcome.loss for outcome in outcomes] for arm, outcomes in arms.items()}
-        for axes, values, label in ((loss, losses, "loss on the judging target"), (ratio, times, "time, of never")):
+        for axes, values, label in (
+            (loss, losses, "loss on the judging target"),
+            (ratio, times, "time, of never"),
+        ):
             for place, (arm, own) in enumerate(values.items()):
                 colour = {"never": "0.4", "always": "tab:red"}.get(arm, "tab:blue")
                 axes.plot([min(own), max(own)], [place, place], color=colour, linewidth=2)
                 axes.plot(statistics.median(own), place, "o", color=colour)
-            axes.set_yticks(range(len(values)), list(values) if axes is loss else [""] * len(values), fontsize=7)
+            axes.set_yticks(
+                range(len(values)), list(values) if axes is loss else [""] * len(values), fontsize=7
+            )
             axes.invert_yaxis()
             axes.set_xlabel(label, fontsize=8)
             axes.tick_params(axis="x", labelsize=7)

@@ -20,18 +20,18 @@ from torch.nn import functional
 
 from benchmarks.timing import by_turns, spread
 from examples.shards import write_shards
-from secateur.basis import Kronecker
-from secateur.bindings import bind
-from secateur.recorder import Recorder
-from storage.index import build_index, read_index, search_index, write_index
-from storage.manifest import Artefact
-from storage.root import Root
-from tasks.embed import compose_stage, embed_segment
-from tasks.fit import fit_basis
-from tasks.plan import Plan
-from tasks.run import Run
-from tasks.samples import list_samples
-from tasks.train import train
+from secateur.influence.basis import KroneckerBasis
+from secateur.influence.bindings import bind_layers
+from secateur.influence.recorder import Recorder
+from secateur.storage.faiss_index import build_index, read_index, search_index, write_index
+from secateur.storage.folder import Folder
+from secateur.storage.outputs import Output
+from secateur.tasks.data.samples import list_stage_samples
+from secateur.tasks.plan import Plan
+from secateur.tasks.run.run import Run
+from secateur.tasks.training.fit_basis import fit_basis
+from secateur.tasks.training.train import train_stage
+from secateur.tasks.valuation.embed import compose_stage, embed_segment
 
 BLOCKS, WIDTH, BATCH, STEPS = 24, 16, 16, 200
 
@@ -39,15 +39,20 @@ BLOCKS, WIDTH, BATCH, STEPS = 24, 16, 16, 200
 def capture(repeats: int) -> None:
     """A training step with contributions captured, against the same step without."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
+    model = nn.Sequential(
+        nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)
+    )
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
-    bindings = bind(model)
+    bindings = bind_layers(model)
     sides = ((16, 16), (16, 16), (8, 32))
     factors = [
-        (torch.linalg.qr(torch.randn(block.rows, out))[0], torch.linalg.qr(torch.randn(block.cols, inner))[0])
+        (
+            torch.linalg.qr(torch.randn(block.rows, out))[0],
+            torch.linalg.qr(torch.randn(block.cols, inner))[0],
+        )
         for block, (out, inner) in zip(bindings.blocks, sides, strict=True)
     ]
-    basis = Kronecker(bindings.blocks, factors)
+    basis = KroneckerBasis(bindings.blocks, factors)
     x, y, ids = torch.randn(256, 784), torch.randint(10, (256,)), torch.arange(256)
 
     def step() -> None:
@@ -73,7 +78,9 @@ def capture(repeats: int) -> None:
 
     seconds = by_turns({"plain": plain, "captured": recorded}, repeats, 5)
     ratios = [c / p for c, p in zip(seconds["captured"], seconds["plain"], strict=True)]
-    print(f"capture, MLP 784-512-512-10, batch 256, {basis.size} numbers: {spread(ratios, 3)} times a plain step")
+    print(
+        f"capture, MLP 784-512-512-10, batch 256, {basis.size} numbers: {spread(ratios, 3)} times a plain step"
+    )
 
 
 class Chain(nn.Module):
@@ -94,7 +101,11 @@ class Vectors:
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Reads raw float32 numbers."""
-        return {"x": torch.stack([torch.frombuffer(bytearray(s["bin"]), dtype=torch.float32) for s in samples])}
+        return {
+            "x": torch.stack(
+                [torch.frombuffer(bytearray(s["bin"]), dtype=torch.float32) for s in samples]
+            )
+        }
 
     def losses(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Squared error a sample."""
@@ -119,9 +130,9 @@ def recursion(repeats: int, folder: str) -> None:
         }
     )  # fmt: skip
     run = Run.start(plan)
-    list_samples.fn(run.url, 0)
+    list_stage_samples.fn(run.url, 0)
     fit_basis.fn(run.url)
-    train.fn(run.url, 0)
+    train_stage.fn(run.url, 0)
     stage = run.folder.stage(0)
     segments = len(stage.segments())
 
@@ -162,7 +173,7 @@ def query(repeats: int, folder: str) -> None:
     rng = np.random.default_rng(0)
     vectors = rng.standard_normal((20_000, 6_144), np.float32)
     questions = rng.standard_normal((64, 6_144), np.float32)
-    artefact = Artefact(Root(f"{folder}/index"))
+    artefact = Output(Folder(f"{folder}/index"))
     with artefact.attempt("index", {}) as attempt:
         write_index(attempt, build_index([vectors], "flat", vectors.shape[1]))
     index, bare = read_index(artefact), faiss.IndexFlatIP(vectors.shape[1])

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from benchmarks.timing import spread
-from tasks.reading import plan_text
+from secateur.tasks.plan.plan_file import plan_text
 from tests.tasks.small import make_data, small_plan
 
 PLAIN = """
@@ -41,20 +41,30 @@ def main() -> None:
         make_data(folder)
         path = folder / "plan.yaml"
         path.write_text(plan_text(small_plan(folder)))
-        plain, command = [sys.executable, "-c", PLAIN, str(path)], [sys.executable, "-m", "flows.cli", "run", str(path)]
+        plain, command = (
+            [sys.executable, "-c", PLAIN, str(path)],
+            [sys.executable, "-m", "secateur.flows.cli", "run", str(path)],
+        )
         timed(plain, folder)
         first, cpu = timed(command, folder)
         base = timed(plain, folder)
-        print(f"first start: {first - base[0]:.1f} s on the clock, {cpu - base[1]:.1f} s of the processor", flush=True)
+        print(
+            f"first start: {first - base[0]:.1f} s on the clock, {cpu - base[1]:.1f} s of the processor",
+            flush=True,
+        )
         clock, processor, ratios = [], [], []
         for _ in range(options.repeats):
             base, whole = timed(plain, folder), timed(command, folder)
             clock.append(whole[0] - base[0])
             processor.append(whole[1] - base[1])
             ratios.append(whole[0] / base[0])
-    print(f"later starts: {spread(clock, 1)} s on the clock, {spread(processor, 1)} s of the processor")
+    print(
+        f"later starts: {spread(clock, 1)} s on the clock, {spread(processor, 1)} s of the processor"
+    )
     print(f"the command over plain functions: {spread(ratios, 1)}")
-    print(f"limit: {LIMIT:.0f} s; median {'within' if statistics.median(clock) <= LIMIT else 'beyond'} it")
+    print(
+        f"limit: {LIMIT:.0f} s; median {'within' if statistics.median(clock) <= LIMIT else 'beyond'} it"
+    )
 
 
 def timed(command: list[str], folder: Path) -> tuple[float, float]:
@@ -62,11 +72,18 @@ def timed(command: list[str], folder: Path) -> tuple[float, float]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     before, begun = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     done = subprocess.run(
-        command, env=clean | {"PREFECT_HOME": str(folder / "home")}, check=True, capture_output=True, text=True
+        command,
+        env=clean | {"PREFECT_HOME": str(folder / "home")},
+        check=True,
+        capture_output=True,
+        text=True,
     )
     assert "Traceback" not in done.stderr, done.stderr
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.monotonic() - begun, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return (
+        time.monotonic() - begun,
+        after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+    )
 
 
 if __name__ == "__main__":

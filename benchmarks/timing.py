@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable, Mapping
 
 
-def by_turns(bodies: Mapping[str, Callable[[], object]], repeats: int, inner: int = 1) -> dict[str, list[float]]:
+def by_turns(
+    bodies: Mapping[str, Callable[[], object]], repeats: int, inner: int = 1
+) -> dict[str, list[float]]:
     """Seconds of each body, `repeats` times by turns, each time the median of `inner` calls; warmed up by one call."""
     for body in bodies.values():
         body()
@@ -21,7 +23,9 @@ def by_turns(bodies: Mapping[str, Callable[[], object]], repeats: int, inner: in
                 rounds[name].append(time.perf_counter() - start)
         for name, found in rounds.items():
             seconds[name].append(found)
-    return {name: [statistics.median(found) for found in rounds] for name, rounds in seconds.items()}
+    return {
+        name: [statistics.median(found) for found in rounds] for name, rounds in seconds.items()
+    }
 
 
 def spread(values: list[float], digits: int = 2) -> str:

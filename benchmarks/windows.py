@@ -21,17 +21,24 @@ from scipy.stats import spearmanr
 from benchmarks.arms import stage_through_scores
 from examples.images.make_shards import make as make_images
 from examples.text.make_shards import make as make_text
-from storage.frames import read_frame
-from tasks.embed import segment_of
-from tasks.fit import fit_basis
-from tasks.phases import Phases
-from tasks.plan import Plan
-from tasks.plot import draw_evolution, draw_profile
-from tasks.profile import EVOLUTION, PROFILE, profile, rates, series, stage_phases
-from tasks.replay import replay, replay_scores
-from tasks.run import Run
-from tasks.samples import list_samples
-from tasks.train import train
+from secateur.storage.frames import read_frame
+from secateur.tasks.analysis.influence_profile import (
+    EVOLUTION,
+    PROFILE,
+    learning_rates,
+    profile_series,
+    read_phases,
+    write_profile,
+)
+from secateur.tasks.analysis.phases import Phases
+from secateur.tasks.analysis.plots import draw_evolution, draw_profile
+from secateur.tasks.data.samples import list_stage_samples
+from secateur.tasks.plan import Plan
+from secateur.tasks.run.run import Run
+from secateur.tasks.training.fit_basis import fit_basis
+from secateur.tasks.training.train import train_stage
+from secateur.tasks.valuation.embed import segment_of
+from secateur.tasks.valuation.replay import read_replay_scores, replay_stage
 
 BINS = 20  # of the steps, for figures that do not rest on the phases that were found
 STAGES = 4
@@ -40,7 +47,10 @@ IMAGES: dict[str, Any] = {
     "task": {"factory": "examples.images.task:Digits"},
 }
 TEXT: dict[str, Any] = {
-    "model": {"factory": "examples.text.model:Transformer", "args": {"width": 64, "heads": 4, "layers": 2}},
+    "model": {
+        "factory": "examples.text.model:Transformer",
+        "args": {"width": 64, "heads": 4, "layers": 2},
+    },
     "task": {"factory": "examples.text.task:NextByte"},
 }
 ADAMW = {"kind": "adamw", "betas": [0.9, 0.95], "weight_decay": 0.01, "clip_norm": 1.0}
@@ -57,7 +67,11 @@ def plan_of(name: str, seed: int, root: str, stages: list[int]) -> Plan:
     settings, optimizer, _ = WORKLOADS[name]
     kind = name.split(",")[0]
     batch = BATCH[kind]
-    basis = {"kind": "kronecker", "rank": 16} if optimizer["kind"] == "sgd" else {"kind": "coordinates", "numbers": 512}
+    basis = (
+        {"kind": "kronecker", "rank": 16}
+        if optimizer["kind"] == "sgd"
+        else {"kind": "coordinates", "numbers": 512}
+    )
     exact = {"score": {"horizon": "stage", "aggregate": "mean"}} if len(stages) == 1 else {}
     return Plan.model_validate(
         {
@@ -82,7 +96,7 @@ def profiled(plan: Plan) -> Run:
     run = Run.start(plan)
     for stage in range(len(plan.stages)):
         stage_through_scores(run, stage)
-        profile.fn(run.url, stage)
+        write_profile.fn(run.url, stage)
     return run
 
 
@@ -91,23 +105,34 @@ def shape(influence: np.ndarray) -> dict[str, float]:
     bins = np.array([part.mean() for part in np.array_split(influence, BINS)])
     low = int(bins.argmin())
     rise = np.log2(bins[-1] / bins[low]) / max(1, BINS - 1 - low) * BINS / 10
-    return {"first": bins[0] / bins[low], "last": bins[-1] / bins[low], "lowest": (low + 0.5) / BINS, "rise": rise}
+    return {
+        "first": bins[0] / bins[low],
+        "last": bins[-1] / bins[low],
+        "lowest": (low + 0.5) / BINS,
+        "rise": rise,
+    }
 
 
 def single(name: str, seed: int, root: str, figures: Path | None) -> dict[str, float | str]:
     """The exact profile of a workload as one stage."""
     run = profiled(plan_of(name, seed, root, [WORKLOADS[name][2]]))
-    frame, phases = read_frame(run.folder.stage(0).profile, PROFILE), stage_phases(run, 0, "target")
+    frame, phases = read_frame(run.folder.stage(0).profile, PROFILE), read_phases(run, 0, "target")
     if figures:
         _save(
             figures,
             f"profile-{_slug(name)}",
             draw_profile(frame, {"target": phases}, 0, f"{name}, one seed, by replay"),
         )
-    influence = series(frame, 0, "target")[1]
+    influence = profile_series(frame, 0, "target")[1]
     signed = frame.filter(quantity="per_rate", estimate="replay").sort("step")["mean"].to_numpy()
-    embedded = frame.filter(quantity="per_rate", estimate="embedding").sort("step")["mean_abs"].to_numpy()
-    found: dict[str, float | str] = {**shape(np.asarray(influence)), **_phases(phases), **_signed(signed)}
+    embedded = (
+        frame.filter(quantity="per_rate", estimate="embedding").sort("step")["mean_abs"].to_numpy()
+    )
+    found: dict[str, float | str] = {
+        **shape(np.asarray(influence)),
+        **_phases(phases),
+        **_signed(signed),
+    }
     found["agreement"] = float(spearmanr(influence, embedded).statistic)
     return found
 
@@ -142,30 +167,42 @@ def _by_replay(name: str, seed: int, root: str) -> pl.DataFrame:
     for view in range(STAGES):
         end = steps * (view + 1) // STAGES
         run = Run.start(plan_of(name, seed, root, [end, *([steps - end] if end < steps else [])]))
-        list_samples.fn(run.url, 0)
+        list_stage_samples.fn(run.url, 0)
         fit_basis.fn(run.url)
-        train.fn(run.url, 0)
-        replay.fn(run.url, 0)
+        train_stage.fn(run.url, 0)
+        replay_stage.fn(run.url, 0)
         for number, ledger in enumerate(run.folder.stage(0).segments()):
             values = {
                 "step": segment_of(ledger).steps.numpy(),
-                "score": replay_scores(run, 0, number)["target"].numpy(),
+                "score": read_replay_scores(run, 0, number)["target"].numpy(),
             }
             found.append(pl.DataFrame(values).with_columns(view=pl.lit(view)))
-    known = pl.concat(found).with_columns(pl.col("step").cast(pl.UInt32)).join(rates(run, 0), "step")
+    known = (
+        pl.concat(found)
+        .with_columns(pl.col("step").cast(pl.UInt32))
+        .join(learning_rates(run, 0), "step")
+    )
     influence = pl.col("score") / pl.col("rate")
     quarter = (pl.col("step") * STAGES // steps).alias("stage")
-    figures = known.group_by(quarter, "view").agg(mean=influence.mean(), mean_abs=influence.abs().mean())
+    figures = known.group_by(quarter, "view").agg(
+        mean=influence.mean(), mean_abs=influence.abs().mean()
+    )
     return figures.with_columns(target=pl.lit("target")).sort("stage", "view")
 
 
 def _phases(phases: Phases) -> dict[str, float | str]:
     """The phases that the method finds, their ratios, and where the basin begins and ends."""
     names = list(dict.fromkeys(phase.name for phase in phases.phases))
-    found: dict[str, float | str] = {"phases": ", ".join(names) or "none", "support": phases.support}
+    found: dict[str, float | str] = {
+        "phases": ", ".join(names) or "none",
+        "support": phases.support,
+    }
     basin = [phase for phase in phases.phases if phase.name == "basin"]
     if basin:
-        found |= {"basin from": basin[0].start / phases.steps, "basin to": basin[-1].stop / phases.steps}
+        found |= {
+            "basin from": basin[0].start / phases.steps,
+            "basin to": basin[-1].stop / phases.steps,
+        }
     for name in names:
         if name != "basin" and (ratio := phases.ratio(name)) is not None:
             found[f"{name} ratio"] = ratio
@@ -199,14 +236,17 @@ def _show(title: str, found: list[dict[str, float | str]]) -> None:
             else "; ".join(map(str, values))
         )
         print(
-            f"  {key:18} {text}" + (f"  [{len(values)} of {len(found)} seeds]" if len(values) < len(found) else ""),
+            f"  {key:18} {text}"
+            + (f"  [{len(values)} of {len(found)} seeds]" if len(values) < len(found) else ""),
             flush=True,
         )
 
 
 def main() -> None:
     """Prints every workload's figures: median (least to greatest) over the seeds."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--only", choices=list(WORKLOADS))
     parser.add_argument("--figures", type=Path, help="folder to draw the first seed's figures in")

@@ -18,14 +18,14 @@ from pathlib import Path
 from prefect import flow
 
 from benchmarks.timing import spread
-from flows.server import some_server
-from flows.workers import Call, Crew, crew
-from tasks.embed import embed_segment
-from tasks.fit import fit_basis
-from tasks.plan import Workers
-from tasks.run import Run
-from tasks.samples import list_samples
-from tasks.train import train
+from secateur.flows.workers import Call, WorkerPool, worker_pool
+from secateur.tasks.data.samples import list_stage_samples
+from secateur.tasks.engine.prefect_server import prefect_server
+from secateur.tasks.plan import WorkersConfig
+from secateur.tasks.run.run import Run
+from secateur.tasks.training.fit_basis import fit_basis
+from secateur.tasks.training.train import train_stage
+from secateur.tasks.valuation.embed import embed_segment
 from tests.tasks.small import make_data, small_plan
 
 SEGMENTS, WIDTH, BATCH = 16, 16, 32  # 64-16-10: 1,210 numbers a sample, all of them recorded
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="of a segment")
     parser.add_argument("--kinds", nargs="+", default=["threads", "processes", "dask", "ray"])
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name, some_server():
+    with tempfile.TemporaryDirectory() as name, prefect_server():
         measure(trained(Path(name), options.steps), options.kinds, options.repeats)
 
 
@@ -46,9 +46,11 @@ def measure(run_url: str, kinds: list[str], repeats: int) -> None:
     """Times every body by turns, and prints what came of it."""
     with ExitStack() as stack:
         bodies: dict[str, Callable[[], None]] = {"plain loop": lambda: plain(run_url)}
-        bodies["1 worker"] = on(stack.enter_context(crew(Workers(count=1))), run_url)
+        bodies["1 worker"] = on(stack.enter_context(worker_pool(WorkersConfig(count=1))), run_url)
         for kind in kinds:
-            workers = stack.enter_context(crew(Workers.model_validate({"kind": kind, "count": 2})))
+            workers = stack.enter_context(
+                worker_pool(WorkersConfig.model_validate({"kind": kind, "count": 2}))
+            )
             bodies[f"2 {kind}"] = on(workers, run_url)
         seconds: dict[str, list[float]] = {name: [] for name in bodies}
         for turn in range(repeats + 1):  # the first starts the workers
@@ -58,7 +60,9 @@ def measure(run_url: str, kinds: list[str], repeats: int) -> None:
                 body()
                 if turn:
                     seconds[name].append(time.perf_counter() - begun)
-    print(f"{SEGMENTS} segments; how many times as fast as one worker, and as the plain loop; seconds")
+    print(
+        f"{SEGMENTS} segments; how many times as fast as one worker, and as the plain loop; seconds"
+    )
     for name, found in seconds.items():
         ratios = [
             spread([other / own for other, own in zip(seconds[base], found, strict=True)])
@@ -76,9 +80,9 @@ def trained(folder: Path, steps: int) -> str:
         stages=[{"steps": SEGMENTS * steps, "batch_size": BATCH}],
     )  # fmt: skip
     run = Run.start(plan)
-    list_samples.fn(run.url, 0)
+    list_stage_samples.fn(run.url, 0)
     fit_basis.fn(run.url)
-    train.fn(run.url, 0)
+    train_stage.fn(run.url, 0)
     return run.url
 
 
@@ -87,10 +91,10 @@ def plain(run_url: str) -> None:
         embed_segment.fn(run_url, 0, number)
 
 
-def on(workers: Crew, run_url: str) -> Callable[[], None]:
+def on(workers: WorkerPool, run_url: str) -> Callable[[], None]:
     """The same by some workers."""
     calls = [Call(embed_segment, (run_url, 0, number)) for number in range(SEGMENTS)]
-    return lambda: workers.together(calls, "embedding")
+    return lambda: workers.map(calls, "embedding")
 
 
 def clear(run_url: str) -> None:

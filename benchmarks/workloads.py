@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
 
-from secateur.recorder import Recorder
+from secateur.influence.recorder import Recorder
 
 
 @dataclass
@@ -107,7 +107,12 @@ class Trained:
 
 def digits(name: str, seed: int, removals: int = 150) -> Workload:
     """Workloads A to D: scikit-learn digits, MLP 64-32-10 GELU, batches of 64, float64; `A-relu` and so on with kinks."""
-    settings = {"A": ("sgd", 0.05, 3), "B": ("sgd", 0.3, 3), "C": ("adamw", 0.002, 3), "D": ("adamw", 0.01, 6)}
+    settings = {
+        "A": ("sgd", 0.05, 3),
+        "B": ("sgd", 0.3, 3),
+        "C": ("adamw", 0.002, 3),
+        "D": ("adamw", 0.01, 6),
+    }
     kind, lr, epochs = settings[name[0]]
     activation = nn.ReLU if name.endswith("-relu") else nn.GELU
     images, labels = (torch.from_numpy(part) for part in load_digits(return_X_y=True))
@@ -115,7 +120,9 @@ def digits(name: str, seed: int, removals: int = 150) -> Workload:
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images), generator=generator)
     train, validation = order[:1280], order[1280:]
-    batches = [b for _ in range(epochs) for b in train[torch.randperm(1280, generator=generator)].split(64)]
+    batches = [
+        b for _ in range(epochs) for b in train[torch.randperm(1280, generator=generator)].split(64)
+    ]
     steps = len(batches)
 
     def model() -> nn.Module:
@@ -139,7 +146,11 @@ def digits(name: str, seed: int, removals: int = 150) -> Workload:
         return functional.cross_entropy(made(images[ids]), labels[ids], reduction="none")
 
     chosen = torch.stack(
-        [torch.randint(steps, (removals,), generator=generator), torch.randint(64, (removals,), generator=generator)], 1
+        [
+            torch.randint(steps, (removals,), generator=generator),
+            torch.randint(64, (removals,), generator=generator),
+        ],
+        1,
     )
     places = [(int(step), int(place)) for step, place in chosen]
 
@@ -147,18 +158,35 @@ def digits(name: str, seed: int, removals: int = 150) -> Workload:
         rows = validation if ids is None else ids
         return images[rows], labels[rows]
 
-    return Workload(name, model, optimizer, batches, rate, losses, lambda made: losses(made, validation), places, data)
+    return Workload(
+        name,
+        model,
+        optimizer,
+        batches,
+        rate,
+        losses,
+        lambda made: losses(made, validation),
+        places,
+        data,
+    )
 
 
-def _copy(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, object]]:
+def _copy(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Tensor], dict[str, object]]:
     weights = {k: v.clone() for k, v in model.state_dict().items()}
     state = optimizer.state_dict()
-    slots = {i: {k: v.clone() if isinstance(v, Tensor) else v for k, v in s.items()} for i, s in state["state"].items()}
+    slots = {
+        i: {k: v.clone() if isinstance(v, Tensor) else v for k, v in s.items()}
+        for i, s in state["state"].items()
+    }
     return weights, {"state": slots, "param_groups": state["param_groups"]}
 
 
 def _restore(
-    model: nn.Module, optimizer: torch.optim.Optimizer, state: tuple[dict[str, Tensor], dict[str, object]]
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: tuple[dict[str, Tensor], dict[str, object]],
 ) -> None:
     model.load_state_dict(state[0])
     optimizer.load_state_dict(copy.deepcopy(state[1]))  # it would train on the tensors given

@@ -40,7 +40,10 @@ def make(out: str, seed: int) -> None:
     images, labels = load_digits(return_X_y=True)
     order = rng.permutation(len(images))
     for name, rows, shards in zip(
-        ("train", "target", "test"), np.split(order, [TRAIN, TRAIN + TARGET]), (4, 1, 1), strict=True
+        ("train", "target", "test"),
+        np.split(order, [TRAIN, TRAIN + TARGET]),
+        (4, 1, 1),
+        strict=True,
     ):
         given = wrong_labels(labels[rows], rng)[0] if name == "train" else labels[rows]
         samples = [

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from prefect import flow
 
-from flows.alone import alone
-from flows.stage import appraise, audit_stage
-from flows.workers import crew
-from tasks.audit import Audited
-from tasks.run import Run
+from secateur.flows.run_lock import exclusive_run
+from secateur.flows.stage import audit_stage, score_stage
+from secateur.flows.workers import worker_pool
+from secateur.tasks.analysis.audit import AuditResult
+from secateur.tasks.run.run import Run
 
 
 @flow(name="audit", flow_run_name="audit {run} stage {stage}")
-def audit(run: str, stage: int, removals: int | None = None) -> Audited:
+def audit(run: str, stage: int, removals: int | None = None) -> AuditResult:
     """Retrains a stage without a few samples, one at a time, and holds its scores against what that does.
 
     Args:
@@ -20,6 +20,6 @@ def audit(run: str, stage: int, removals: int | None = None) -> Audited:
         removals: instead of the plan's.
     """
     opened = Run.open(run)
-    with alone(opened), crew(opened.plan.workers) as workers:
-        appraise(workers, opened.url, stage)
+    with exclusive_run(opened), worker_pool(opened.plan.workers) as workers:
+        score_stage(workers, opened.url, stage)
         return audit_stage(workers, opened.url, stage, removals)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from prefect import flow
 
-from flows import events
-from flows.alone import alone
-from flows.deployment import of_its_time
-from flows.stage import appraise, cut, tell
-from flows.workers import crew
-from tasks.fit import fit_basis
-from tasks.plan import Plan
-from tasks.run import Run
-from tasks.samples import list_samples
-from tasks.summary import StageSummary, summarise
-from tasks.train import train
-from tasks.windows import settle_windows
+from secateur.flows import events
+from secateur.flows.deployment import with_scheduled_date
+from secateur.flows.run_lock import exclusive_run
+from secateur.flows.stage import prune_stage, report_stage, score_stage
+from secateur.flows.workers import worker_pool
+from secateur.tasks.analysis.windows import freeze_windows
+from secateur.tasks.data.samples import list_stage_samples
+from secateur.tasks.plan import Plan
+from secateur.tasks.reporting.summary import StageSummary, summarize_run
+from secateur.tasks.run.run import Run
+from secateur.tasks.training.fit_basis import fit_basis
+from secateur.tasks.training.train import train_stage
 
 
 @flow(name="curate", flow_run_name="curate {plan.run}")
@@ -31,18 +31,18 @@ def curate(plan: Plan, dated: bool = False) -> list[StageSummary]:
     Raises:
         PlanError, StorageError, SecateurError: what is wrong with plan, data or model, in one sentence.
     """
-    run = Run.start(of_its_time(plan) if dated else plan)
-    with alone(run), crew(plan.workers) as workers:
+    run = Run.start(with_scheduled_date(plan) if dated else plan)
+    with exclusive_run(run), worker_pool(plan.workers) as workers:
         for stage, spec in enumerate(plan.stages):
-            workers.call(list_samples, run.url, stage)
-            workers.call(settle_windows, run.url, stage)
+            workers.call(list_stage_samples, run.url, stage)
+            workers.call(freeze_windows, run.url, stage)
             if stage == 0:
                 workers.call(fit_basis, run.url)
-            workers.call(train, run.url, stage)
-            events.trained(run.url, stage)
-            appraise(workers, run.url, stage)
+            workers.call(train_stage, run.url, stage)
+            events.emit_trained(run.url, stage)
+            score_stage(workers, run.url, stage)
             if spec.prune is not None:
-                cut(workers, run.url, stage)
-            tell(workers, run.url, stage)
-    events.finished(run.url)
-    return summarise(run.url)
+                prune_stage(workers, run.url, stage)
+            report_stage(workers, run.url, stage)
+    events.emit_finished(run.url)
+    return summarize_run(run.url)

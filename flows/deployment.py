@@ -6,8 +6,8 @@ from typing import Any
 
 from prefect.runtime import flow_run
 
-from tasks.plan import Plan
-from tasks.reading import read_plan
+from secateur.tasks.plan import Plan
+from secateur.tasks.plan.plan_file import read_plan
 
 
 def plan_parameter(path: str) -> dict[str, Any]:
@@ -20,6 +20,8 @@ def plan_parameter(path: str) -> dict[str, Any]:
     return {"plan": read_plan(path).model_dump(mode="json", exclude_unset=True)}
 
 
-def of_its_time(plan: Plan) -> Plan:
+def with_scheduled_date(plan: Plan) -> Plan:
     """The plan under the name of its run and the time this flow run was scheduled for, which retries keep."""
-    return plan.model_copy(update={"run": f"{plan.run}-{flow_run.scheduled_start_time:%Y-%m-%d-%H%M}"})
+    return plan.model_copy(
+        update={"run": f"{plan.run}-{flow_run.scheduled_start_time:%Y-%m-%d-%H%M}"}
+    )

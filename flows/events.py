@@ -7,14 +7,14 @@ from uuid import NAMESPACE_URL, uuid5
 from prefect.events import emit_event
 from pydantic import BaseModel, Field
 
-from flows.alone import whole_url
-from storage.manifest import Artefact
-from tasks.audit import Fidelity, audited, wanted
-from tasks.prune import DECISIONS
-from tasks.prune import pruned as record_of
-from tasks.run import Run
-from tasks.server import watched
-from tasks.train import SECATEUR
+from secateur.flows.run_lock import absolute_url
+from secateur.storage.outputs import Output
+from secateur.tasks.analysis.audit import Fidelity, is_audited, read_audit
+from secateur.tasks.engine.prefect_server import has_lasting_server
+from secateur.tasks.pruning.prune import DECISIONS
+from secateur.tasks.pruning.prune import read_prune_result as record_of
+from secateur.tasks.run.run import Run
+from secateur.tasks.training.train import SECATEUR
 
 PREFIX = "secateur"
 
@@ -37,7 +37,9 @@ class StageTrained(StageEvent):
     samples: int = Field(description="samples the stage trained on")
     steps: int = Field(description="optimizer steps")
     segments: int = Field(description="ledger files")
-    by: str = Field(description="whose loop trained it: `secateur` (the curate flow), or another trainer's name")
+    by: str = Field(
+        description="whose loop trained it: `secateur` (the curate flow), or another trainer's name"
+    )
 
 
 class StageEmbedded(StageEvent):
@@ -56,7 +58,9 @@ class StageIndexed(StageEvent):
 class StagePruned(StageEvent):
     """`secateur.stage.pruned`: the next stage's shards are there."""
 
-    name: str = Field(description="`plan` for the plan's own policy, else the policy and its settings")
+    name: str = Field(
+        description="`plan` for the plan's own policy, else the policy and its settings"
+    )
     samples: int = Field(description="samples before")
     kept: int = Field(description="samples in the shards")
     dropped: int = Field(description="samples left out")
@@ -92,30 +96,43 @@ NAMES: dict[type[RunEvent], str] = {
 }
 
 
-def trained(run_url: str, stage: int) -> None:
+def emit_trained(run_url: str, stage: int) -> None:
     """Tells that a stage is trained. `prune` waits for it where another trainer did so; `curate` goes on by itself."""
     run = _opened(run_url)
     artefact = run.folder.stage(stage).trained
     own = artefact.manifest.facts["by"] == SECATEUR
-    _tell(run, StageTrained(run=run.url, **artefact.manifest.facts), artefact, "curate" if own else "run")
+    _tell(
+        run,
+        StageTrained(run=run.url, **artefact.manifest.facts),
+        artefact,
+        "curate" if own else "run",
+    )
 
 
-def embedded(run_url: str, stage: int) -> None:
+def emit_embedded(run_url: str, stage: int) -> None:
     """Tells that a stage has its embeddings."""
     run = _opened(run_url)
     artefact = run.folder.stage(stage).embeddings
-    _tell(run, StageEmbedded(run=run.url, stage=stage, embeddings=artefact.manifest.facts["rows"]), artefact)
+    _tell(
+        run,
+        StageEmbedded(run=run.url, stage=stage, embeddings=artefact.manifest.facts["rows"]),
+        artefact,
+    )
 
 
-def indexed(run_url: str, stage: int) -> None:
+def emit_indexed(run_url: str, stage: int) -> None:
     """Tells that a stage can be queried."""
     run = _opened(run_url)
     artefact = run.folder.stage(stage).index
     facts = artefact.manifest.facts
-    _tell(run, StageIndexed(run=run.url, stage=stage, kind=facts["kind"], vectors=facts["vectors"]), artefact)
+    _tell(
+        run,
+        StageIndexed(run=run.url, stage=stage, kind=facts["kind"], vectors=facts["vectors"]),
+        artefact,
+    )
 
 
-def pruned(run_url: str, stage: int, name: str) -> None:
+def emit_pruned(run_url: str, stage: int, name: str) -> None:
     """Tells that the next stage's shards are there."""
     run = _opened(run_url)
     artefact = run.folder.stage(stage).prune(name)
@@ -129,18 +146,18 @@ def pruned(run_url: str, stage: int, name: str) -> None:
     _tell(run, told, artefact)
 
 
-def finished(run_url: str) -> None:
+def emit_finished(run_url: str) -> None:
     """Tells that a run is at its end."""
     run = _opened(run_url)
     _tell(run, RunFinished(run=run.url, stages=len(run.plan.stages)), run.folder.plan)
 
 
-def fidelity(run_url: str, stage: int) -> None:
+def emit_low_fidelity(run_url: str, stage: int) -> None:
     """Tells that a stage's scores cannot be trusted, where its audit says so."""
     run = _opened(run_url)
-    if not wanted(run.plan, stage):
+    if not is_audited(run.plan, stage):
         return
-    found, least = audited(run, stage), run.plan.trust.min_fidelity
+    found, least = read_audit(run, stage), run.plan.trust.min_fidelity
     measured = found.fidelity[run.plan.estimate]
     if is_low(measured, least):
         told = FidelityLow(
@@ -157,13 +174,13 @@ def is_low(measured: Fidelity, least: float | None) -> bool:
 
 def _opened(run_url: str) -> Run:
     """The run, at a URL that means the same to whoever listens."""
-    return Run.open(whole_url(Run.open(run_url)))
+    return Run.open(absolute_url(Run.open(run_url)))
 
 
-def _tell(run: Run, payload: RunEvent, committed: Artefact, kind: str = "run") -> None:
+def _tell(run: Run, payload: RunEvent, committed: Output, kind: str = "run") -> None:
     """Emits an event about something committed. Whoever runs a flow again tells it again, since the one before may have been
     killed before it could: the event's id is the commit's own, so that a server keeps one and a listener knows it."""
-    if not watched():
+    if not has_lasting_server():
         return  # no server is configured, so nobody listens
     name = NAMES[type(payload)]
     emit_event(

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from prefect import flow
 
-from flows.alone import alone
-from flows.stage import appraise, cut, tell
-from flows.workers import crew
-from tasks.plan import Policy
-from tasks.prune import Pruned, unpruned_before
-from tasks.run import Run
-from tasks.train import end_checkpoint
+from secateur.flows.run_lock import exclusive_run
+from secateur.flows.stage import prune_stage, report_stage, score_stage
+from secateur.flows.workers import worker_pool
+from secateur.tasks.plan import Policy
+from secateur.tasks.pruning.prune import PruneResult, unpruned_before
+from secateur.tasks.run.run import Run
+from secateur.tasks.training.train import end_checkpoint
 
 
 @flow(name="prune", flow_run_name="prune {run} stage {stage}")
-def prune(run: str, stage: int, policy: Policy | None = None) -> Pruned | None:
+def prune(run: str, stage: int, policy: Policy | None = None) -> PruneResult | None:
     """Prunes a trained stage; what is missing of its embeddings, index and scores is made first. An earlier stage that the
     plan prunes and nobody has yet, because its event was lost or comes later, is pruned before it.
 
@@ -30,16 +30,16 @@ def prune(run: str, stage: int, policy: Policy | None = None) -> Pruned | None:
     """
     opened = Run.open(run)
     end_checkpoint(opened, stage)
-    with alone(opened), crew(opened.plan.workers) as workers:
+    with exclusive_run(opened), worker_pool(opened.plan.workers) as workers:
         for earlier in unpruned_before(opened, stage):
-            appraise(workers, opened.url, earlier)
-            cut(workers, opened.url, earlier)
-            tell(workers, opened.url, earlier)
-        appraise(workers, opened.url, stage)
+            score_stage(workers, opened.url, earlier)
+            prune_stage(workers, opened.url, earlier)
+            report_stage(workers, opened.url, earlier)
+        score_stage(workers, opened.url, stage)
         if policy is None and opened.plan.stages[stage].prune is None:
             found = None
         else:
-            found = cut(workers, opened.url, stage, policy)
+            found = prune_stage(workers, opened.url, stage, policy)
         if policy is None:
-            tell(workers, opened.url, stage)
+            report_stage(workers, opened.url, stage)
         return found

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from prefect import flow
 
-from flows import artifacts
-from tasks.search import Hit, search
+from secateur.flows import run_artifacts
+from secateur.tasks.valuation.query import QueryHit, find_influential
 
 
 @flow(name="query", flow_run_name="query {run}")
@@ -17,7 +17,7 @@ def query(
     harmful: bool = False,
     stage: int | None = None,
     window: int | None = None,
-) -> list[Hit]:
+) -> list[QueryHit]:
     """The samples that most lowered (`harmful`: raised) the loss of a target or a sample at the run's end.
 
     Args:
@@ -25,6 +25,6 @@ def query(
         stage: search one stage only.
         window: search one window of each stage only.
     """
-    hits = search(run, target, sample, top, harmful, stage, window)
-    artifacts.query(run, hits)
+    hits = find_influential(run, target, sample, top, harmful, stage, window)
+    run_artifacts.post_query(run, hits)
     return hits

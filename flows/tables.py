@@ -8,69 +8,84 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from tasks.audit import Audited
-from tasks.comparison.report import Comparison
-from tasks.estimate import Estimate
-from tasks.prune import Pruned
-from tasks.search import Hit
-from tasks.summary import StageSummary
-from tasks.windows import Suggestion
+from secateur.tasks.analysis.audit import AuditResult
+from secateur.tasks.analysis.windows import WindowSuggestion
+from secateur.tasks.comparison.comparison_report import Comparison
+from secateur.tasks.pruning.prune import PruneResult
+from secateur.tasks.reporting.dry_run import RunEstimate
+from secateur.tasks.reporting.summary import StageSummary
+from secateur.tasks.valuation.query import QueryHit
 
 
-def stages(where: str, summary: list[StageSummary]) -> None:
+def print_run(where: str, summary: list[StageSummary]) -> None:
     """A run's stages."""
     targets = list(summary[0].targets) if summary else []
-    table = Table("stage", "samples", "kept", "dropped", *(f"loss {name}" for name in targets), title=where)
+    table = Table(
+        "stage", "samples", "kept", "dropped", *(f"loss {name}" for name in targets), title=where
+    )
     for stage in summary:
         own = stage.pruned
-        kept = (str(own.kept), reasons(own)) if own else ("all", "not pruned")
+        kept = (str(own.kept), describe_drops(own)) if own else ("all", "not pruned")
         losses = (f"{stage.targets[name]['loss']:.4f}" for name in targets)
         table.add_row(str(stage.stage), str(stage.samples), *kept, *losses)
-    show(table)
+    print_table(table)
     for stage in (stage for stage in summary if stage.candidates):
-        print(f"online selection in stage {stage.stage} trained on {stage.chosen:,} of {stage.candidates:,} candidates")
+        print(
+            f"online selection in stage {stage.stage} trained on {stage.chosen:,} of {stage.candidates:,} candidates"
+        )
     for sentence in (sentence for stage in summary for sentence in stage.skipped):
         print(f"left out: {sentence}")
     if audits := [stage.audited for stage in summary if stage.audited]:
-        audited(audits)
+        print_audits(audits)
 
 
-def reasons(result: Pruned) -> str:
+def describe_drops(result: PruneResult) -> str:
     """How many were dropped, and why."""
     return "; ".join(f"{count} {reason}" for reason, count in result.reasons.items()) or "0"
 
 
-def pruned(result: Pruned) -> None:
+def print_pruning(result: PruneResult) -> None:
     """One pruning."""
     table = Table("stage", "policy", "samples", "kept", "dropped")
-    table.add_row(str(result.stage), result.name, str(result.samples), str(result.kept), reasons(result))
-    show(table)
+    table.add_row(
+        str(result.stage),
+        result.name,
+        str(result.samples),
+        str(result.kept),
+        describe_drops(result),
+    )
+    print_table(table)
     for shard in result.shards:
         print(shard)
 
 
-def hits(found: list[Hit]) -> None:
+def print_hits(found: list[QueryHit]) -> None:
     """Influential samples."""
     table = Table("rank", "score", "key", "stage", "step", "shard")
     for hit in found:
-        table.add_row(str(hit.rank), f"{hit.score:+.3e}", hit.key, str(hit.stage), str(hit.step), hit.shard)
-    show(table)
+        table.add_row(
+            str(hit.rank), f"{hit.score:+.3e}", hit.key, str(hit.stage), str(hit.step), hit.shard
+        )
+    print_table(table)
 
 
-def audited(found: list[Audited]) -> None:
+def print_audits(found: list[AuditResult]) -> None:
     """How far scores can be trusted."""
     table = Table("stage", "target", "removals", "estimate", "Spearman (95%)", "Pearson (95%)")
     for one in found:
         for name, f in one.fidelity.items():
             interval = "{:.2f} ({:.2f} to {:.2f})".format
-            figures = interval(f.spearman, *f.spearman_interval), interval(f.pearson, *f.pearson_interval)
+            figures = (
+                interval(f.spearman, *f.spearman_interval),
+                interval(f.pearson, *f.pearson_interval),
+            )
             table.add_row(str(one.stage), one.target, str(one.removals), name, *figures)
-    show(table)
+    print_table(table)
     for one in found:
         print(one.plot)
 
 
-def comparison(found: Comparison) -> None:
+def print_comparison(found: Comparison) -> None:
     """Whether pruning pays: what the arms used, and each figure of the target that judges."""
     count = len(found.seeds)
     used = Table(
@@ -83,16 +98,22 @@ def comparison(found: Comparison) -> None:
     )
     for arm in found.arms:
         selecting = "-" if arm.select_seconds is None else f"{arm.select_seconds:.1f}"
-        used.add_row(arm.arm, f"{arm.samples:.0f}", f"{arm.steps:.0f}", f"{arm.train_seconds:.1f}", selecting)
-    show(used)
+        used.add_row(
+            arm.arm, f"{arm.samples:.0f}", f"{arm.steps:.0f}", f"{arm.train_seconds:.1f}", selecting
+        )
+    print_table(used)
     for figure, before in found.before.items():
         title = f"{figure} on {found.judge}: mean over seeds (95% interval)"
         table = Table("arm", "at the end", "less unpruned", "less random", title=title)
         table.add_row("before pruning", before.text(), "", "")
         for arm in found.arms:
             gaps = (arm.differences[figure].get(other) for other in ("unpruned", "random"))
-            table.add_row(arm.arm, arm.figures[figure].text(), *(gap.text(signed=True) if gap else "" for gap in gaps))
-        show(table)
+            table.add_row(
+                arm.arm,
+                arm.figures[figure].text(),
+                *(gap.text(signed=True) if gap else "" for gap in gaps),
+            )
+        print_table(table)
     print(found.verdict)
     for sentence in found.notes:
         print(f"note: {sentence}")
@@ -100,16 +121,18 @@ def comparison(found: Comparison) -> None:
         print(file)
 
 
-def windows(found: list[Suggestion]) -> None:
+def print_windows(found: list[WindowSuggestion]) -> None:
     """Phases and the windows that they suggest, with the lines to put in a plan."""
     table = Table("stage", "phase", "steps", "begins (95%)", "influence / learning rate")
     for one in found:
         begins = {b.step: f"{b.low} to {b.high}" for b in one.phases.boundaries}
         for phase in one.phases.phases:
             steps = f"{phase.start} to {phase.stop}"
-            table.add_row(str(one.stage), phase.name, steps, begins.get(phase.start, ""), f"{phase.level:.3e}")
+            table.add_row(
+                str(one.stage), phase.name, steps, begins.get(phase.start, ""), f"{phase.level:.3e}"
+            )
     if table.rows:
-        show(table)
+        print_table(table)
     for one in found:
         print(f"stage {one.stage}, target {one.target}: {one.sentence}")
         if one.windows:
@@ -118,7 +141,7 @@ def windows(found: list[Suggestion]) -> None:
         print(f"  {one.picture}")
 
 
-def estimate(found: Estimate) -> None:
+def print_estimate(found: RunEstimate) -> None:
     """What a plan would do."""
     table = Table(
         "stage",
@@ -135,8 +158,10 @@ def estimate(found: Estimate) -> None:
     for s in found.stages:
         sizes = (s.ledger_bytes, s.embedding_bytes, s.index_bytes, s.checkpoint_bytes)
         spans = ", ".join(f"{start} to {stop}" for start, stop in s.windows)
-        table.add_row(*map(str, (s.stage, s.samples, s.steps, spans, s.records)), *map(_bytes, sizes))
-    show(table)
+        table.add_row(
+            *map(str, (s.stage, s.samples, s.steps, spans, s.records)), *map(_bytes, sizes)
+        )
+    print_table(table)
     for stage, said in found.automatic.items():
         print(f"the windows of stage {stage}: {said}")
     blocks = Table("block", "numbers")
@@ -144,7 +169,7 @@ def estimate(found: Estimate) -> None:
         blocks.add_row(name, str(numbers))
     for name, count in found.uncaptured.items():
         blocks.add_row(name, f"not captured ({count} parameters)")
-    show(blocks)
+    print_table(blocks)
     targets = ", ".join(f"{name} ({count} samples)" for name, count in found.targets.items())
     print(f"{found.parameters} parameters in {found.numbers} numbers a sample; targets: {targets}")
     for stage, chosen in found.selections.items():
@@ -156,10 +181,12 @@ def estimate(found: Estimate) -> None:
         print(f"the audit of stage {stage} costs about {trainings:.1f} trainings of that stage")
     for stage, steps in found.trials.items():
         print(f"the trial of stage {stage} trains {steps} steps")
-    print(f"about {_bytes(found.disk_bytes)} on disk and {_bytes(found.memory_bytes)} of memory; nothing was trained")
+    print(
+        f"about {_bytes(found.disk_bytes)} on disk and {_bytes(found.memory_bytes)} of memory; nothing was trained"
+    )
 
 
-def show(table: Table) -> None:
+def print_table(table: Table) -> None:
     """Prints a table as wide as the terminal, or as wide as it needs where there is none."""
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 200
     Console(width=width).print(table)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from prefect import flow
 
-from tasks.windows import Suggestion, suggest_windows
+from secateur.tasks.analysis.windows import WindowSuggestion, suggest_windows
 
 
 @flow(name="windows", flow_run_name="windows {run}")
-def windows(run: str, stage: int | None = None, budget: float = 0.4) -> list[Suggestion]:
+def windows(run: str, stage: int | None = None, budget: float = 0.4) -> list[WindowSuggestion]:
     """The windows that the influence profiles of a run's stages, or of one, suggest for a stage like it.
 
     Args:

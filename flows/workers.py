@@ -14,11 +14,11 @@ from prefect.task_engine import TaskRunTimeoutError
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 from prefect.utilities.callables import get_call_parameters
 
-from tasks.artifacts import Live
-from tasks.behaviour import is_drawing, stop_threads
-from tasks.errors import PlanError
-from tasks.plan import Workers
-from tasks.progress import track
+from secateur.errors import PlanError
+from secateur.tasks.engine.prefect_task import interrupt_threads, uses_random_numbers
+from secateur.tasks.engine.progress import track
+from secateur.tasks.engine.ui_artifacts import ProgressArtifact
+from secateur.tasks.plan import WorkersConfig
 
 SECONDS_A_TURN = 1.0
 
@@ -33,10 +33,10 @@ class Call(NamedTuple):
     arguments: tuple[Any, ...]
 
 
-class Crew:
+class WorkerPool:
     """A plan's workers; they are started when there is something for them to do, and serve one flow run."""
 
-    def __init__(self, spec: Workers) -> None:
+    def __init__(self, spec: WorkersConfig) -> None:
         self.spec = spec
         self._runner: TaskRunner[Any] | None = None
 
@@ -54,7 +54,7 @@ class Crew:
         with self._timed(task):
             return self._limited(task)(*args, **kwargs)
 
-    def together(self, calls: Sequence[Call], label: str, live: Live | None = None) -> None:
+    def map(self, calls: Sequence[Call], label: str, live: ProgressArtifact | None = None) -> None:
         """Runs tasks that do not need one another, side by side where there are workers; their results are artefacts.
 
         Args:
@@ -65,7 +65,7 @@ class Crew:
         """
         beside = calls if len(calls) > 1 and self.count != 1 else []
         if self.spec.kind == "threads":
-            beside = [call for call in beside if not is_drawing(call.task)]
+            beside = [call for call in beside if not uses_random_numbers(call.task)]
         futures = [self._submit(call) for call in beside]
         here = [call for call in calls if call not in beside]
         for done, call in enumerate(here, 1):
@@ -109,12 +109,12 @@ class Crew:
                 f"command again, which carries on"
             ) from None
 
-    def dismiss(self, interrupted: bool = False) -> None:
+    def shutdown(self, interrupted: bool = False) -> None:
         """Ends the workers; an interruption does not wait for what is under way."""
         if self._runner is None:
             return
         if interrupted and self.spec.kind == "threads":
-            stop_threads()
+            interrupt_threads()
         if interrupted and self.spec.kind == "processes":
             for child in multiprocessing.active_children():
                 child.terminate()
@@ -134,24 +134,24 @@ def _await(future: Any) -> None:
                 return
 
 
-def _show(live: Live | None, done: int) -> None:
+def _show(live: ProgressArtifact | None, done: int) -> None:
     if live is not None:
         live.reach(done)
 
 
 @contextmanager
-def crew(spec: Workers) -> Iterator[Crew]:
+def worker_pool(spec: WorkersConfig) -> Iterator[WorkerPool]:
     """The workers of a flow run."""
-    found = Crew(spec)
+    found = WorkerPool(spec)
     try:
         yield found
     except BaseException as error:
-        found.dismiss(interrupted=not isinstance(error, Exception))
+        found.shutdown(interrupted=not isinstance(error, Exception))
         raise
-    found.dismiss()
+    found.shutdown()
 
 
-def _runner(spec: Workers, count: int | None) -> TaskRunner[Any]:
+def _runner(spec: WorkersConfig, count: int | None) -> TaskRunner[Any]:
     """Prefect's task runner for a plan's workers."""
     if spec.kind == "threads":
         return ThreadPoolTaskRunner(max_workers=count)
@@ -164,7 +164,7 @@ def _runner(spec: Workers, count: int | None) -> TaskRunner[Any]:
     return _dask(spec, count) if spec.kind == "dask" else _ray(spec, count)
 
 
-def _dask(spec: Workers, count: int | None) -> TaskRunner[Any]:
+def _dask(spec: WorkersConfig, count: int | None) -> TaskRunner[Any]:
     from prefect_dask import DaskTaskRunner
 
     if spec.address:
@@ -173,10 +173,14 @@ def _dask(spec: Workers, count: int | None) -> TaskRunner[Any]:
     return DaskTaskRunner(cluster_kwargs=own)
 
 
-def _ray(spec: Workers, count: int | None) -> TaskRunner[Any]:
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # Ray wants a token otherwise, even of itself on one machine
+def _ray(spec: WorkersConfig, count: int | None) -> TaskRunner[Any]:
+    os.environ.setdefault(
+        "RAY_AUTH_MODE", "disabled"
+    )  # Ray wants a token otherwise, even of itself on one machine
     from prefect_ray import RayTaskRunner
 
     if spec.address:
         return RayTaskRunner(address=spec.address)
-    return RayTaskRunner(init_kwargs={"num_cpus": count, "include_dashboard": False, "log_to_driver": False})
+    return RayTaskRunner(
+        init_kwargs={"num_cpus": count, "include_dashboard": False, "log_to_driver": False}
+    )

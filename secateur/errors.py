@@ -1,7 +1,19 @@
-"""Room `secateur`: what a user of the mathematics can get wrong."""
+"""Errors about what a user can get wrong: each message says in one sentence what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
 
 class SecateurError(ValueError):
-    """A model, optimizer or recording that cannot be followed: one sentence, what is wrong, where, what to do."""
+    """A model, optimizer or recording that cannot be followed; the base of every error in this module."""
+
+
+class StorageError(SecateurError):
+    """A file, shard or store that cannot be used."""
+
+
+class UnavailableError(StorageError):
+    """A disk or store that failed in a way that may pass: the same request may succeed later."""
+
+
+class PlanError(SecateurError):
+    """A plan or command that cannot be carried out."""

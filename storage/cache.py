@@ -15,16 +15,16 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from storage.errors import StorageError
+from secateur.errors import StorageError
 
 BYTES = 50_000_000_000
 
 
-class NotCommitted(Exception):
+class ContentMismatch(Exception):
     """A file's content is not what was committed."""
 
 
-class Cache:
+class FileCache:
     """The cache that the environment names.
 
     Raises:
@@ -83,8 +83,8 @@ class Cache:
                 fcntl.flock(held.enter_context(open(draft, "xb")), fcntl.LOCK_EX)
             try:
                 fetch(str(draft))
-                if digest_of(draft) != (size, sha256):
-                    raise NotCommitted
+                if file_digest(draft) != (size, sha256):
+                    raise ContentMismatch
                 _whole_before.add(_identity(draft, sha256))
                 os.replace(draft, path)
             finally:
@@ -108,8 +108,8 @@ class Cache:
 
     def _whole(self, path: Path, size: int, sha256: str) -> bool:
         try:
-            check(path, size, sha256)
-        except (NotCommitted, FileNotFoundError):
+            check_file(path, size, sha256)
+        except (ContentMismatch, FileNotFoundError):
             return False
         return True
 
@@ -136,7 +136,7 @@ def _in_use(path: Path) -> bool:
     return False
 
 
-def check(path: Path, size: int, sha256: str) -> None:
+def check_file(path: Path, size: int, sha256: str) -> None:
     """Rereads a local file, once a process while its size and time of change stay.
 
     Raises:
@@ -146,12 +146,12 @@ def check(path: Path, size: int, sha256: str) -> None:
     identity = _identity(path, sha256)
     if identity in _whole_before:
         return
-    if digest_of(path) != (size, sha256):
-        raise NotCommitted
+    if file_digest(path) != (size, sha256):
+        raise ContentMismatch
     _whole_before.add(identity)
 
 
-def digest_of(path: Path) -> tuple[int, str]:
+def file_digest(path: Path) -> tuple[int, str]:
     """Size and sha256 of a local file."""
     with open(path, "rb") as file:
         return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,8 +6,8 @@ import io
 
 import polars as pl
 
-from storage.errors import StorageError
-from storage.manifest import Artefact, Attempt
+from secateur.errors import StorageError
+from secateur.storage.outputs import Attempt, Output
 
 
 def write_frame(attempt: Attempt, name: str, frame: pl.DataFrame) -> None:
@@ -17,7 +17,7 @@ def write_frame(attempt: Attempt, name: str, frame: pl.DataFrame) -> None:
     attempt.write(name, buffer.getvalue())
 
 
-def read_frame(artefact: Artefact, name: str, columns: list[str] | None = None) -> pl.DataFrame:
+def read_frame(artefact: Output, name: str, columns: list[str] | None = None) -> pl.DataFrame:
     """Reads a frame, or some of its columns.
 
     Raises:
@@ -27,4 +27,6 @@ def read_frame(artefact: Artefact, name: str, columns: list[str] | None = None) 
         with artefact.local(name) as path:
             return pl.read_parquet(path, columns=columns, memory_map=False)
     except (pl.exceptions.PolarsError, OSError) as error:
-        raise StorageError(f"{artefact.url(name)} is damaged ({error}); restore it or run that step again") from error
+        raise StorageError(
+            f"{artefact.url(name)} is damaged ({error}); restore it or run that step again"
+        ) from error

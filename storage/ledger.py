@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from storage.manifest import Artefact, Attempt
-from storage.tensors import read_tensors, write_tensors
+from secateur.storage.outputs import Attempt, Output
+from secateur.storage.tensors import read_tensors, write_tensors
 
 LEDGER = "ledger.safetensors"
 CHECKPOINT = "checkpoint.safetensors"
@@ -20,7 +20,7 @@ def write_ledger(attempt: Attempt, tensors: dict[str, Tensor], first_step: int) 
     write_tensors(attempt, LEDGER, tensors | {"first_step": torch.tensor(first_step)}, {})
 
 
-def read_ledger(artefact: Artefact) -> tuple[dict[str, Tensor], int]:
+def read_ledger(artefact: Output) -> tuple[dict[str, Tensor], int]:
     """A segment's record, mapped from its file, and its first step."""
     tensors = read_tensors(artefact, LEDGER)
     return tensors, int(tensors.pop("first_step"))
@@ -31,6 +31,6 @@ def write_checkpoint(attempt: Attempt, tensors: dict[str, Tensor]) -> None:
     write_tensors(attempt, CHECKPOINT, tensors, {})
 
 
-def read_checkpoint(artefact: Artefact) -> dict[str, Tensor]:
+def read_checkpoint(artefact: Output) -> dict[str, Tensor]:
     """Weights, buffers and optimizer state."""
     return read_tensors(artefact, CHECKPOINT)

@@ -12,16 +12,18 @@ import numpy as np
 import polars as pl
 import xxhash
 
-from storage.hashed import Hashed
-from storage.manifest import Attempt
-from storage.root import explained
-from storage.spans import changed
-from storage.tars import member_end, open_shard
+from secateur.storage.folder import wrap_io_errors
+from secateur.storage.hashing_writer import HashingWriter
+from secateur.storage.outputs import Attempt
+from secateur.storage.sample_hashes import shard_changed_error
+from secateur.storage.tars import member_end, open_shard
 
 BLOCK, BLOCKS = 1 << 20, 4  # more, or larger ones, would not stay in a processor's own cache
 
 
-def rewrite_shards(attempt: Attempt, urls: Sequence[str], frame: pl.DataFrame, keep: np.ndarray) -> list[str]:
+def rewrite_shards(
+    attempt: Attempt, urls: Sequence[str], frame: pl.DataFrame, keep: np.ndarray
+) -> list[str]:
     """Copies each shard without the samples that are dropped; nothing is decoded, and order, keys, headers and
     members that belong to no sample stay as they are. A shard with no sample left isn't written.
 
@@ -54,11 +56,17 @@ def rewrite_shard(
     return [name]
 
 
-def _copy(source: IO[bytes], url: str, target: Hashed, listed: pl.DataFrame, keep: np.ndarray) -> None:
+def _copy(
+    source: IO[bytes], url: str, target: HashingWriter, listed: pl.DataFrame, keep: np.ndarray
+) -> None:
     """Writes the bytes of a shard outside its dropped members; the whole is held against what was listed. A block of memory
     is read into again once what was written of it has been hashed, so that reading, writing and hashing go on together."""
     holes = deque((b, member_end(o, s)) for b, o, s in _members(listed.filter(pl.Series(~keep))))
-    digest, position, blocks = xxhash.xxh3_128(), 0, deque(memoryview(bytearray(BLOCK)) for _ in range(BLOCKS))
+    digest, position, blocks = (
+        xxhash.xxh3_128(),
+        0,
+        deque(memoryview(bytearray(BLOCK)) for _ in range(BLOCKS)),
+    )
     hashing: deque[Future[None]] = deque()
     while size := _read(source, blocks[0], url):
         data = blocks[0][:size]
@@ -69,7 +77,7 @@ def _copy(source: IO[bytes], url: str, target: Hashed, listed: pl.DataFrame, kee
         if len(hashing) == BLOCKS:
             hashing.popleft().result()
     if digest.digest() != listed["shard_xxh3"][0]:
-        raise changed(url)
+        raise shard_changed_error(url)
 
 
 def _outside(data: memoryview, start: int, holes: deque[tuple[int, int]]) -> Iterator[memoryview]:
@@ -93,7 +101,7 @@ def _members(listed: pl.DataFrame) -> list[tuple[int, int, int]]:
 
 
 def _read(source: IO[bytes], buffer: memoryview, url: str) -> int:
-    with explained(f"shard {url}", "read"):
+    with wrap_io_errors(f"shard {url}", "read"):
         return int(source.readinto(buffer))  # type: ignore[attr-defined]  # every binary file has it
 
 

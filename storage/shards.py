@@ -15,11 +15,16 @@ from fsspec.implementations.local import LocalFileSystem
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
-from storage.errors import StorageError
-from storage.root import explained
-from storage.spans import changed, check_span, hash_shard, spans
-from storage.tars import members, stamp
-from storage.urls import check_url
+from secateur.errors import StorageError
+from secateur.storage.folder import wrap_io_errors
+from secateur.storage.sample_hashes import (
+    check_sample_hash,
+    hash_shard,
+    sample_spans,
+    shard_changed_error,
+)
+from secateur.storage.tars import iter_members, shard_version
+from secateur.storage.urls import check_url
 
 MEMBERS: dict[str, Any] = {
     "sample": pl.UInt32,
@@ -36,7 +41,7 @@ RESERVED = {"__key__", "__url__"}
 OPEN_FILES = 128
 
 
-def expand(shards: str | Sequence[str]) -> list[str]:
+def expand_shard_urls(shards: str | Sequence[str]) -> list[str]:
     """Paths or URLs from WebDataset's brace notation.
 
     Raises:
@@ -46,7 +51,7 @@ def expand(shards: str | Sequence[str]) -> list[str]:
     urls = [url for pattern in patterns for url in expand_urls(pattern)]
     for url in urls:
         check_url(url)
-        with explained(f"shard {url}", "looked for"):
+        with wrap_io_errors(f"shard {url}", "looked for"):
             filesystem, path = url_to_fs(url)
             if not filesystem.exists(path):
                 raise StorageError(f"shard {url} does not exist; check `shards` in the plan")
@@ -55,7 +60,7 @@ def expand(shards: str | Sequence[str]) -> list[str]:
     return urls
 
 
-def index_shards(urls: Sequence[str], skip: Callable[[str], None] | None = None) -> pl.DataFrame:
+def list_shards(urls: Sequence[str], skip: Callable[[str], None] | None = None) -> pl.DataFrame:
     """One row a sample, in shard order: its `key`, `shard` (position in `urls`), and of each member its extension
     (`names`), where its header begins (`begins`), where its payload is (`offsets`) and its size in bytes (`sizes`); of
     all its bytes, headers included, the `sha256`, and of its whole shard the `shard_xxh3` (XXH3, 128 bits: it finds what
@@ -68,7 +73,7 @@ def index_shards(urls: Sequence[str], skip: Callable[[str], None] | None = None)
         StorageError: a shard is no tar, is truncated or compressed, or a key is there twice.
     """
     columns: list[list[Any]] = [[] for _ in MEMBERS]
-    sample, stamps = -1, [stamp(url) for url in urls]
+    sample, stamps = -1, [shard_version(url) for url in urls]
     for shard, url in enumerate(urls):
         for new, key, *place in _whole(url, skip):
             sample += new
@@ -83,15 +88,17 @@ def index_shards(urls: Sequence[str], skip: Callable[[str], None] | None = None)
     hashes: dict[str, list[bytes]] = {name: [] for name in HASHES}
     for rows in frame.partition_by("shard", maintain_order=True):
         shard = rows["shard"][0]
-        whole, each = hash_shard(urls[shard], spans(rows))
-        if stamp(urls[shard]) != stamps[shard]:
-            raise changed(urls[shard])
+        whole, each = hash_shard(urls[shard], sample_spans(rows))
+        if shard_version(urls[shard]) != stamps[shard]:
+            raise shard_changed_error(urls[shard])
         hashes["sha256"] += each
         hashes["shard_xxh3"] += [whole] * len(each)
     return frame.hstack(pl.DataFrame(hashes, schema=HASHES))
 
 
-def _whole(url: str, skip: Callable[[str], None] | None) -> list[tuple[bool, str, str, int, int, int]]:
+def _whole(
+    url: str, skip: Callable[[str], None] | None
+) -> list[tuple[bool, str, str, int, int, int]]:
     """What `_grouped` gives of a whole shard, and nothing of a damaged one that may be skipped."""
     try:
         return list(_grouped(url))
@@ -106,7 +113,9 @@ def _repetition(urls: Sequence[str], frame: pl.DataFrame, repeated: pl.DataFrame
     """Which key is there twice, and where."""
     places = repeated.filter(pl.col("key") == repeated["key"][0]).head(2)
     first = frame.group_by("shard").agg(pl.col("sample").min().alias("first"))
-    counted = places.join(first, "shard", maintain_order="left").select("shard", pl.col("sample") - pl.col("first"))
+    counted = places.join(first, "shard", maintain_order="left").select(
+        "shard", pl.col("sample") - pl.col("first")
+    )
     one, other = (f"sample {number} of {urls[shard]}" for shard, number in counted.iter_rows())
     return (
         f"key {places['key'][0]} is there twice, as {one} and as {other}, with {repeated['key'].n_unique()} keys repeated in "
@@ -119,7 +128,7 @@ def _grouped(url: str) -> Iterator[tuple[bool, str, str, int, int, int]]:
     that share a key are a sample, as WebDataset groups them."""
     last = None
     names: set[str] = set()
-    for member in members(url):
+    for member in iter_members(url):
         _check_name(url, member.name)
         key, extension = base_plus_ext(member.name)
         if not key or META.match(member.name):
@@ -138,8 +147,12 @@ def _grouped(url: str) -> Iterator[tuple[bool, str, str, int, int, int]]:
 def _check_name(url: str, name: str) -> None:
     """Keys are names in reports and tables, and other programs unpack shards: what could mislead them is refused."""
     if name.startswith("/") or ".." in name.split("/"):
-        raise StorageError(f"shard {url} has a member whose name leads out of it ({name!a}); rename it")
-    if not name.isprintable() and any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name):
+        raise StorageError(
+            f"shard {url} has a member whose name leads out of it ({name!a}); rename it"
+        )
+    if not name.isprintable() and any(
+        unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name
+    ):
         raise StorageError(
             f"shard {url} has a member whose name is not UTF-8, or holds control characters ({name!a}); rename it"
         )
@@ -151,7 +164,9 @@ class Samples:
 
     def __init__(self, urls: Sequence[str], frame: pl.DataFrame) -> None:
         self.urls, self.frame = list(urls), frame
-        self._local = [path if isinstance(fs, LocalFileSystem) else None for fs, path in map(url_to_fs, urls)]
+        self._local = [
+            path if isinstance(fs, LocalFileSystem) else None for fs, path in map(url_to_fs, urls)
+        ]
         self._files: OrderedDict[int, IO[bytes]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -167,10 +182,13 @@ class Samples:
             StorageError: a shard cannot be read, or has changed since it was listed.
         """
         listed = list(self.frame[list(rows)].iter_rows(named=True))
-        places = [(row["shard"], row["begins"][0], row["offsets"][-1] + row["sizes"][-1]) for row in listed]
+        places = [
+            (row["shard"], row["begins"][0], row["offsets"][-1] + row["sizes"][-1])
+            for row in listed
+        ]
         read = []
         for row, (shard, start, _), data in zip(listed, places, self._fetch(places), strict=True):
-            check_span(self.urls[shard], row["key"], data, row["sha256"])
+            check_sample_hash(self.urls[shard], row["key"], data, row["sha256"])
             sample: dict[str, Any] = {"__key__": row["key"]}
             for name, offset, size in zip(row["names"], row["offsets"], row["sizes"], strict=True):
                 sample[name] = data[offset - start : offset - start + size]
@@ -185,22 +203,24 @@ class Samples:
         """Path or URL of the shard that holds a key."""
         return self.urls[self.frame.filter(pl.col("key") == key)["shard"][0]]
 
-    def _fetch(self, spans: list[tuple[int, int, int]]) -> list[bytes]:
+    def _fetch(self, sample_spans: list[tuple[int, int, int]]) -> list[bytes]:
         """Byte ranges of shards: local ones from files kept open, remote ones all at once."""
         found: dict[int, bytes] = {}
-        remote = [place for place, (shard, _, _) in enumerate(spans) if self._local[shard] is None]
-        for place, (shard, start, stop) in enumerate(spans):
+        remote = [
+            place for place, (shard, _, _) in enumerate(sample_spans) if self._local[shard] is None
+        ]
+        for place, (shard, start, stop) in enumerate(sample_spans):
             if (path := self._local[shard]) is not None:
-                with explained(f"shard {self.urls[shard]}", "read"):
+                with wrap_io_errors(f"shard {self.urls[shard]}", "read"):
                     found[place] = os.pread(self._file(shard, path).fileno(), stop - start, start)
         if remote:
-            shards, starts, stops = zip(*(spans[place] for place in remote), strict=True)
-            with explained(f"shard {self.urls[shards[0]]} or one read with it", "read"):
+            shards, starts, stops = zip(*(sample_spans[place] for place in remote), strict=True)
+            with wrap_io_errors(f"shard {self.urls[shards[0]]} or one read with it", "read"):
                 filesystem = url_to_fs(self.urls[shards[0]])[0]
                 paths = [url_to_fs(self.urls[shard])[1] for shard in shards]
                 data = filesystem.cat_ranges(paths, list(starts), list(stops), on_error="raise")
                 found.update(zip(remote, data, strict=True))
-        return [found[place] for place in range(len(spans))]
+        return [found[place] for place in range(len(sample_spans))]
 
     def _file(self, shard: int, path: str) -> IO[bytes]:
         """A shard's open file. Positions are given with each read, so threads and forks may share it; the one opened

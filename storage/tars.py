@@ -11,8 +11,8 @@ from typing import IO, cast
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from storage.errors import StorageError
-from storage.root import explained
+from secateur.errors import StorageError
+from secateur.storage.folder import wrap_io_errors
 
 BLOCK = tarfile.BLOCKSIZE
 BUFFER = 1 << 20
@@ -26,22 +26,22 @@ def open_shard(url: str) -> Iterator[IO[bytes]]:
     Raises:
         StorageError: it cannot be read.
     """
-    with explained(f"shard {url}", "read"):
+    with wrap_io_errors(f"shard {url}", "read"):
         filesystem, path = url_to_fs(url)
         local = isinstance(filesystem, LocalFileSystem)
         with open(path, "rb") if local else filesystem.open(path, "rb") as file:
             yield cast(IO[bytes], file)
 
 
-def stamp(url: str) -> str:
+def shard_version(url: str) -> str:
     """What tells one version of a shard from the next: size, time and place of a file, the store's own tag of an object."""
-    with explained(f"shard {url}", "read"):
+    with wrap_io_errors(f"shard {url}", "read"):
         filesystem, path = url_to_fs(url)
         filesystem.invalidate_cache()
         return str(filesystem.ukey(path))
 
 
-def members(url: str) -> Iterator[tarfile.TarInfo]:
+def iter_members(url: str) -> Iterator[tarfile.TarInfo]:
     """The regular files of a tar. Each has `offset` (of its first header), `offset_data` and `size`.
 
     Raises:
@@ -70,7 +70,9 @@ def _walk(file: IO[bytes], url: str) -> Iterator[tarfile.TarInfo]:
         for member in archive:
             archive.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
             if member.offset < end:
-                raise tarfile.ReadError(f"a member begins at byte {member.offset}, within the one before")
+                raise tarfile.ReadError(
+                    f"a member begins at byte {member.offset}, within the one before"
+                )
             end = archive.offset
             if end > size:
                 raise tarfile.ReadError(f"it ends within the member at byte {member.offset}")

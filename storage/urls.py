@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 
-from storage.errors import StorageError
+from secateur.errors import StorageError
 
 USER = re.compile(r"(?<=://)[^/?#\s]*@")  # `key:secret@` before the host
-SIGNED = re.compile(r"[?&](X-Amz-\w+|AWSAccessKeyId|Signature|sig|se|token)=[^&\s\"']*", re.IGNORECASE)
+SIGNED = re.compile(
+    r"[?&](X-Amz-\w+|AWSAccessKeyId|Signature|sig|se|token)=[^&\s\"']*", re.IGNORECASE
+)
 
 
-def redacted(text: str) -> str:
+def redact_credentials(text: str) -> str:
     """A text in which the credentials of URLs are `***`."""
     return SIGNED.sub(r"?\1=***", USER.sub("***@", text))
 
@@ -21,8 +23,8 @@ def check_url(url: str) -> None:
     Raises:
         StorageError: it does; the sentence does not repeat them.
     """
-    if redacted(url) != url:
+    if redact_credentials(url) != url:
         raise StorageError(
-            f"{redacted(url)} holds credentials, which would be written into the run; give them in the environment "
+            f"{redact_credentials(url)} holds credentials, which would be written into the run; give them in the environment "
             f"(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE) and leave them out of the URL"
         )

@@ -77,7 +77,9 @@ def seaweedfs(seaweed_server: Server, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture
 def rclone(rclone_server: Server, monkeypatch: pytest.MonkeyPatch) -> str:
     """URL of a bucket on rclone."""
-    checks = {"AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required"}  # it sends the whole file's with a part of it
+    checks = {
+        "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required"
+    }  # it sends the whole file's with a part of it
     _use(rclone_server.environment | checks, monkeypatch)
     return "s3://bucket"
 

@@ -56,7 +56,9 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._body()
         fault = self.server.fault()
         if fault == "error":
-            self._answer(503, {}, b"<Error><Code>ServiceUnavailable</Code><Message>drawn</Message></Error>")
+            self._answer(
+                503, {}, b"<Error><Code>ServiceUnavailable</Code><Message>drawn</Message></Error>"
+            )
         elif fault == "reset":
             self._reset()
         else:
@@ -85,8 +87,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _forward(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=120)
-        kept = {k: v for k, v in self.headers.items() if k.lower() not in ("transfer-encoding", "connection", "expect")}
-        connection.request(self.command, self.path, body or None, kept | {"Content-Length": str(len(body))})
+        kept = {
+            k: v
+            for k, v in self.headers.items()
+            if k.lower() not in ("transfer-encoding", "connection", "expect")
+        }
+        connection.request(
+            self.command, self.path, body or None, kept | {"Content-Length": str(len(body))}
+        )
         response = connection.getresponse()
         data = response.read()
         headers = dict(response.getheaders())
@@ -98,7 +106,11 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in headers.items():
             if name.lower() not in ("transfer-encoding", "connection", "content-length"):
                 self.send_header(name, value)
-        length = headers.get("Content-Length", str(len(data))) if self.command == "HEAD" else str(len(data))
+        length = (
+            headers.get("Content-Length", str(len(data)))
+            if self.command == "HEAD"
+            else str(len(data))
+        )
         self.send_header("Content-Length", length)
         self.end_headers()
         if self.command != "HEAD":

@@ -55,7 +55,9 @@ class Server:
     def start(self) -> None:
         """Starts it and waits until a bucket can be written."""
         with open(self.folder / "server.log", "ab") as log:
-            self._process = subprocess.Popen(self.command(), stdout=log, stderr=log, cwd=self.folder)
+            self._process = subprocess.Popen(
+                self.command(), stdout=log, stderr=log, cwd=self.folder
+            )
         self.wait()
 
     def wait(self) -> None:
@@ -93,13 +95,21 @@ class SeaweedFS(Server):
             "actions": ["Admin", "Read", "Write", "List", "Tagging"],
         }
         (self.folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
-        ports = dict(zip(("master.port", "volume.port", "filer.port"), map(str, self.inner), strict=True))
+        ports = dict(
+            zip(("master.port", "volume.port", "filer.port"), map(str, self.inner), strict=True)
+        )
         options = {
             "ip": "127.0.0.1", "ip.bind": "127.0.0.1", "dir": str(self.folder), "s3.port": str(self.port),
             "s3.config": "s3.json", "volume.max": "50", "master.volumeSizeLimitMB": "64", "s3.port.iceberg": "0",
             "s3.port.lance": "0", **ports,
         }  # fmt: skip
-        return [program("weed"), "server", "-s3", "-master.telemetry=false", *(f"-{k}={v}" for k, v in options.items())]
+        return [
+            program("weed"),
+            "server",
+            "-s3",
+            "-master.telemetry=false",
+            *(f"-{k}={v}" for k, v in options.items()),
+        ]
 
 
 class Rclone(Server):
@@ -139,16 +149,23 @@ class PostgreSQL:
         data = f"{self.folder}/data/cluster"
         settings = ("-U", "postgres", "--auth=trust", "--no-sync", "--encoding=UTF8", "--locale=C")
         subprocess.run(
-            [self.programs / "initdb", "-D", data, *settings], check=True, capture_output=True, user=self._owner
+            [self.programs / "initdb", "-D", data, *settings],
+            check=True,
+            capture_output=True,
+            user=self._owner,
         )
         options = ("-p", str(self.port), "-h", "127.0.0.1", "-k", data, "-c", "fsync=off")
         with open(self.folder / "server.log", "ab") as log:
             self._process = subprocess.Popen(
-                [self.programs / "postgres", "-D", data, *options], stdout=log, stderr=log, user=self._owner
+                [self.programs / "postgres", "-D", data, *options],
+                stdout=log,
+                stderr=log,
+                user=self._owner,
             )
         end = time.monotonic() + PATIENCE
         while subprocess.run(
-            [self.programs / "pg_isready", "-h", "127.0.0.1", "-p", str(self.port)], capture_output=True
+            [self.programs / "pg_isready", "-h", "127.0.0.1", "-p", str(self.port)],
+            capture_output=True,
         ).returncode:
             assert time.monotonic() < end, (self.folder / "server.log").read_text()[-2000:]
             time.sleep(0.2)

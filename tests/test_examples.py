@@ -47,6 +47,9 @@ def test_images(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_text(tmp_path: Path) -> None:
     text = example(tmp_path, "text")
-    kept = {domain: int(count) for domain, count in re.findall(r"^(\w+): (\d+) of 800 kept", text, re.MULTILINE)}
+    kept = {
+        domain: int(count)
+        for domain, count in re.findall(r"^(\w+): (\d+) of 800 kept", text, re.MULTILINE)
+    }
     assert kept["manual"] > 1.5 * max(kept["code"], kept["tables"])
     assert losses(text, "text")[1] < losses(text, "text-random")[1]

@@ -32,10 +32,14 @@ def make(out: str, seed: int) -> None:
     order = rng.permutation(len(images))
     train, target, test = np.split(order, [TRAIN, TRAIN + TARGET])
     given, kinds = wrong_labels(labels[train], rng)
-    samples = [_sample(images[i], labels[i], given[n], kinds[n], "train", n) for n, i in enumerate(train)]
+    samples = [
+        _sample(images[i], labels[i], given[n], kinds[n], "train", n) for n, i in enumerate(train)
+    ]
     write_shards(str(folder / "train-%06d.tar"), samples, 4)
     for name, rows in (("target", target), ("test", test)):
-        clean = [_sample(images[i], labels[i], labels[i], "none", name, n) for n, i in enumerate(rows)]
+        clean = [
+            _sample(images[i], labels[i], labels[i], "none", name, n) for n, i in enumerate(rows)
+        ]
         write_shards(str(folder / f"{name}-%06d.tar"), clean, 1)
 
 
@@ -51,11 +55,18 @@ def wrong_labels(true: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray
     return given, kinds
 
 
-def _sample(image: np.ndarray, true: int, given: int, kind: str, part: str, number: int) -> dict[str, Any]:
+def _sample(
+    image: np.ndarray, true: int, given: int, kind: str, part: str, number: int
+) -> dict[str, Any]:
     buffer = io.BytesIO()
     Image.fromarray(image.reshape(28, 28).astype(np.uint8)).save(buffer, "png")
     facts = {"true": int(true), "flip": kind}
-    return {"__key__": f"{part}-{number:05d}", "png": buffer.getvalue(), "cls": str(int(given)), "json": facts}
+    return {
+        "__key__": f"{part}-{number:05d}",
+        "png": buffer.getvalue(),
+        "cls": str(int(given)),
+        "json": facts,
+    }
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ from sklearn.metrics import roc_auc_score
 
 from examples.closing import run_and_show, with_control
 from examples.images.make_shards import make
-from tasks.prune import stage_decisions
-from tasks.run import Run
-from tasks.samples import stage_samples
+from secateur.tasks.data.samples import read_stage_samples
+from secateur.tasks.pruning.prune import read_decisions
+from secateur.tasks.run.run import Run
 
 PLAN = "examples/images/plan.yaml"
 
@@ -26,7 +26,7 @@ def describe(sample: dict[str, Any]) -> str:
 
 def flips(run: Run) -> np.ndarray:
     """For each sample of the first stage `none`, `random` or `systematic`."""
-    samples = stage_samples(run, 0)
+    samples = read_stage_samples(run, 0)
     return np.array([json.loads(s["json"])["flip"] for s in samples.read(range(len(samples)))])
 
 
@@ -45,9 +45,14 @@ def main() -> None:
     plans = with_control(PLAN)
     run_and_show(plans, describe)
     run = Run.of(plans[0])
-    found = detection(stage_decisions(run, 0)["score"].to_numpy(), flips(run))
-    print("area under the ROC curve for finding the wrong labels:", ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
-    print(f"the run is in {run.url}; ask it: secateur query {run.url} --target clean --top 5 --harmful")
+    found = detection(read_decisions(run, 0)["score"].to_numpy(), flips(run))
+    print(
+        "area under the ROC curve for finding the wrong labels:",
+        ", ".join(f"{k} {v:.3f}" for k, v in found.items()),
+    )
+    print(
+        f"the run is in {run.url}; ask it: secateur query {run.url} --target clean --top 5 --harmful"
+    )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ class Digits:
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
         """`images` from 0 to 1, flat, and `labels`."""
-        images = np.stack([np.asarray(Image.open(io.BytesIO(s["png"])).convert("L")) for s in samples])
+        images = np.stack(
+            [np.asarray(Image.open(io.BytesIO(s["png"])).convert("L")) for s in samples]
+        )
         labels = [int(s["cls"]) for s in samples]
         return {
             "images": torch.from_numpy(images).float().flatten(1) / 255,

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from examples.images.model import mlp
 from examples.images.task import Digits
-from flows.trainers import Recording, wait_for_shards
+from secateur.flows.trainers import Recording, wait_for_shards
 
 PLAN = "examples/outside/plan.yaml"
 STEPS = 240

@@ -18,7 +18,18 @@ import numpy as np
 from examples.shards import write_shards
 
 BYTES = 65
-MODULES = ("argparse", "ast", "datetime", "decimal", "difflib", "inspect", "pathlib", "tarfile", "typing", "zipfile")
+MODULES = (
+    "argparse",
+    "ast",
+    "datetime",
+    "decimal",
+    "difflib",
+    "inspect",
+    "pathlib",
+    "tarfile",
+    "typing",
+    "zipfile",
+)
 TABLES = ("breast_cancer.csv", "wine_data.csv", "iris.csv", "linnerud_exercise.csv")
 TRAIN, HELD_OUT = 800, 200
 
@@ -36,7 +47,9 @@ def make(out: str, seed: int) -> None:
         held_out[domain] = chosen[TRAIN:]
         train += [(domain, piece) for piece in chosen[:TRAIN]]
     mixed = [train[i] for i in rng.permutation(len(train))]
-    write_shards(str(folder / "train-%06d.tar"), [_sample("train", n, *s) for n, s in enumerate(mixed)], 4)
+    write_shards(
+        str(folder / "train-%06d.tar"), [_sample("train", n, *s) for n, s in enumerate(mixed)], 4
+    )
     parts = {"target": held_out["manual"][:HELD_OUT], "test": held_out["manual"][HELD_OUT:]}
     for name, pieces in parts.items():
         samples = [_sample(name, n, "manual", piece) for n, piece in enumerate(pieces)]
@@ -51,7 +64,9 @@ def domains() -> dict[str, bytes]:
     return {
         "manual": "\n".join(topics[name] for name in sorted(topics)).encode(),
         "code": b"\n".join(
-            (library / f"{name}.py").read_bytes() for name in MODULES if (library / f"{name}.py").exists()
+            (library / f"{name}.py").read_bytes()
+            for name in MODULES
+            if (library / f"{name}.py").exists()
         ),
         "tables": b"\n".join(tables),
     }

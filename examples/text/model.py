@@ -29,7 +29,9 @@ class Layer(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = Attention(width, heads)
-        self.perceptron = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.perceptron = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
@@ -39,7 +41,9 @@ class Layer(nn.Module):
 class Transformer(nn.Module):
     """Predicts each next byte of `batch positions`; the head is the embedding where `tied`."""
 
-    def __init__(self, width: int = 64, heads: int = 4, layers: int = 2, context: int = 64, tied: bool = True) -> None:
+    def __init__(
+        self, width: int = 64, heads: int = 4, layers: int = 2, context: int = 64, tied: bool = True
+    ) -> None:
         super().__init__()
         self.bytes = nn.Embedding(256, width)
         self.positions = nn.Embedding(context, width)

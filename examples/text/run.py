@@ -7,9 +7,9 @@ from typing import Any
 
 from examples.closing import run_and_show, with_control
 from examples.text.make_shards import make
-from tasks.prune import stage_decisions
-from tasks.run import Run
-from tasks.samples import stage_samples
+from secateur.tasks.data.samples import read_stage_samples
+from secateur.tasks.pruning.prune import read_decisions
+from secateur.tasks.run.run import Run
 
 PLAN = "examples/text/plan.yaml"
 
@@ -26,7 +26,7 @@ def main() -> None:
     plans = with_control(PLAN)
     run_and_show(plans, describe)
     run = Run.of(plans[0])
-    samples, keep = stage_samples(run, 0), stage_decisions(run, 0)["keep"].to_list()
+    samples, keep = read_stage_samples(run, 0), read_decisions(run, 0)["keep"].to_list()
     domains = [json.loads(s["json"])["domain"] for s in samples.read(range(len(samples)))]
     for domain in sorted(set(domains)):
         kept = [k for k, d in zip(keep, domains, strict=True) if d == domain]

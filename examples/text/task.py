@@ -15,10 +15,14 @@ class NextByte:
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
         """`bytes`, batch by length."""
         return {
-            "bytes": torch.stack([torch.frombuffer(bytearray(s["txt"]), dtype=torch.uint8) for s in samples]).long()
+            "bytes": torch.stack(
+                [torch.frombuffer(bytearray(s["txt"]), dtype=torch.uint8) for s in samples]
+            ).long()
         }
 
     def losses(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Nats a byte, for each sample."""
         logits = model(batch["bytes"][:, :-1])
-        return functional.cross_entropy(logits.transpose(1, 2), batch["bytes"][:, 1:], reduction="none").mean(1)
+        return functional.cross_entropy(
+            logits.transpose(1, 2), batch["bytes"][:, 1:], reduction="none"
+        ).mean(1)

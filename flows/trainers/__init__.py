@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flows.trainers.recording import Recording
-from flows.trainers.waiting import wait_for_shards
+from secateur.flows.trainers.recording import Recording
+from secateur.flows.trainers.waiting import wait_for_shards
 
 __all__ = ["Recording", "wait_for_shards"]

@@ -13,11 +13,11 @@ from torch.nn import functional
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from flows.trainers.recording import Recording
-from secateur.recorder import Batch
-from tasks.errors import PlanError
-from tasks.outside import steps_committed
-from tasks.plan import Plan
+from secateur.errors import PlanError
+from secateur.flows.trainers.recording import Recording
+from secateur.influence.recorder import RecordedBatch
+from secateur.tasks.external.recording import steps_committed
+from secateur.tasks.plan import Plan
 
 KEY = "__key__"
 IGNORED = -100  # labels that the loss leaves out
@@ -32,7 +32,9 @@ class KeepKeys:
         self.collator = collator
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> Any:
-        batch = self.collator([{name: v for name, v in example.items() if name != KEY} for example in examples])
+        batch = self.collator(
+            [{name: v for name, v in example.items() if name != KEY} for example in examples]
+        )
         batch[KEY] = [example[KEY] for example in examples]
         return batch
 
@@ -56,13 +58,17 @@ class RecordingCallback(TrainerCallback):
         self._plan, self._stage, self._tolerance = plan, stage, tolerance
         self._hooks = ExitStack()
         self._block = ExitStack()
-        self._batch: Batch | None = None
+        self._batch: RecordedBatch | None = None
         self._recorded = False
 
     def checkpoint(self, folder: str) -> str | None:
         """The last of the `Trainer`'s checkpoints in a folder from which the ledger can go on; None to begin anew."""
         done = steps_committed(self._plan, self._stage)
-        found = [p for p in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if p.name.rpartition("-")[2].isdigit()]
+        found = [
+            p
+            for p in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+            if p.name.rpartition("-")[2].isdigit()
+        ]
         steps = {int(p.name.rpartition("-")[2]): p for p in found}
         fit = [step for step in steps if step <= done]
         return str(steps[max(fit)]) if fit else None
@@ -80,14 +86,22 @@ class RecordingCallback(TrainerCallback):
         self._hooks.close()
         self.recording.prepare()
         self._hooks.callback(self.recording.close)
-        self._hooks.callback(model.register_forward_pre_hook(self._before_forward, with_kwargs=True).remove)
-        self._hooks.callback(model.register_forward_hook(self._after_forward, with_kwargs=True).remove)
+        self._hooks.callback(
+            model.register_forward_pre_hook(self._before_forward, with_kwargs=True).remove
+        )
+        self._hooks.callback(
+            model.register_forward_hook(self._after_forward, with_kwargs=True).remove
+        )
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """Decides whether the ledger wants this step."""
         self._recorded = self.recording.reach(state.global_step)
 
-    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """After the backward pass of all but the last micro-batch of a step."""
         self._close_block()
 
@@ -97,18 +111,24 @@ class RecordingCallback(TrainerCallback):
         """After the last one's, and clipping."""
         self._close_block()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """Saves where a segment was committed; a stage that is trained already is not trained on."""
         control.should_training_stop |= self.recording.finished
         if self._recorded and self.recording.at_boundary and args.save_strategy != "no":
             control.should_save = True
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """Commits the rest, and that the stage is trained."""
         with self._hooks:
             self.recording.finish()
 
-    def _before_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def _before_forward(
+        self, model: nn.Module, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
         keys = kwargs.get(KEY)
         rest = {name: value for name, value in kwargs.items() if name != KEY}
         if self._recorded and model.training and torch.is_grad_enabled():
@@ -121,16 +141,22 @@ class RecordingCallback(TrainerCallback):
             self._batch = self._block.enter_context(self.recording.batch(keys))
         return args, rest
 
-    def _after_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    def _after_forward(
+        self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
+    ) -> None:
         if (batch := self._batch) is None:
             return
-        loss, logits = (output.get(name) if isinstance(output, dict) else None for name in ("loss", "logits"))
+        loss, logits = (
+            output.get(name) if isinstance(output, dict) else None for name in ("loss", "logits")
+        )
         labels = kwargs.get("labels")
         if loss is None or logits is None or labels is None:
             raise PlanError(
                 "the model gave no loss of its own; a Trainer with compute_loss_func or label smoothing is not known"
             )
-        losses, counts = _losses(logits.detach(), labels, loss.detach(), kwargs.get("num_items_in_batch"))
+        losses, counts = _losses(
+            logits.detach(), labels, loss.detach(), kwargs.get("num_items_in_batch")
+        )
         batch.losses = losses
         total = kwargs.get("num_items_in_batch") or counts.sum()
 
@@ -176,10 +202,16 @@ def _check_arguments(args: TrainingArguments) -> None:
         PlanError: it is.
     """
     if args.remove_unused_columns:
-        raise PlanError(f"the Trainer would take `{KEY}` out of the examples; set `remove_unused_columns=False`")
+        raise PlanError(
+            f"the Trainer would take `{KEY}` out of the examples; set `remove_unused_columns=False`"
+        )
     if args.world_size > 1 or args.n_gpu > 1:
         raise PlanError("recording sees the samples of one process on one device; train on one")
     if args.fp16:
-        raise PlanError("`fp16` leaves steps out that the ledger counts; use `bf16` or full precision")
+        raise PlanError(
+            "`fp16` leaves steps out that the ledger counts; use `bf16` or full precision"
+        )
     if args.torch_compile:
-        raise PlanError("a compiled model does not call its layers one by one; leave `torch_compile` off")
+        raise PlanError(
+            "a compiled model does not call its layers one by one; leave `torch_compile` off"
+        )

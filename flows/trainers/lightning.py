@@ -13,11 +13,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from flows.trainers.recording import Recording
-from secateur.recorder import Batch
-from tasks.errors import PlanError
-from tasks.outside import Keys
-from tasks.plan import Plan
+from secateur.errors import PlanError
+from secateur.flows.trainers.recording import Recording
+from secateur.influence.recorder import RecordedBatch
+from secateur.tasks.external.recording import Keys
+from secateur.tasks.plan import Plan
 
 
 class RecordingCallback(Callback):
@@ -43,9 +43,15 @@ class RecordingCallback(Callback):
         keys: Callable[[Any], Keys] = itemgetter("__key__"),
         tolerance: float = 1e-3,
     ) -> None:
-        self._plan, self._stage, self._model, self._keys, self._tolerance = plan, stage, model, keys, tolerance
+        self._plan, self._stage, self._model, self._keys, self._tolerance = (
+            plan,
+            stage,
+            model,
+            keys,
+            tolerance,
+        )
         self._block = ExitStack()
-        self._batch: Batch | None = None
+        self._batch: RecordedBatch | None = None
         self.recording: Recording | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -59,7 +65,9 @@ class RecordingCallback(Callback):
         self.recording.prepare()
         trainer.should_stop |= self.recording.finished
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Announces a batch, or a part of one, where the ledger wants its step."""
         assert self.recording is not None
         if self.recording.reach(trainer.global_step):
@@ -68,7 +76,9 @@ class RecordingCallback(Callback):
             share = 1 / (len(keys) * trainer.accumulate_grad_batches)
             self._batch.weights = torch.full((len(keys),), share, dtype=torch.float64)
 
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
         """Takes the samples' losses, if there are any."""
         losses = getattr(pl_module, "sample_losses", None)
         if self._batch is not None and losses is not None:
@@ -87,7 +97,9 @@ class RecordingCallback(Callback):
         finally:
             self.recording.close()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         """Leaves model and optimizer without hooks."""
         if self.recording is not None:
             self._block.close()
@@ -107,4 +119,6 @@ def _check_trainer(trainer: Trainer, module: LightningModule) -> None:
             "recording follows one optimizer under automatic optimization; for another loop use `flows.trainers.Recording`"
         )
     if trainer.precision == "16-mixed":
-        raise PlanError("`16-mixed` leaves steps out that the ledger counts; use `bf16-mixed` or full precision")
+        raise PlanError(
+            "`16-mixed` leaves steps out that the ledger counts; use `bf16-mixed` or full precision"
+        )

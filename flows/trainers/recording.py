@@ -5,22 +5,22 @@ from __future__ import annotations
 from prefect.client.orchestration import get_client
 from prefect.settings import get_current_settings
 
-from flows import events
-from tasks import outside
-from tasks.progress import say
-from tasks.train import Trained
+from secateur.flows import events
+from secateur.tasks.engine.progress import print_status
+from secateur.tasks.external import recording
+from secateur.tasks.training.train import TrainingResult
 
 
-class Recording(outside.Recording):
-    __doc__ = outside.Recording.__doc__
+class Recording(recording.Recording):
+    __doc__ = recording.Recording.__doc__
 
-    def finish(self) -> Trained:
+    def finish(self) -> TrainingResult:
         """Commits what is left, and emits `secateur.stage.trained`; training does not fail where nobody can be told."""
         trained = super().finish()
         if (why := _unreachable()) is None:
-            events.trained(self.run.url, self.stage)
+            events.emit_trained(self.run.url, self.stage)
         else:
-            say(
+            print_status(
                 f"stage {self.stage} of {self.run.url} is trained; {why}, so nothing was triggered: "
                 f"`secateur prune {self.run.url} --stage {self.stage}` prunes it"
             )
@@ -36,4 +36,8 @@ def _unreachable() -> str | None:
             problem = client.api_healthcheck()
     except Exception as error:  # whatever it is, training has not failed
         problem = error
-    return None if problem is None else f"the Prefect server {url} does not answer ({type(problem).__name__})"
+    return (
+        None
+        if problem is None
+        else f"the Prefect server {url} does not answer ({type(problem).__name__})"
+    )

@@ -9,16 +9,18 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.settings import get_current_settings
 
-from flows.alone import whole_url
-from tasks.errors import PlanError
-from tasks.progress import SECONDS_BETWEEN_LINES, say
-from tasks.prune import OWN
-from tasks.run import Run
-from tasks.samples import stage_shards
-from tasks.trust import refusal
+from secateur.errors import PlanError
+from secateur.flows.run_lock import absolute_url
+from secateur.tasks.data.samples import stage_shard_urls
+from secateur.tasks.engine.progress import SECONDS_BETWEEN_LINES, print_status
+from secateur.tasks.pruning.gates import refusal_reason
+from secateur.tasks.pruning.prune import PLAN_PRUNING
+from secateur.tasks.run.run import Run
 
 
-def wait_for_shards(run: str, stage: int, timeout: float | None = None, poll: float = 2.0) -> list[str]:
+def wait_for_shards(
+    run: str, stage: int, timeout: float | None = None, poll: float = 2.0
+) -> list[str]:
     """Waits until a stage is pruned, saying so now and then.
 
     Args:
@@ -39,11 +41,16 @@ def wait_for_shards(run: str, stage: int, timeout: float | None = None, poll: fl
             f"the plan of {opened.url} does not prune a stage {stage}, so no shards will come; see its `stages`"
         )
     start = shown = time.monotonic()
-    while not opened.folder.stage(stage).prune(OWN).committed:
+    while not opened.folder.stage(stage).prune(PLAN_PRUNING).committed:
         now, trained = time.monotonic(), opened.folder.stage(stage).trained.committed
         state = "trained" if trained else "not trained yet"
-        late, due = timeout is not None and now - start >= timeout, now - shown >= SECONDS_BETWEEN_LINES
-        if why := refusal(opened, stage, OWN) or (_failure(opened, stage) if trained and (late or due) else None):
+        late, due = (
+            timeout is not None and now - start >= timeout,
+            now - shown >= SECONDS_BETWEEN_LINES,
+        )
+        if why := refusal_reason(opened, stage, PLAN_PRUNING) or (
+            _failure(opened, stage) if trained and (late or due) else None
+        ):
             raise PlanError(why)
         if late:
             raise PlanError(
@@ -52,19 +59,27 @@ def wait_for_shards(run: str, stage: int, timeout: float | None = None, poll: fl
             )
         if due:
             shown = now
-            say(f"stage {stage} of {opened.url} is {state}; waited {now - start:.0f} s for its shards")
+            print_status(
+                f"stage {stage} of {opened.url} is {state}; waited {now - start:.0f} s for its shards"
+            )
         time.sleep(poll)
-    return stage_shards(opened, stage + 1)
+    return stage_shard_urls(opened, stage + 1)
 
 
 def _failure(run: Run, stage: int) -> str | None:
     """How the last flow run that was to prune a stage has failed; one that came before the stage was trained counts not."""
     if get_current_settings().api.url is None:
         return None
-    name = FlowRunFilter(name=FlowRunFilterName(any_=[f"prune {whole_url(run)} stage {stage}"]))
+    name = FlowRunFilter(name=FlowRunFilterName(any_=[f"prune {absolute_url(run)} stage {stage}"]))
     with get_client(sync_client=True) as client:
-        found = client.read_flow_runs(flow_run_filter=name, sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=1)
-    if not found or found[0].state is None or not (found[0].state.is_failed() or found[0].state.is_crashed()):
+        found = client.read_flow_runs(
+            flow_run_filter=name, sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=1
+        )
+    if (
+        not found
+        or found[0].state is None
+        or not (found[0].state.is_failed() or found[0].state.is_crashed())
+    ):
         return None
     message = str(found[0].state.message or found[0].state.name)
     if "not wholly trained" in message:

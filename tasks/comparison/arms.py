@@ -9,9 +9,9 @@ from typing import Any, get_args
 
 import yaml
 
-from tasks.errors import PlanError
-from tasks.plan import Plan, Policy, Score
-from tasks.reading import validated
+from secateur.errors import PlanError
+from secateur.tasks.plan import Plan, Policy, ScoreConfig
+from secateur.tasks.plan.plan_file import validate_model
 
 # What an arm has instead of the plan's own, by key: those of another policy (`policy: none` for no pruning) and of other
 # score settings. A policy that needs `keep` takes the plan's, or the share that the plan's own policy came to keep.
@@ -19,9 +19,12 @@ Arm = dict[str, Any]
 
 PLAN, RANDOM, UNPRUNED = "plan", "random", "unpruned"
 ALWAYS: dict[str, Arm] = {PLAN: {}, RANDOM: {"policy": "random"}, UNPRUNED: {"policy": "none"}}
-KINDS = {kind.model_fields["policy"].default: set(kind.model_fields) for kind in get_args(get_args(Policy)[0])}
+KINDS = {
+    kind.model_fields["policy"].default: set(kind.model_fields)
+    for kind in get_args(get_args(Policy)[0])
+}
 POLICY_KEYS = set[str]().union(*KINDS.values())
-SCORE_KEYS = set(Score.model_fields) - {"target"}
+SCORE_KEYS = set(ScoreConfig.model_fields) - {"target"}
 NAME = re.compile(r"[\w.-]+")
 
 
@@ -37,15 +40,23 @@ def read_arms(options: list[str], path: str | None = None) -> dict[str, dict[str
         try:
             found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise PlanError(f"the arms {path} cannot be read: {' '.join(str(error).split())}") from error
+            raise PlanError(
+                f"the arms {path} cannot be read: {' '.join(str(error).split())}"
+            ) from error
         if not isinstance(found, dict):
-            raise PlanError(f"the arms {path} are no mapping; give lines like `el2n: {{policy: el2n, keep: 0.5}}`")
+            raise PlanError(
+                f"the arms {path} are no mapping; give lines like `el2n: {{policy: el2n, keep: 0.5}}`"
+            )
     for option in options:
         name, equals, settings = option.partition("=")
         pairs = [part.partition(":") for part in settings.split(",")]
         if equals and not all(colon for _, colon, _ in pairs):
-            raise PlanError(f"--arm {option} is no arm; give a policy's name, or name=key:value,key:value")
-        found[name] = {key: yaml.safe_load(value) for key, _, value in pairs} if equals else {"policy": name}
+            raise PlanError(
+                f"--arm {option} is no arm; give a policy's name, or name=key:value,key:value"
+            )
+        found[name] = (
+            {key: yaml.safe_load(value) for key, _, value in pairs} if equals else {"policy": name}
+        )
     return {str(name): settings for name, settings in found.items()}
 
 
@@ -59,9 +70,13 @@ def check_arms(settings: dict[str, Arm]) -> dict[str, Arm]:
         if name in ALWAYS:
             raise PlanError(f"every comparison has an arm {name}; choose another name")
         if not NAME.fullmatch(name):
-            raise PlanError(f"{name!r} is no name for an arm; use letters, digits, `.`, `_` and `-`")
+            raise PlanError(
+                f"{name!r} is no name for an arm; use letters, digits, `.`, `_` and `-`"
+            )
         if not isinstance(arm, dict):
-            raise PlanError(f"the arm {name} is {arm!r}; give settings, as in `{name}: {{policy: loss}}`")
+            raise PlanError(
+                f"the arm {name} is {arm!r}; give settings, as in `{name}: {{policy: loss}}`"
+            )
         for key in map(str, arm):
             if key not in POLICY_KEYS | SCORE_KEYS:
                 known = sorted(POLICY_KEYS | SCORE_KEYS)
@@ -87,7 +102,7 @@ def arm_plan(plan: Plan, name: str, arm: Arm, shares: dict[int, float]) -> Plan:
         values["score"] |= {key: arm[key] for key in SCORE_KEYS & arm.keys()}
         for number, stage in enumerate(values["stages"]):
             stage["prune"] = _policy(arm, stage["prune"], shares.get(number))
-    return validated(Plan, values, f"the arm {name}")
+    return validate_model(Plan, values, f"the arm {name}")
 
 
 def _policy(arm: Arm, own: dict[str, Any] | None, share: float | None) -> dict[str, Any] | None:

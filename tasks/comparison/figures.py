@@ -9,10 +9,10 @@ import polars as pl
 from pydantic import BaseModel
 from scipy import stats
 
-from storage.frames import read_frame, write_frame
-from tasks.behaviour import task
-from tasks.run import Run
-from tasks.samples import stage_samples
+from secateur.storage.frames import read_frame, write_frame
+from secateur.tasks.data.samples import read_stage_samples
+from secateur.tasks.engine.prefect_task import pipeline_task
+from secateur.tasks.run.run import Run
 
 FIGURES = "figures.parquet"
 CONFIDENCE = 0.95
@@ -46,11 +46,15 @@ class Interval(BaseModel):
         """The mean and its interval, where there is one."""
         sign = "+" if signed else ""
         mean = f"{self.mean:{sign}.4f}"
-        return mean if self.low is None else f"{mean} ({self.low:{sign}.4f} to {self.high:{sign}.4f})"
+        return (
+            mean if self.low is None else f"{mean} ({self.low:{sign}.4f} to {self.high:{sign}.4f})"
+        )
 
 
-@task("note figures", makes=lambda run, *_: run.folder.figures)
-def note_figures(run_url: str, seed: int, judges: list[str], seconds: dict[int, float] | None) -> None:
+@pipeline_task("note figures", makes=lambda run, *_: run.folder.figures)
+def write_figures(
+    run_url: str, seed: int, judges: list[str], seconds: dict[int, float] | None
+) -> None:
     """Stores what an arm's finished run came to, one row a stage, target and figure.
 
     Args:
@@ -78,7 +82,7 @@ def _rows(run: Run, stage: int, judges: list[str]) -> list[dict[str, object]]:
     pruned = folder.prune("plan")
     common = {
         "stage": stage,
-        "samples": len(stage_samples(run, stage)),
+        "samples": len(read_stage_samples(run, stage)),
         "kept": int(pruned.manifest.facts["kept"]) if pruned.committed else None,
         "steps": int(trained[-1]["next_step"]),
         "train_seconds": sum(float(facts["seconds"]) for facts in trained),
@@ -96,20 +100,28 @@ def read_figures(urls: Sequence[str]) -> pl.DataFrame:
     return pl.concat([read_frame(Run.open(url).folder.figures, FIGURES) for url in urls])
 
 
-def summarise(frame: pl.DataFrame, against: Sequence[str]) -> pl.DataFrame:
+def summarize_figures(frame: pl.DataFrame, against: Sequence[str]) -> pl.DataFrame:
     """One row an arm, target and figure at the last stage's end: `mean`, `low`, `high` over the seeds, and the same of
     the difference from each arm of `against`, seed by seed, as `<arm>_mean`, `<arm>_low`, `<arm>_high`."""
     last = frame.filter(pl.col("stage") == pl.col("stage").max()).sort("seed")
     rows = []
-    for (arm, target, judging, figure), own in last.group_by("arm", "target", "judges", "figure", maintain_order=True):
+    for (arm, target, judging, figure), own in last.group_by(
+        "arm", "target", "judges", "figure", maintain_order=True
+    ):
         row: dict[str, object] = {"arm": arm, "target": target, "judges": judging, "figure": figure}
         row |= Interval.of(own["value"].to_list()).model_dump()
         for other in against:
-            theirs = last.filter(pl.col("arm") == other, pl.col("target") == target, pl.col("figure") == figure)
-            found = Interval.of((own["value"] - theirs["value"]).to_list()) if arm != other else None
+            theirs = last.filter(
+                pl.col("arm") == other, pl.col("target") == target, pl.col("figure") == figure
+            )
+            found = (
+                Interval.of((own["value"] - theirs["value"]).to_list()) if arm != other else None
+            )
             row |= {
                 f"{other}_{k}": v
-                for k, v in (found.model_dump() if found else dict.fromkeys(Interval.model_fields)).items()
+                for k, v in (
+                    found.model_dump() if found else dict.fromkeys(Interval.model_fields)
+                ).items()
             }
         rows.append(row)
     return pl.DataFrame(rows, infer_schema_length=None)

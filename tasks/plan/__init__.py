@@ -6,110 +6,152 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
-from tasks.plan.base import Data, Factory, Strict, Target, TaskSpec, without_credentials
-from tasks.plan.bases import Coordinates, Curvature, EmpiricalFisher, Fisher, Hessian, Kronecker, NoCurvature
-from tasks.plan.optimizers import SGD, Adam, AdamW, Optimizer, ParameterGroup, RMSprop, Schedule
-from tasks.plan.scores import Audit, Replay, Score, Trial, Trust, is_effect
-from tasks.plan.stages import (
-    POLICIES,
-    PREVIOUS,
-    AutoWindows,
-    Balanced,
-    Baseline,
-    DropHarmful,
-    ErrorNorm,
-    GradientNorm,
-    LossControl,
-    Policy,
-    RandomControl,
-    Select,
-    Stage,
-    Threshold,
-    Top,
-    TracIn,
-    Window,
+from secateur.tasks.plan.base import (
+    Config,
+    DataConfig,
+    FactoryConfig,
+    TargetConfig,
+    TaskConfig,
+    without_credentials,
 )
-from tasks.plan.workers import Workers
+from secateur.tasks.plan.bases import (
+    CoordinateBasisConfig,
+    CurvatureConfig,
+    EmpiricalFisherConfig,
+    FisherConfig,
+    HessianConfig,
+    KroneckerBasisConfig,
+    NoCurvatureConfig,
+)
+from secateur.tasks.plan.optimizers import (
+    AdamConfig,
+    AdamWConfig,
+    OptimizerConfig,
+    ParameterGroupConfig,
+    RMSpropConfig,
+    ScheduleConfig,
+    SGDConfig,
+)
+from secateur.tasks.plan.scores import (
+    AuditConfig,
+    ReplayConfig,
+    ScoreConfig,
+    TrialConfig,
+    TrustConfig,
+    is_effect,
+)
+from secateur.tasks.plan.stages import (
+    POLICY_NAMES,
+    PREVIOUS,
+    AutoWindowsConfig,
+    BalancedPolicy,
+    BaselinePolicy,
+    DropHarmfulPolicy,
+    EL2NPolicy,
+    GraNdPolicy,
+    LossPolicy,
+    Policy,
+    RandomPolicy,
+    SelectionConfig,
+    StageConfig,
+    ThresholdPolicy,
+    TopPolicy,
+    TracInPolicy,
+    WindowConfig,
+)
+from secateur.tasks.plan.workers import WorkersConfig
 
 __all__ = [
-    "POLICIES",
+    "POLICY_NAMES",
     "PREVIOUS",
-    "SGD",
-    "Adam",
-    "AdamW",
-    "Audit",
-    "AutoWindows",
-    "Balanced",
-    "Baseline",
-    "Coordinates",
-    "Curvature",
-    "Data",
-    "DropHarmful",
-    "EmpiricalFisher",
-    "ErrorNorm",
-    "Factory",
-    "Fisher",
-    "GradientNorm",
-    "Hessian",
-    "Kronecker",
-    "LossControl",
-    "NoCurvature",
-    "Optimizer",
-    "ParameterGroup",
-    "Plan",
+    "AdamConfig",
+    "AdamWConfig",
+    "AuditConfig",
+    "AutoWindowsConfig",
+    "BalancedPolicy",
+    "BaselinePolicy",
+    "Config",
+    "CoordinateBasisConfig",
+    "CurvatureConfig",
+    "DataConfig",
+    "DropHarmfulPolicy",
+    "EL2NPolicy",
+    "EmpiricalFisherConfig",
+    "FactoryConfig",
+    "FisherConfig",
+    "GraNdPolicy",
+    "HessianConfig",
+    "KroneckerBasisConfig",
+    "LossPolicy",
+    "NoCurvatureConfig",
+    "OptimizerConfig",
+    "ParameterGroupConfig",
     "Policy",
-    "RMSprop",
-    "RandomControl",
-    "Replay",
-    "Schedule",
-    "Score",
-    "Select",
-    "Stage",
-    "Strict",
-    "Target",
-    "TaskSpec",
-    "Threshold",
-    "Top",
-    "TracIn",
-    "Trial",
-    "Trust",
-    "Window",
-    "Workers",
+    "RMSpropConfig",
+    "RandomPolicy",
+    "ReplayConfig",
+    "SGDConfig",
+    "ScheduleConfig",
+    "ScoreConfig",
+    "SelectionConfig",
+    "StageConfig",
+    "TargetConfig",
+    "TaskConfig",
+    "ThresholdPolicy",
+    "TopPolicy",
+    "TracInPolicy",
+    "TrialConfig",
+    "TrustConfig",
+    "WindowConfig",
+    "WorkersConfig",
+    "is_effect",
 ]
 
 
-class Plan(Strict):
+class Plan(Config):
     """A whole run."""
 
     run: str = Field(pattern=r"^\w[\w.-]*$", description="the run's name, a folder under `root`")
     root: str = Field("runs", description="path or URL of the folder that holds runs")
-    seed: NonNegativeInt = Field(0, description="of the initial weights, the order of samples and every draw")
-    device: str = Field("cpu", description="torch's name of it: `cpu`, `cuda:0`")
-    dtype: Literal["float32", "float64"] = Field("float32", description="of parameters, contributions and embeddings")
-    threads: PositiveInt | None = Field(None, description="torch's CPU threads; all cores if null")
-    model: Factory
-    task: TaskSpec
-    data: Data
-    targets: dict[Annotated[str, Field(pattern=r"^\w+$")], Target] = Field(
-        min_length=1, description="what the data should be good for: validation sets by name, each with its `shards`"
+    seed: NonNegativeInt = Field(
+        0, description="of the initial weights, the order of samples and every draw"
     )
-    optimizer: Optimizer = Field(
+    device: str = Field("cpu", description="torch's name of it: `cpu`, `cuda:0`")
+    dtype: Literal["float32", "float64"] = Field(
+        "float32", description="of parameters, contributions and embeddings"
+    )
+    threads: PositiveInt | None = Field(None, description="torch's CPU threads; all cores if null")
+    model: FactoryConfig
+    task: TaskConfig
+    data: DataConfig
+    targets: dict[Annotated[str, Field(pattern=r"^\w+$")], TargetConfig] = Field(
+        min_length=1,
+        description="what the data should be good for: validation sets by name, each with its `shards`",
+    )
+    optimizer: OptimizerConfig = Field(
         description="`kind` (sgd, adam, adamw or rmsprop), `lr`, and torch's own settings of it"
     )
-    schedule: Schedule = Schedule()
-    stages: list[Stage] = Field(
+    schedule: ScheduleConfig = ScheduleConfig()
+    stages: list[StageConfig] = Field(
         min_length=1, description="one after the other; each but the first trains on what is kept"
     )
-    segment_steps: PositiveInt = Field(50, description="steps between checkpoints, and a ledger file each")
-    basis: Annotated[Kronecker | Coordinates, Field(discriminator="kind")] | None = Field(
-        None, description="null for the optimizer's own: kronecker for sgd, coordinates for the others"
+    segment_steps: PositiveInt = Field(
+        50, description="steps between checkpoints, and a ledger file each"
     )
-    uncaptured: list[str] = Field(default_factory=list, description="parameters left out, as name patterns")
-    curvature: Curvature = EmpiricalFisher()
-    score: Score = Score()
-    replay: Replay = Replay()
-    audit: Audit | None = None
-    trust: Trust = Trust()
+    basis: (
+        Annotated[KroneckerBasisConfig | CoordinateBasisConfig, Field(discriminator="kind")] | None
+    ) = Field(
+        None,
+        description="null for the optimizer's own: kronecker for sgd, coordinates for the others",
+    )
+    uncaptured: list[str] = Field(
+        default_factory=list, description="parameters left out, as name patterns"
+    )
+    curvature: CurvatureConfig = EmpiricalFisherConfig()
+    score: ScoreConfig = ScoreConfig()
+    replay: ReplayConfig = ReplayConfig()
+    audit: AuditConfig | None = None
+    trust: TrustConfig = TrustConfig()
     components: PositiveInt | None = Field(
         None,
         description="principal components that a stage's embeddings are reduced to before they are kept; all if null",
@@ -122,8 +164,9 @@ class Plan(Strict):
     index: Literal["flat", "fp16", "sq8"] = Field(
         "flat", description="how FAISS keeps embeddings: as they are, or smaller"
     )
-    workers: Workers = Field(
-        Workers(), description="who does it; a run may be started with some workers and resumed with others"
+    workers: WorkersConfig = Field(
+        WorkersConfig(),
+        description="who does it; a run may be started with some workers and resumed with others",
     )
 
     @field_validator("root")
@@ -134,11 +177,17 @@ class Plan(Strict):
     @model_validator(mode="after")
     def _consistent(self) -> Plan:
         if self.score.target is not None and self.score.target not in self.targets:
-            raise ValueError(f"score.target {self.score.target} is none of the targets {', '.join(self.targets)}")
+            raise ValueError(
+                f"score.target {self.score.target} is none of the targets {', '.join(self.targets)}"
+            )
         for asked in (select.target for stage in self.stages for select in stage.selections):
             if asked is not None and asked not in self.targets:
-                raise ValueError(f"a window's select.target {asked} is none of the targets {', '.join(self.targets)}")
-        if isinstance(self.basis, Kronecker) and not isinstance(self.optimizer, SGD):
+                raise ValueError(
+                    f"a window's select.target {asked} is none of the targets {', '.join(self.targets)}"
+                )
+        if isinstance(self.basis, KroneckerBasisConfig) and not isinstance(
+            self.optimizer, SGDConfig
+        ):
             raise ValueError(
                 f"a kronecker basis cannot follow {self.optimizer.kind}, which treats every parameter by its own history; "
                 f"set `basis: {{kind: coordinates}}`"
@@ -153,7 +202,7 @@ class Plan(Strict):
     def _windows_known(self) -> Plan:
         for number, stage in enumerate(self.stages):
             if (
-                isinstance(stage.windows, AutoWindows)
+                isinstance(stage.windows, AutoWindowsConfig)
                 and stage.windows.auto == PREVIOUS
                 and self.profiled_before(number) < 0
             ):
@@ -182,17 +231,23 @@ class Plan(Strict):
             )
         for stage in (self.audit and self.audit.stages) or []:
             if stage >= len(self.stages):
-                raise ValueError(f"audit.stages names stage {stage}; the last is {len(self.stages) - 1}")
+                raise ValueError(
+                    f"audit.stages names stage {stage}; the last is {len(self.stages) - 1}"
+                )
         return self
 
     def profiled_before(self, number: int) -> int:
         """The nearest stage before one that is recorded whole, so that its profile can show phases; -1 if there is none."""
-        return next((n for n in reversed(range(number)) if self.stages[n].recorded_whole), -1)
+        return next((n for n in reversed(range(number)) if self.stages[n].is_recorded_whole), -1)
 
     @property
-    def numbers(self) -> Kronecker | Coordinates:
+    def numbers(self) -> KroneckerBasisConfig | CoordinateBasisConfig:
         """The basis: the plan's, or the optimizer's own."""
-        return self.basis or (Kronecker() if isinstance(self.optimizer, SGD) else Coordinates())
+        return self.basis or (
+            KroneckerBasisConfig()
+            if isinstance(self.optimizer, SGDConfig)
+            else CoordinateBasisConfig()
+        )
 
     @property
     def estimate(self) -> Literal["embedding", "replay"]:
@@ -207,4 +262,6 @@ class Plan(Strict):
     def judging(self, target: str) -> float:
         """Share of a target's samples that judge and never score."""
         share = self.targets[target].judging
-        return (0.5 if self.trust.trial and target == self.target else 0.0) if share is None else share
+        return (
+            (0.5 if self.trust.trial and target == self.target else 0.0) if share is None else share
+        )

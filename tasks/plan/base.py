@@ -6,39 +6,45 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from storage.urls import check_url
+from secateur.storage.urls import check_url
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Strict(BaseModel):
+class Config(BaseModel):
     """A part of the plan: unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
 
-class Factory(Strict):
+class FactoryConfig(Config):
     """A Python object made from an import path and arguments."""
 
     factory: str = Field(pattern=r"^[\w.]+:\w+$", description="import path, `package.module:name`")
-    args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments it is called with")
-
-
-class TaskSpec(Factory):
-    """How a sample becomes tensors and a loss: an object with `collate(samples)` and `losses(model, batch)`."""
-
-    reduction: Literal["mean", "sum", "token_mean"] = Field(
-        "mean", description="how a batch's losses become one; `token_mean` weighs samples by the task's `sizes(batch)`"
+    args: dict[str, Any] = Field(
+        default_factory=dict, description="keyword arguments it is called with"
     )
 
 
-class Data(Strict):
+class TaskConfig(FactoryConfig):
+    """How a sample becomes tensors and a loss: an object with `collate(samples)` and `losses(model, batch)`."""
+
+    reduction: Literal["mean", "sum", "token_mean"] = Field(
+        "mean",
+        description="how a batch's losses become one; `token_mean` weighs samples by the task's `sizes(batch)`",
+    )
+
+
+class DataConfig(Config):
     """WebDataset shards, local or on S3."""
 
-    shards: str | list[str] = Field(description="paths or URLs, with brace notation: `train-{000000..000003}.tar`")
+    shards: str | list[str] = Field(
+        description="paths or URLs, with brace notation: `train-{000000..000003}.tar`"
+    )
     damaged: Literal["fail", "skip"] = Field(
-        "fail", description="what to do with a shard that is no whole tar: stop, or leave it out and report it"
+        "fail",
+        description="what to do with a shard that is no whole tar: stop, or leave it out and report it",
     )
 
     @field_validator("shards")
@@ -49,7 +55,7 @@ class Data(Strict):
         return shards
 
 
-class Target(Data):
+class TargetConfig(DataConfig):
     """A validation set."""
 
     judging: Share | None = Field(

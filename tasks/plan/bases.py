@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
-from tasks.plan.base import Strict
+from secateur.tasks.plan.base import Config
 
 
-class Kronecker(Strict):
+class KroneckerBasisConfig(Config):
     """`P_out^T C P_in` a block: `rank` numbers squared."""
 
     kind: Literal["kronecker"] = "kronecker"
@@ -18,44 +18,53 @@ class Kronecker(Strict):
     fit_steps: PositiveInt = Field(10, description="steps the basis is fitted on, then rewound")
 
 
-class Coordinates(Strict):
+class CoordinateBasisConfig(Config):
     """The entries of most energy, as many of each block."""
 
     kind: Literal["coordinates"] = "coordinates"
-    numbers: PositiveInt | None = Field(2048, description="over all blocks; null for every parameter")
+    numbers: PositiveInt | None = Field(
+        2048, description="over all blocks; null for every parameter"
+    )
     fit_steps: PositiveInt = Field(10, description="steps the basis is fitted on, then rewound")
 
 
-class CurvatureBase(Strict):
+class CurvatureBase(Config):
     """How the gradient answers a change of the parameters."""
 
-    coupling: Literal["block", "full"] = Field("block", description="whether blocks answer one another")
+    coupling: Literal["block", "full"] = Field(
+        "block", description="whether blocks answer one another"
+    )
 
 
-class EmpiricalFisher(CurvatureBase):
+class EmpiricalFisherConfig(CurvatureBase):
     """From the recorded contributions; nothing more is computed."""
 
     kind: Literal["empirical_fisher"] = "empirical_fisher"
 
 
-class Fisher(CurvatureBase):
+class FisherConfig(CurvatureBase):
     """From labels drawn from the model, one more pass a recorded step; the task needs `sampled(model, batch)`."""
 
     kind: Literal["fisher"] = "fisher"
 
 
-class Hessian(CurvatureBase):
+class HessianConfig(CurvatureBase):
     """Exact in the basis, by Hessian-vector products."""
 
     kind: Literal["hessian"] = "hessian"
     every: PositiveInt = Field(20, description="steps that one evaluation stands for")
-    samples: PositiveInt = Field(512, description="at most so many of those steps' samples, evenly taken")
+    samples: PositiveInt = Field(
+        512, description="at most so many of those steps' samples, evenly taken"
+    )
 
 
-class NoCurvature(CurvatureBase):
+class NoCurvatureConfig(CurvatureBase):
     """The gradient does not answer."""
 
     kind: Literal["none"] = "none"
 
 
-Curvature = Annotated[EmpiricalFisher | Fisher | Hessian | NoCurvature, Field(discriminator="kind")]
+CurvatureConfig = Annotated[
+    EmpiricalFisherConfig | FisherConfig | HessianConfig | NoCurvatureConfig,
+    Field(discriminator="kind"),
+]

@@ -6,28 +6,34 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat
 
-from tasks.plan.base import Share, Strict
+from secateur.tasks.plan.base import Config, Share
 
 
-class ParameterGroup(Strict):
+class ParameterGroupConfig(Config):
     """Parameters with settings of their own."""
 
     parameters: list[str] = Field(min_length=1, description="name patterns: `*.bias`")
     lr: PositiveFloat | None = Field(None, description="the optimizer's if null")
-    weight_decay: Annotated[float, Field(ge=0)] | None = Field(None, description="the optimizer's if null")
+    weight_decay: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="the optimizer's if null"
+    )
 
 
-class OptimizerBase(Strict):
+class OptimizerBase(Config):
     """What all optimizers have; one serves every stage."""
 
     lr: PositiveFloat
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    groups: list[ParameterGroup] = Field(default_factory=list, description="the first that matches a name holds")
+    groups: list[ParameterGroupConfig] = Field(
+        default_factory=list, description="the first that matches a name holds"
+    )
     clip_norm: PositiveFloat | None = Field(None, description="largest norm of a step's gradient")
-    at_stage: Literal["reset", "carry"] = Field("reset", description="the optimizer's state at a stage boundary")
+    at_stage: Literal["reset", "carry"] = Field(
+        "reset", description="the optimizer's state at a stage boundary"
+    )
 
 
-class SGD(OptimizerBase):
+class SGDConfig(OptimizerBase):
     """Stochastic gradient descent."""
 
     kind: Literal["sgd"] = "sgd"
@@ -35,7 +41,7 @@ class SGD(OptimizerBase):
     nesterov: bool = False
 
 
-class AdamW(OptimizerBase):
+class AdamWConfig(OptimizerBase):
     """Adam with decoupled weight decay."""
 
     kind: Literal["adamw"] = "adamw"
@@ -43,7 +49,7 @@ class AdamW(OptimizerBase):
     eps: PositiveFloat = 1e-8
 
 
-class Adam(OptimizerBase):
+class AdamConfig(OptimizerBase):
     """Adam; weight decay is part of the gradient."""
 
     kind: Literal["adam"] = "adam"
@@ -51,7 +57,7 @@ class Adam(OptimizerBase):
     eps: PositiveFloat = 1e-8
 
 
-class RMSprop(OptimizerBase):
+class RMSpropConfig(OptimizerBase):
     """RMSProp."""
 
     kind: Literal["rmsprop"] = "rmsprop"
@@ -60,13 +66,21 @@ class RMSprop(OptimizerBase):
     momentum: Share = 0.0
 
 
-Optimizer = Annotated[SGD | AdamW | Adam | RMSprop, Field(discriminator="kind")]
+OptimizerConfig = Annotated[
+    SGDConfig | AdamWConfig | AdamConfig | RMSpropConfig, Field(discriminator="kind")
+]
 
 
-class Schedule(Strict):
+class ScheduleConfig(Config):
     """Learning rate over the steps: a linear warm-up, then constant or a cosine to `final`."""
 
     kind: Literal["constant", "cosine"] = "constant"
-    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="share of the steps spent warming up")
-    final: Annotated[float, Field(ge=0, le=1)] = Field(0.1, description="last rate of a cosine, as a share of `lr`")
-    over: Literal["stage", "run"] = Field("stage", description="what it spans; `run` needs `steps` in every stage")
+    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of the steps spent warming up"
+    )
+    final: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.1, description="last rate of a cosine, as a share of `lr`"
+    )
+    over: Literal["stage", "run"] = Field(
+        "stage", description="what it spans; `run` needs `steps` in every stage"
+    )

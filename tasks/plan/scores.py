@@ -6,15 +6,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from tasks.plan.base import Strict
+from secateur.tasks.plan.base import Config
 
 
-class Score(Strict):
+class ScoreConfig(Config):
     """What a pruning policy reads (DESIGN, section 4)."""
 
     target: str | None = Field(None, description="the target pruned for; the first one if null")
     horizon: NonNegativeInt | Literal["stage"] = Field(
-        0, description="steps after its use at which a sample's effect is read: 0 for the contribution itself"
+        0,
+        description="steps after its use at which a sample's effect is read: 0 for the contribution itself",
     )
     aggregate: Literal["mean", "nearest"] = "nearest"
     estimate: Literal["embedding", "replay"] | None = Field(
@@ -28,42 +29,48 @@ class Score(Strict):
     )
 
 
-class Replay(Strict):
+class ReplayConfig(Config):
     """How training is run backwards (`score.estimate: replay`, and audits)."""
 
     method: Literal["central", "jvp"] = Field(
-        "central", description="central differences, for any kernel; or forward mode, exact, where kernels have one"
+        "central",
+        description="central differences, for any kernel; or forward mode, exact, where kernels have one",
     )
     step: PositiveFloat = Field(
-        1e-2, description="of central differences, relative to the parameters' norm; wide enough to meet kinks (ReLU)"
+        1e-2,
+        description="of central differences, relative to the parameters' norm; wide enough to meet kinks (ReLU)",
     )
 
 
-class Audit(Strict):
+class AuditConfig(Config):
     """True leave-one-out retraining of a few samples, to say how far scores can be trusted."""
 
     removals: Annotated[int, Field(ge=4)] = Field(32, description="samples left out, one at a time")
     stages: list[NonNegativeInt] | None = Field(None, description="the stages audited; all if null")
-    budget: PositiveFloat = Field(50.0, description="what an audit may cost, in trainings of its stage")
+    budget: PositiveFloat = Field(
+        50.0, description="what an audit may cost, in trainings of its stage"
+    )
 
 
-class Trial(Strict):
+class TrialConfig(Config):
     """A short training on what a policy keeps, against as many samples at random."""
 
     steps: PositiveInt = Field(50, description="steps of each, from the stage's checkpoint")
     draws: PositiveInt = Field(3, description="random choices it is held against")
 
 
-class Trust(Strict):
+class TrustConfig(Config):
     """What must hold before a stage is pruned."""
 
     min_fidelity: Annotated[float, Field(ge=-1, le=1)] | None = Field(
         None, description="least Spearman correlation of the scores with an audit"
     )
-    trial: Trial | None = None
-    otherwise: Literal["keep_all", "fail"] = Field("keep_all", description="what happens where it does not hold")
+    trial: TrialConfig | None = None
+    otherwise: Literal["keep_all", "fail"] = Field(
+        "keep_all", description="what happens where it does not hold"
+    )
 
 
-def is_effect(score: Score) -> bool:
+def is_effect(score: ScoreConfig) -> bool:
     """Whether scores are effects on a target's mean loss at the stage's end, which replay and audits measure."""
     return score.horizon == "stage" and score.aggregate == "mean"

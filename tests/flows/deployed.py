@@ -59,7 +59,11 @@ class Shell:
         """Runs one part to its end; the empty title is what stands before the first heading."""
         number = ["", *self.titles].index(title)
         (self.folder / f"go-{number}").touch()
-        wait_for(lambda: self._done(number), seconds, lambda: (self.folder / "page.log").read_text()[-3000:])
+        wait_for(
+            lambda: self._done(number),
+            seconds,
+            lambda: (self.folder / "page.log").read_text()[-3000:],
+        )
 
     def close(self) -> None:
         """Ends the shell and all that it left in the background: server, worker, flow runs."""
@@ -117,7 +121,11 @@ class Deployed:
 
     def flow_runs(self, deployment: dict[str, Any]) -> list[dict[str, Any]]:
         """A deployment's flow runs, in the order in which they began."""
-        found = self.post("/flow_runs/filter", deployments={"id": {"any_": [deployment["id"]]}}, sort="START_TIME_ASC")
+        found = self.post(
+            "/flow_runs/filter",
+            deployments={"id": {"any_": [deployment["id"]]}},
+            sort="START_TIME_ASC",
+        )
         return list(found)
 
     def state(self, identity: str, *wanted: str, seconds: float = PATIENCE) -> dict[str, Any]:
@@ -129,12 +137,16 @@ class Deployed:
             assert state["type"] in (*wanted, "SCHEDULED", "PENDING", "RUNNING"), state
             return state["type"] in wanted
 
-        wait_for(arrived, seconds, lambda: f"{self.flow_run(identity)['state']} {self.logs(identity)}")
+        wait_for(
+            arrived, seconds, lambda: f"{self.flow_run(identity)['state']} {self.logs(identity)}"
+        )
         found: dict[str, Any] = self.flow_run(identity)["state"]
         return found
 
     def logs(self, identity: str) -> str:
-        found = self.post("/logs/filter", logs={"flow_run_id": {"any_": [identity]}}, sort="TIMESTAMP_ASC")
+        found = self.post(
+            "/logs/filter", logs={"flow_run_id": {"any_": [identity]}}, sort="TIMESTAMP_ASC"
+        )
         return "\n".join(one["message"] for one in found)
 
     def emit(self, stage: int, run: Path, name: str = "secateur.stage.trained") -> None:
@@ -150,7 +162,9 @@ class Deployed:
 
     def events(self, *names: str, resource: str | None = None) -> list[dict[str, Any]]:
         """Events the server has kept, in the order in which they occurred."""
-        narrowed: dict[str, Any] = {"event": {"name": list(names)}} if names else {"event": {"prefix": ["secateur."]}}
+        narrowed: dict[str, Any] = (
+            {"event": {"name": list(names)}} if names else {"event": {"prefix": ["secateur."]}}
+        )
         if resource:
             narrowed["resource"] = {"id": [resource]}
         found = self.post("/events/filter", filter=narrowed | {"order": "ASC"}, limit=50)["events"]
@@ -187,14 +201,22 @@ def make_project(folder: Path) -> None:
     path = folder / "examples/images/plan.yaml"
     plan = yaml.safe_load(path.read_text())
     first, second = plan["stages"]
-    plan |= {"stages": [first | {"epochs": 1}, second | {"steps": 80}], "segment_steps": 60, "threads": 1}
+    plan |= {
+        "stages": [first | {"epochs": 1}, second | {"steps": 80}],
+        "segment_steps": 60,
+        "threads": 1,
+    }
     plan.pop("audit")
     path.write_text(yaml.safe_dump(plan, sort_keys=False))
 
 
 def environment(folder: Path, port: int) -> dict[str, str]:
     """What the page's shell finds: no Prefect setting of the tests, a home of its own, and a free port."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "AWS_"))}
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PREFECT_", "AWS_"))
+    }
     return clean | {
         "PREFECT_HOME": str(folder / "home"),
         "PREFECT_SERVER_API_PORT": str(port),
@@ -207,7 +229,9 @@ def deploy(folder: Path, database: PostgreSQL, store: SeaweedFS) -> Deployed:
     """Begins the page; its first part has still to be run."""
     make_project(folder)
     endpoint = store.environment["AWS_ENDPOINT_URL"]
-    s3fs.S3FileSystem(key=KEY, secret=SECRET, endpoint_url=endpoint, skip_instance_cache=True).mkdir("secateur")
+    s3fs.S3FileSystem(
+        key=KEY, secret=SECRET, endpoint_url=endpoint, skip_instance_cache=True
+    ).mkdir("secateur")
     (port,) = free_ports(1)
     changes = {
         "4200": str(port),
@@ -218,4 +242,6 @@ def deploy(folder: Path, database: PostgreSQL, store: SeaweedFS) -> Deployed:
     settings = environment(folder, port)
     settings["PATH"] = f"{database.programs}:{settings['PATH']}"
     shell = Shell(folder, changes, settings)
-    return Deployed(folder, httpx.Client(base_url=f"http://127.0.0.1:{port}/api", timeout=300), settings, shell)
+    return Deployed(
+        folder, httpx.Client(base_url=f"http://127.0.0.1:{port}/api", timeout=300), settings, shell
+    )

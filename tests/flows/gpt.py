@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from examples.shards import write_shards
-from tasks.plan import Plan
+from secateur.tasks.plan import Plan
 
 TEXTS = [f"{n} green bottles, {'hanging ' * (n % 3)}wall" for n in range(40)]
 
@@ -41,8 +41,12 @@ class NextToken:
         return collate([{"input_ids": list(sample["txt"])} for sample in samples])
 
     def losses(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-        each = functional.cross_entropy(logits.transpose(1, 2), batch["labels"][:, 1:], reduction="none")
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[
+            :, :-1
+        ]
+        each = functional.cross_entropy(
+            logits.transpose(1, 2), batch["labels"][:, 1:], reduction="none"
+        )
         return each.sum(1) / self.sizes(batch)
 
     def sizes(self, batch: dict[str, Tensor]) -> Tensor:

@@ -7,10 +7,9 @@ import time
 from pathlib import Path
 from typing import IO
 
-import storage.rewrite
-from flows import cli
+from secateur.flows import cli
 
-read = storage.rewrite._read
+read = rewrite._read
 
 
 def slowly(source: IO[bytes], buffer: memoryview, url: str) -> int:
@@ -22,5 +21,5 @@ def slowly(source: IO[bytes], buffer: memoryview, url: str) -> int:
     return size
 
 
-storage.rewrite._read = slowly
+rewrite._read = slowly
 cli.main()

@@ -6,10 +6,10 @@ import os
 import time
 from pathlib import Path
 
-from tasks.behaviour import task
+from secateur.tasks.engine.prefect_task import pipeline_task
 
 
-@task("sleep")
+@pipeline_task("sleep")
 def sleeping(run_url: str) -> None:
     Path(run_url).write_text(str(os.getpid()))
     for _ in range(6000):

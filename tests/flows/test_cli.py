@@ -16,15 +16,17 @@ from typing import Any
 import pytest
 import yaml
 
-from tasks.reading import read_plan
+from secateur.tasks.plan.plan_file import read_plan
 from tests.tasks.small import make_data, values
 
 
 def secateur(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs the command; no Prefect setting of the tests reaches it but the folder it keeps its state in."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_") or k == "PREFECT_HOME"}
+    clean = {
+        k: v for k, v in os.environ.items() if not k.startswith("PREFECT_") or k == "PREFECT_HOME"
+    }
     return subprocess.run(
-        [sys.executable, "-m", "flows.cli", *words],
+        [sys.executable, "-m", "secateur.flows.cli", *words],
         capture_output=True, text=True, check=False, timeout=300, env=clean | environment,
     )  # fmt: skip
 
@@ -58,7 +60,11 @@ def finished(folder: Path) -> subprocess.CompletedProcess[str]:
 def test_run_prints_one_document(finished: subprocess.CompletedProcess[str]) -> None:
     assert finished.returncode == 0, finished.stderr
     first, second = json.loads(finished.stdout)
-    assert (first["samples"], first["pruned"]["kept"], second["samples"]) == (140, second["samples"], second["samples"])
+    assert (first["samples"], first["pruned"]["kept"], second["samples"]) == (
+        140,
+        second["samples"],
+        second["samples"],
+    )
     assert set(first["targets"]["clean"]) == {"loss", "samples", "accuracy"}
     assert all(Path(shard).exists() for shard in first["pruned"]["shards"])
     assert "Traceback" not in finished.stderr
@@ -79,9 +85,14 @@ def test_plan_trains_nothing(folder: Path) -> None:
     assert not (folder / "runs" / "dry").exists()
 
 
-def test_the_dry_run_foretells_what_the_run_writes(finished: Mapping[str, Any], folder: Path) -> None:
+def test_the_dry_run_foretells_what_the_run_writes(
+    finished: Mapping[str, Any], folder: Path
+) -> None:
     foretold = json.loads(secateur("plan", write_plan(folder), "--json").stdout)["stages"][0]
-    ledger = sum(p.stat().st_size for p in (folder / "runs/small/stages/00/ledger").rglob("ledger.safetensors"))
+    ledger = sum(
+        p.stat().st_size
+        for p in (folder / "runs/small/stages/00/ledger").rglob("ledger.safetensors")
+    )
     index = next((folder / "runs/small/stages/00/index").rglob("index.faiss")).stat().st_size
     assert ledger == pytest.approx(foretold["ledger_bytes"], rel=0.5)
     assert index == pytest.approx(foretold["index_bytes"], rel=0.05)
@@ -98,7 +109,9 @@ def test_query(finished: Mapping[str, Any], folder: Path) -> None:
     assert all(hit["key"] in table for hit in helpful)
 
 
-def test_prune_by_another_policy_stands_beside_the_plans(finished: Mapping[str, Any], folder: Path) -> None:
+def test_prune_by_another_policy_stands_beside_the_plans(
+    finished: Mapping[str, Any], folder: Path
+) -> None:
     done = secateur("prune", f"{folder}/runs/small", "--stage", "0", "--policy", "balanced", "--keep", "0.6", "--by", "cls", "--json")  # fmt: skip
     found = json.loads(done.stdout)
     assert found["name"] == "balanced-0.6-cls"
@@ -112,10 +125,14 @@ def test_windows(finished: Mapping[str, Any], folder: Path) -> None:
     """The first stage was recorded in windows, the second whole."""
     done = secateur("windows", f"{folder}/runs/small")
     assert done.returncode == 0, done.stderr
-    first, second = (part for part in done.stdout.split("stage ") if part[:1] in "01" and "target clean" in part)
+    first, second = (
+        part for part in done.stdout.split("stage ") if part[:1] in "01" and "target clean" in part
+    )
     assert "recorded in 10 of 21 steps: a profile of windows cannot show" in first
     assert "windows: [{start: " in second
-    pictures = [line.strip() for line in done.stdout.splitlines() if line.strip().endswith("profile.png")]
+    pictures = [
+        line.strip() for line in done.stdout.splitlines() if line.strip().endswith("profile.png")
+    ]
     assert len(pictures) == 2
     assert all(Path(picture).exists() for picture in pictures)
     again = secateur("windows", f"{folder}/runs/small", "--stage", "1", "--budget", "0.2", "--json")
@@ -143,7 +160,9 @@ def test_audit(finished: Mapping[str, Any], folder: Path) -> None:
 
 def test_verify_and_gc(folder: Path) -> None:
     run = Path(
-        json.loads(secateur("run", write_plan(folder, run="checked"), "--json").stdout)[0]["pruned"]["shards"][0]
+        json.loads(secateur("run", write_plan(folder, run="checked"), "--json").stdout)[0][
+            "pruned"
+        ]["shards"][0]
     )
     left, shard = folder / "runs/checked/stages/00/index/half/index.faiss", run
     assert secateur("verify", f"{folder}/runs/checked").stdout == "all is as it was committed\n"
@@ -154,7 +173,9 @@ def test_verify_and_gc(folder: Path) -> None:
         in secateur("gc", f"{folder}/runs/checked", "--dry-run").stdout
     )
     assert left.exists()
-    assert json.loads(secateur("gc", f"{folder}/runs/checked", "--json").stdout) == ["stages/00/index/half/index.faiss"]
+    assert json.loads(secateur("gc", f"{folder}/runs/checked", "--json").stdout) == [
+        "stages/00/index/half/index.faiss"
+    ]
     assert not left.exists()
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
     done = secateur("verify", f"{folder}/runs/checked", "--json")
@@ -165,8 +186,12 @@ def test_verify_and_gc(folder: Path) -> None:
 
 def test_what_a_user_gets_wrong_is_one_sentence(finished: Mapping[str, Any], folder: Path) -> None:
     run = f"{folder}/runs/small"
-    assert "unknown key `batchsize`" in sentence(secateur("run", write_plan(folder, run="typo", batchsize=4)))
-    assert "does not exist" in sentence(secateur("run", write_plan(folder, run="gone", data={"shards": "gone.tar"})))
+    assert "unknown key `batchsize`" in sentence(
+        secateur("run", write_plan(folder, run="typo", batchsize=4))
+    )
+    assert "does not exist" in sentence(
+        secateur("run", write_plan(folder, run="gone", data={"shards": "gone.tar"}))
+    )
     assert "has no target x" in sentence(secateur("query", run, "--target", "x"))
     assert "holds no run" in sentence(secateur("query", str(folder), "--target", "clean"))
     assert "holds no run" in sentence(secateur("prune", str(folder), "--stage", "0"))
@@ -175,7 +200,9 @@ def test_what_a_user_gets_wrong_is_one_sentence(finished: Mapping[str, Any], fol
 
 def test_ctrl_c_says_how_to_go_on(folder: Path) -> None:
     plan = write_plan(folder, run="stopped", stages=[{"steps": 100_000, "batch_size": 20}])
-    process = subprocess.Popen([sys.executable, "-m", "flows.cli", "run", plan], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "secateur.flows.cli", "run", plan], stderr=subprocess.PIPE, text=True
+    )
     while not (folder / "runs/stopped/stages/00/ledger/seg-00000/manifest.json").exists():
         assert process.poll() is None
         time.sleep(0.1)
@@ -205,5 +232,15 @@ def test_help_names_every_command() -> None:
     done = secateur("--help")
     assert all(
         command in done.stdout
-        for command in ("run", "plan", "query", "prune", "audit", "windows", "verify", "gc", "schema")
+        for command in (
+            "run",
+            "plan",
+            "query",
+            "prune",
+            "audit",
+            "windows",
+            "verify",
+            "gc",
+            "schema",
+        )
     )

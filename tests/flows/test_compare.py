@@ -11,20 +11,19 @@ import polars as pl
 import pytest
 import torch
 
-from flows import artifacts, tables
-from flows.compare import compare
-from flows.workers import Crew
-from storage.frames import read_frame
-from storage.integrity import artefacts
-from storage.ledger import read_checkpoint
-from storage.run import ComparisonFolder
-from tasks.comparison.report import Comparison
-from tasks.errors import PlanError
-from tasks.loop import Loop, evaluating
-from tasks.plan import Plan
-from tasks.run import Run
-from tasks.samples import stage_samples, target_samples
-from tasks.targets import judging_rows
+from secateur.errors import PlanError
+from secateur.flows import run_artifacts, tables
+from secateur.flows.compare import compare
+from secateur.flows.workers import WorkerPool
+from secateur.storage.frames import read_frame
+from secateur.storage.integrity import list_outputs
+from secateur.storage.layout import ComparisonFolder
+from secateur.storage.ledger import read_checkpoint
+from secateur.tasks.comparison.comparison_report import Comparison
+from secateur.tasks.data.samples import held_out_rows, list_target_samples, read_stage_samples
+from secateur.tasks.plan import Plan
+from secateur.tasks.run.run import Run
+from secateur.tasks.training.loop import TrainingLoop, eval_mode
 from tests.flows.test_cli import secateur, sentence, write_plan
 from tests.tasks.small import make_data, small_plan
 
@@ -36,13 +35,13 @@ STAGES = [
 ]
 
 
-class Here(Crew):
+class Here(WorkerPool):
     """Does every task in this process, as a plain function."""
 
     def call(self, task: Any, *args: Any) -> Any:  # type: ignore[override]
         return task.fn(*args)
 
-    def together(self, calls: Any, *_: Any) -> None:
+    def map(self, calls: Any, *_: Any) -> None:
         for call in calls:
             self.call(call.task, *call.arguments)
 
@@ -50,7 +49,7 @@ class Here(Crew):
 def compared(plan: Plan, seeds: int = 2) -> Comparison:
     """What the flow does, without Prefect."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flows.compare.crew", lambda spec: nullcontext(Here(spec)))
+        patch.setattr("secateur.flows.compare.worker_pool", lambda spec: nullcontext(Here(spec)))
         return compare.fn(plan, seeds, FURTHER)
 
 
@@ -79,13 +78,24 @@ def test_arms_share_the_first_stage_byte_for_byte(found: Comparison, folder: Pat
     for seed in (0, 1):
         own = run_of(folder, seed, "plan")
         first = {
-            a.root.url.removeprefix(own.url): a for a in artefacts(own.folder.root) if "/stages/01" not in a.root.url
+            a.root.url.removeprefix(own.url): a
+            for a in list_outputs(own.folder.root)
+            if "/stages/01" not in a.root.url
         }
-        shared = {place: a for place, a in first.items() if place not in ("/plan", "/figures", "/stages/00/prune/plan")}
-        assert {"/basis", "/stages/00/trained", "/stages/00/ledger/seg-00001", "/stages/00/targets"} <= set(shared)
+        shared = {
+            place: a
+            for place, a in first.items()
+            if place not in ("/plan", "/figures", "/stages/00/prune/plan")
+        }
+        assert {
+            "/basis",
+            "/stages/00/trained",
+            "/stages/00/ledger/seg-00001",
+            "/stages/00/targets",
+        } <= set(shared)
         for arm in ARMS[1:]:
             run = run_of(folder, seed, arm)
-            theirs = {a.root.url.removeprefix(run.url): a for a in artefacts(run.folder.root)}
+            theirs = {a.root.url.removeprefix(run.url): a for a in list_outputs(run.folder.root)}
             for place, artefact in shared.items():
                 if arm == "mean" and place in ("/stages/00/scores", "/stages/00/profile"):
                     assert theirs[place].fingerprint != artefact.fingerprint
@@ -101,7 +111,7 @@ def test_arms_share_the_first_stage_byte_for_byte(found: Comparison, folder: Pat
 
 def test_controls_keep_as_many_as_the_plan(found: Comparison, folder: Path) -> None:
     for seed in (0, 1):
-        kept = {arm: len(stage_samples(run_of(folder, seed, arm), 1)) for arm in ARMS}
+        kept = {arm: len(read_stage_samples(run_of(folder, seed, arm), 1)) for arm in ARMS}
         assert kept["plan"] == kept["random"] == kept["el2n"]
         assert kept["unpruned"] == 140 > kept["plan"]
 
@@ -112,11 +122,14 @@ def test_the_judge_is_the_half_that_does_not_score(found: Comparison, folder: Pa
     assert frame["judges"].all()
     for arm in ARMS:
         run = run_of(folder, 1, arm)
-        loop, samples = Loop(run, 1, stage_samples(run, 1)), target_samples(run, "clean")
-        rows = judging_rows(run.plan, "clean", len(samples))
+        loop, samples = (
+            TrainingLoop(run, 1, read_stage_samples(run, 1)),
+            list_target_samples(run, "clean"),
+        )
+        rows = held_out_rows(run.plan, "clean", len(samples))
         assert len(rows) == 12
         loop.restore(read_checkpoint(run.folder.stage(1).segments()[-1]))
-        with evaluating(loop.model), torch.no_grad():
+        with eval_mode(loop.model), torch.no_grad():
             losses = loop.task.losses(loop.model, loop.batch(rows, samples))
         row = frame.filter(arm=arm, seed=1, stage=1, figure="loss").row(0, named=True)
         assert row["value"] == pytest.approx(float(losses.mean()), rel=1e-5)
@@ -131,8 +144,10 @@ def test_the_answer(found: Comparison) -> None:
     assert any("different numbers of steps" in note for note in found.notes)
     assert arms["random"].train_seconds > 0
     assert set(arms["plan"].differences["accuracy"]) == {"unpruned", "random"}
-    table = {row["arm"]: row for row in artifacts.arms(found)}
-    assert table["random"]["loss less unpruned"] == arms["random"].differences["loss"]["unpruned"].text(signed=True)
+    table = {row["arm"]: row for row in run_artifacts.comparison_rows(found)}
+    assert table["random"]["loss less unpruned"] == arms["random"].differences["loss"][
+        "unpruned"
+    ].text(signed=True)
     assert list(found.before) == ["loss", "accuracy"]
     assert "the plan's loss on clean less that without pruning" in found.verdict
     assert [Path(file).suffix for file in found.files] == [".png", ".parquet", ".parquet"]
@@ -140,21 +155,29 @@ def test_the_answer(found: Comparison) -> None:
 
 
 def test_it_goes_on_where_it_was(
-    found: Comparison, plan: Plan, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    found: Comparison,
+    plan: Plan,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """An arm whose last stage was interrupted: its last segment alone is trained again, to the same figures."""
     run = run_of(folder, 1, "random")
     before = read_frame(run.folder.figures, "figures.parquet")
     run.folder.figures.remove()
-    for artefact in (run.folder.stage(1).trained, run.folder.stage(1).targets, run.folder.stage(1).segments()[-1]):
+    for artefact in (
+        run.folder.stage(1).trained,
+        run.folder.stage(1).targets,
+        run.folder.stage(1).segments()[-1],
+    ):
         artefact.remove()
-    whole, taken = Loop.step, []
+    whole, taken = TrainingLoop.step, []
 
-    def counted(loop: Loop, step: int, *recording: Any) -> Any:
+    def counted(loop: TrainingLoop, step: int, *recording: Any) -> Any:
         taken.append((loop.run.plan.run, loop.order.number, step))
         return whole(loop, step, *recording)
 
-    monkeypatch.setattr(Loop, "step", counted)
+    monkeypatch.setattr(TrainingLoop, "step", counted)
     again = compared(plan)
     last = before.filter(stage=1)["steps"][0]
     assert taken == [("random", 1, step) for step in range((last - 1) // 6 * 6, last)]
@@ -162,7 +185,7 @@ def test_it_goes_on_where_it_was(
     untimed = pl.exclude("train_seconds", "select_seconds")
     assert after.select(untimed).equals(before.select(untimed))
     assert after["select_seconds"].null_count() == len(after)
-    tables.comparison(again)
+    tables.print_comparison(again)
     printed = capsys.readouterr().out
     assert all(f"│ {arm} " in printed for arm in ARMS)
     assert found.verdict == again.verdict
@@ -171,15 +194,25 @@ def test_it_goes_on_where_it_was(
 
 def test_the_first_pruning_may_come_later(folder: Path) -> None:
     short = {"steps": 4, "batch_size": 20}
-    plan = small_plan(folder, run="late", stages=[short, short | {"prune": {"policy": "top", "keep": 0.5}}, short])
+    plan = small_plan(
+        folder, run="late", stages=[short, short | {"prune": {"policy": "top", "keep": 0.5}}, short]
+    )
     arms = {arm.arm: arm for arm in compared(plan, 1).arms}
     seed = ComparisonFolder(plan.root, plan.run).seed(0)
     own, *others = (Run.open(seed.child(arm).url) for arm in ARMS)
     for run in others:
         for stage in (0, 1):
-            mine, theirs = (one.folder.stage(stage).segment(0).url("ledger.safetensors") for one in (own, run))
+            mine, theirs = (
+                one.folder.stage(stage).segment(0).url("ledger.safetensors") for one in (own, run)
+            )
             assert Path(theirs).samefile(mine)
-    assert arms["unpruned"].samples == 140 > arms["plan"].samples == arms["random"].samples == arms["mean"].samples
+    assert (
+        arms["unpruned"].samples
+        == 140
+        > arms["plan"].samples
+        == arms["random"].samples
+        == arms["mean"].samples
+    )
     assert {arm.steps for arm in arms.values()} == {12.0}
 
 
@@ -189,16 +222,27 @@ def test_the_command(folder: Path) -> None:
     done = secateur("compare", plan, "--seeds", "1", "--arm", "near=horizon:3", "--json")
     assert done.returncode == 0, done.stderr
     assert "compare command: seed 0, arm near (4 of 4)" in done.stderr
-    assert [arm["arm"] for arm in json.loads(done.stdout)["arms"]] == ["plan", "random", "unpruned", "near"]
+    assert [arm["arm"] for arm in json.loads(done.stdout)["arms"]] == [
+        "plan",
+        "random",
+        "unpruned",
+        "near",
+    ]
     assert "one seed gives no interval" in json.loads(done.stdout)["verdict"]
 
 
 def test_what_a_user_gets_wrong_is_one_sentence(plan: Plan, folder: Path) -> None:
-    assert "--arm x=loss is no arm" in sentence(secateur("compare", write_plan(folder), "--arm", "x=loss"))
+    assert "--arm x=loss is no arm" in sentence(
+        secateur("compare", write_plan(folder), "--arm", "x=loss")
+    )
     wrong = plan.model_copy(update={"run": "wrong"})
     for arms, judge, expected in (
         ({"x": {"polcy": "loss"}}, None, "unknown key `polcy`"),
-        ({"x": {"at_least": 1.0, "policy": "top"}}, None, "unknown key `stages.0.prune.top.at_least`"),
+        (
+            {"x": {"at_least": 1.0, "policy": "top"}},
+            None,
+            "unknown key `stages.0.prune.top.at_least`",
+        ),
         ({}, "nobody", "--judge nobody is none of"),
     ):
         with pytest.raises(PlanError, match=expected):

@@ -14,13 +14,13 @@ from typing import Any
 import psutil
 import pytest
 
-from flows.alone import limit_name
-from flows.events import NAMES
-from storage.run import RunFolder
-from tasks.fit import fit_basis
-from tasks.run import Run
-from tasks.samples import list_samples
-from tasks.train import train
+from secateur.flows.events import NAMES
+from secateur.flows.run_lock import limit_name
+from secateur.storage.layout import RunFolder
+from secateur.tasks.data.samples import list_stage_samples
+from secateur.tasks.run.run import Run
+from secateur.tasks.training.fit_basis import fit_basis
+from secateur.tasks.training.train import train_stage
 from tests.flows.deployed import PATIENCE, Deployed, deploy, wait_for
 from tests.servers import PostgreSQL, SeaweedFS
 from tests.tasks.small import make_data, small_plan, values
@@ -59,47 +59,70 @@ def doomed(project: Deployed) -> dict[str, Any]:
     """A flow run on a pool of its own whose worker and process were both killed while it trained."""
     make_data(project.folder / "doomed")
     plan = values(
-        project.folder / "doomed", run="doomed", stages=[{"steps": 4000, "batch_size": 20}], segment_steps=500
+        project.folder / "doomed",
+        run="doomed",
+        stages=[{"steps": 4000, "batch_size": 20}],
+        segment_steps=500,
     )
     with worker(project, "doomed") as process:
         wait_for(
-            lambda: bool(project.post("/work_pools/filter", work_pools={"name": {"any_": ["doomed"]}})),
+            lambda: bool(
+                project.post("/work_pools/filter", work_pools={"name": {"any_": ["doomed"]}})
+            ),
             PATIENCE,
             lambda: "",
         )
-        deployment = project.copied("curate/nightly", name="doomed", work_pool_name="doomed", parameters={"plan": plan})
+        deployment = project.copied(
+            "curate/nightly", name="doomed", work_pool_name="doomed", parameters={"plan": plan}
+        )
         identity = project.start(deployment)
         ledger = project.folder / "doomed/runs/doomed/stages/00/ledger/seg-00001/manifest.json"
         wait_for(ledger.exists, PATIENCE, lambda: project.logs(identity))
         for victim in (process, *psutil.Process(process.pid).children(recursive=True)):
             victim.send_signal(signal.SIGKILL)
     stage = RunFolder(f"{project.folder}/doomed/runs/doomed").stage(0)
-    return {"deployment": deployment, "flow_run": identity, "begun": [s.manifest.attempt for s in stage.segments()]}
+    return {
+        "deployment": deployment,
+        "flow_run": identity,
+        "begun": [s.manifest.attempt for s in stage.segments()],
+    }
 
 
 def test_the_three_deployments(project: Deployed) -> None:
     nightly = project.deployment("curate/nightly")
-    assert nightly["schedules"][0]["schedule"] == {"cron": "0 3 * * *", "timezone": "UTC", "day_or": True}
+    assert nightly["schedules"][0]["schedule"] == {
+        "cron": "0 3 * * *",
+        "timezone": "UTC",
+        "day_or": True,
+    }
     assert nightly["global_concurrency_limit"]["limit"] == 1
     assert nightly["parameters"]["plan"]["run"] == "images"
     form = nightly["parameter_openapi_schema"]
     assert form["definitions"]["Plan"]["properties"]["segment_steps"]["description"]
-    assert project.deployment("prune/on-stage-trained")["parameter_openapi_schema"]["required"] == ["run", "stage"]
+    assert project.deployment("prune/on-stage-trained")["parameter_openapi_schema"]["required"] == [
+        "run",
+        "stage",
+    ]
     assert project.deployment("query/on-demand")["parameter_openapi_schema"]["required"] == ["run"]
     refused = project.client.post(
-        f"/deployments/{nightly['id']}/create_flow_run", json={"parameters": {"plan": {"run": "x", "stages": []}}}
+        f"/deployments/{nightly['id']}/create_flow_run",
+        json={"parameters": {"plan": {"run": "x", "stages": []}}},
     )
     assert refused.status_code == 409
 
 
 def test_the_first_runs_end_well_and_are_told(project: Deployed) -> None:
-    (nightly,) = (r for r in project.flow_runs(project.deployment("curate/nightly")) if r["start_time"])
+    (nightly,) = (
+        r for r in project.flow_runs(project.deployment("curate/nightly")) if r["start_time"]
+    )
     (query,) = project.flow_runs(project.deployment("query/on-demand"))
     assert (nightly["state"]["type"], query["state"]["type"]) == ("COMPLETED", "COMPLETED")
     folder = project.folder / "runs/images"
     names = ["trained", "embedded", "indexed", "pruned", "trained", "embedded", "indexed"]
     expected = [f"secateur.stage.{name}" for name in names] + ["secateur.run.finished"]
-    wait_for(lambda: len(project.events()) >= len(expected), PATIENCE, lambda: str(project.events()))
+    wait_for(
+        lambda: len(project.events()) >= len(expected), PATIENCE, lambda: str(project.events())
+    )
     told = project.events()
     assert [event["event"] for event in told] == expected
     models = {name: model for model, name in NAMES.items()}
@@ -139,14 +162,22 @@ def test_events_that_come_twice_early_and_late(project: Deployed) -> None:
     deployment = project.deployment("prune/on-stage-trained")
     for stage in (1, 0, 0):
         project.emit(stage, Path(run.url))
-    wait_for(lambda: len(project.flow_runs(deployment)) == 3, PATIENCE, lambda: "an event was not answered")
+    wait_for(
+        lambda: len(project.flow_runs(deployment)) == 3,
+        PATIENCE,
+        lambda: "an event was not answered",
+    )
     ends = {one["id"]: project.state(one["id"]) for one in project.flow_runs(deployment)}
     for one in project.flow_runs(deployment):
         assert ends[one["id"]]["type"] == ("FAILED" if one["parameters"]["stage"] else "COMPLETED")
-        assert one["parameters"]["stage"] == 0 or "is not wholly trained" in ends[one["id"]]["message"]
+        assert (
+            one["parameters"]["stage"] == 0 or "is not wholly trained" in ends[one["id"]]["message"]
+        )
     told = [e for e in project.events("secateur.stage.pruned") if e["payload"]["run"] == run.url]
     assert len(told) == 1  # both runs tell it, under one id
-    wait_for(lambda: len(slots_of(project, run)) == 4, PATIENCE, lambda: str(slots_of(project, run)))
+    wait_for(
+        lambda: len(slots_of(project, run)) == 4, PATIENCE, lambda: str(slots_of(project, run))
+    )
     assert slots_of(project, run) == ["acquired", "released"] * 2
 
     train_next(run, 1)
@@ -154,7 +185,9 @@ def test_events_that_come_twice_early_and_late(project: Deployed) -> None:
     shards = {name: pruned.manifest.files[name] for name in pruned.names()}
     pruned.remove()  # as if stage 0's event had been lost
     project.emit(1, Path(run.url))
-    wait_for(lambda: bool(new_runs(project, set(ends))), PATIENCE, lambda: "an event was not answered")
+    wait_for(
+        lambda: bool(new_runs(project, set(ends))), PATIENCE, lambda: "an event was not answered"
+    )
     assert project.state(*new_runs(project, set(ends)))["type"] == "COMPLETED"
     again = Run.open(run.url).folder
     assert {name: again.stage(0).prune("plan").manifest.files[name] for name in shards} == shards
@@ -181,7 +214,9 @@ def test_the_rest_of_the_page(project: Deployed) -> None:
     _, own, _, real = project.shell.titles
     before = {run["id"] for run in project.flow_runs(project.deployment("prune/on-stage-trained"))}
     project.shell.part(own)
-    wait_for(lambda: bool(new_runs(project, before)), PATIENCE, lambda: "the event was not answered")
+    wait_for(
+        lambda: bool(new_runs(project, before)), PATIENCE, lambda: "the event was not answered"
+    )
     assert project.state(*new_runs(project, before))["type"] == "COMPLETED"
     project.shell.part("What stands in the way of two runs at once")
     project.shell.part(real)
@@ -190,28 +225,48 @@ def test_the_rest_of_the_page(project: Deployed) -> None:
 
 def train_next(run: Run, stage: int) -> None:
     """Trains a stage, and does nothing else to it."""
-    list_samples.fn(run.url, stage)
+    list_stage_samples.fn(run.url, stage)
     if stage == 0:
         fit_basis.fn(run.url)
-    train.fn(run.url, stage)
+    train_stage.fn(run.url, stage)
 
 
 def slots_of(project: Deployed, run: Run) -> list[str]:
     """What became of the slot on a run's folder: `acquired` or `released`, in the order in which it occurred."""
-    events = [e for e in project.events(*SLOTS) if e["resource"]["prefect.resource.name"] == limit_name(run)]
+    events = [
+        e
+        for e in project.events(*SLOTS)
+        if e["resource"]["prefect.resource.name"] == limit_name(run)
+    ]
     return [event["event"].rpartition(".")[2] for event in events]
 
 
 def new_runs(project: Deployed, before: set[str]) -> list[str]:
-    return [r["id"] for r in project.flow_runs(project.deployment("prune/on-stage-trained")) if r["id"] not in before]
+    return [
+        r["id"]
+        for r in project.flow_runs(project.deployment("prune/on-stage-trained"))
+        if r["id"] not in before
+    ]
 
 
 @contextmanager
 def worker(project: Deployed, pool: str) -> Iterator[subprocess.Popen[bytes]]:
     """A worker of a pool, which it makes."""
-    words = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process"]
+    words = [
+        sys.executable,
+        "-m",
+        "prefect",
+        "worker",
+        "start",
+        "--pool",
+        pool,
+        "--type",
+        "process",
+    ]
     with open(project.folder / f"{pool}.log", "ab") as log:
-        process = subprocess.Popen(words, cwd=project.folder, env=project.environment, stdout=log, stderr=log)
+        process = subprocess.Popen(
+            words, cwd=project.folder, env=project.environment, stdout=log, stderr=log
+        )
     try:
         yield process
     finally:

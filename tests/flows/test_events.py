@@ -9,37 +9,39 @@ from typing import Any
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows import events
-from flows.alone import limit_name, whole_url
-from tasks.audit import Fidelity, audited
-from tasks.prune import OWN, unpruned_before
-from tasks.run import Run
-from tasks.train import train
-from tests.tasks.small import curate, make_data, small_plan
+from secateur.flows import events
+from secateur.flows.run_lock import absolute_url, limit_name
+from secateur.tasks.analysis.audit import Fidelity, read_audit
+from secateur.tasks.pruning.prune import PLAN_PRUNING, unpruned_before
+from secateur.tasks.run.run import Run
+from secateur.tasks.training.train import train_stage
+from tests.tasks.small import curate_small, make_data, small_plan
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("events")
     make_data(folder)
-    return curate(small_plan(folder))
+    return curate_small(small_plan(folder))
 
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What would be emitted to a server."""
     found: list[dict[str, Any]] = []
-    monkeypatch.setattr(events, "emit_event", lambda event, **rest: found.append({"event": event, **rest}))
+    monkeypatch.setattr(
+        events, "emit_event", lambda event, **rest: found.append({"event": event, **rest})
+    )
     return found
 
 
 def tell_all(run: Run) -> None:
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:1/api"}):
-        events.trained(run.url, 0)
-        events.embedded(run.url, 0)
-        events.indexed(run.url, 0)
-        events.pruned(run.url, 0, OWN)
-        events.finished(run.url)
+        events.emit_trained(run.url, 0)
+        events.emit_embedded(run.url, 0)
+        events.emit_indexed(run.url, 0)
+        events.emit_pruned(run.url, 0, PLAN_PRUNING)
+        events.emit_finished(run.url)
 
 
 def test_the_page_lists_every_payload() -> None:
@@ -58,30 +60,45 @@ def test_all_tellings_of_a_commit_have_one_id(run: Run, told: list[dict[str, Any
     assert [event["id"] for event in told] == first * 2
     assert len(set(first)) == 5
     run.folder.stage(0).trained.remove()
-    train.fn(run.url, 0)
+    train_stage.fn(run.url, 0)
     told.clear()
     tell_all(run)
-    assert [event["id"] == one for event, one in zip(told, first, strict=True)] == [False, True, True, True, True]
+    assert [event["id"] == one for event, one in zip(told, first, strict=True)] == [
+        False,
+        True,
+        True,
+        True,
+        True,
+    ]
 
 
 def test_nothing_is_told_without_a_server(run: Run, told: list[dict[str, Any]]) -> None:
-    events.trained(run.url, 0)
-    events.finished(run.url)
+    events.emit_trained(run.url, 0)
+    events.emit_finished(run.url)
     assert told == []
 
 
 @pytest.mark.parametrize(
     ("least", "spearman", "from_", "expected"),
-    [(0.5, 0.4, 0.2, True), (0.5, 0.6, -0.1, False), (None, 0.6, 0.1, False), (None, 0.6, -0.1, True)],
+    [
+        (0.5, 0.4, 0.2, True),
+        (0.5, 0.6, -0.1, False),
+        (None, 0.6, 0.1, False),
+        (None, 0.6, -0.1, True),
+    ],
 )
-def test_when_fidelity_is_low(least: float | None, spearman: float, from_: float, expected: bool) -> None:
-    measured = Fidelity(spearman=spearman, spearman_interval=(from_, 0.9), pearson=0, pearson_interval=(0, 0))
+def test_when_fidelity_is_low(
+    least: float | None, spearman: float, from_: float, expected: bool
+) -> None:
+    measured = Fidelity(
+        spearman=spearman, spearman_interval=(from_, 0.9), pearson=0, pearson_interval=(0, 0)
+    )
     assert events.is_low(measured, least) is expected
 
 
 def test_low_fidelity_is_told(tmp_path: Path, told: list[dict[str, Any]]) -> None:
     make_data(tmp_path)
-    run = curate(
+    run = curate_small(
         small_plan(
             tmp_path,
             stages=[{"steps": 6, "batch_size": 20, "prune": {"policy": "top", "keep": 0.5}}],
@@ -91,23 +108,25 @@ def test_low_fidelity_is_told(tmp_path: Path, told: list[dict[str, Any]]) -> Non
         )
     )
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:1/api"}):
-        events.fidelity(run.url, 0)
+        events.emit_low_fidelity(run.url, 0)
     (event,) = told
     assert event["event"] == "secateur.fidelity.low"
     assert event["payload"] == events.FidelityLow(**event["payload"]).model_dump(mode="json")
-    assert event["payload"]["spearman"] == audited(run, 0).fidelity["embedding"].spearman
+    assert event["payload"]["spearman"] == read_audit(run, 0).fidelity["embedding"].spearman
     assert (event["payload"]["least"], event["payload"]["estimate"]) == (1.0, "embedding")
 
 
 def test_what_a_gap_is(run: Run) -> None:
     assert unpruned_before(run, 1) == []
-    run.folder.stage(0).prune(OWN).remove()
+    run.folder.stage(0).prune(PLAN_PRUNING).remove()
     assert (unpruned_before(run, 0), unpruned_before(run, 1)) == ([], [0])
 
 
-def test_a_run_has_one_name_however_its_folder_is_written(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_has_one_name_however_its_folder_is_written(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     parent, name = run.url.rsplit("/", 1)
     monkeypatch.chdir(parent)
-    assert whole_url(Run.open(name)) == run.url
+    assert absolute_url(Run.open(name)) == run.url
     assert limit_name(Run.open(f"./{name}/")) == limit_name(run)
     assert re.fullmatch(r"secateur-small-[0-9a-f]{8}", limit_name(run))

@@ -9,13 +9,13 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from flows.trainers.huggingface import KeepKeys, RecordingCallback
-from storage.ledger import read_checkpoint, read_ledger
-from tasks.errors import PlanError
-from tasks.plan import Plan
-from tasks.run import Run
+from secateur.errors import PlanError
+from secateur.flows.trainers.huggingface import KeepKeys, RecordingCallback
+from secateur.storage.ledger import read_checkpoint, read_ledger
+from secateur.tasks.plan import Plan
+from secateur.tasks.run.run import Run
 from tests.flows import gpt
-from tests.tasks.small import appraise
+from tests.tasks.small import score_small
 from tests.tasks.test_outside import assert_equal_ledgers
 
 
@@ -61,13 +61,15 @@ def test_contributions_are_autograds(folder: Path) -> None:
     assert stage.trained.manifest.facts["steps"] == 5
     model, task = run.model(), run.task()
     assert isinstance(task, gpt.NextToken)
-    project = run.basis(run.bindings(model)).project_all
+    project = run.basis(run.bindings(model)).project_tensors
     texts = {e["__key__"]: e for e in gpt.examples()}
     keys = callback.recording._samples.keys
     for number, ledger in enumerate(stage.segments()):
         segment, _ = read_ledger(ledger)
         before = read_checkpoint(stage.segment(number - 1) if number else stage.start)
-        model.load_state_dict({n.removeprefix("model."): t for n, t in before.items() if n.startswith("model.")})
+        model.load_state_dict(
+            {n.removeprefix("model."): t for n, t in before.items() if n.startswith("model.")}
+        )
         assert len(segment["samples"]) == 8
         own, sizes = [], []
         for key in keys(segment["samples"].tolist()):
@@ -82,12 +84,17 @@ def test_contributions_are_autograds(folder: Path) -> None:
             0 if trained._loss_shifts_labels else 8
         )  # GPT-2's first labels, which no loss reads, count
         weights = torch.tensor(sizes, dtype=torch.float64) / counted
-        whole = [sum(w * g[n] for w, (_, _, g) in zip(weights, own, strict=True)) for n in own[0][2]]
+        whole = [
+            sum(w * g[n] for w, (_, _, g) in zip(weights, own, strict=True)) for n in own[0][2]
+        ]
         norm = float(torch.cat([g.flatten() for g in whole]).norm())
         weights = weights * min(1.0, 1.0 / norm)
         torch.testing.assert_close(segment["weights"], weights, rtol=1e-4, atol=0)
         torch.testing.assert_close(
-            segment["losses"], torch.tensor([loss for loss, _, _ in own]).double(), rtol=1e-5, atol=1e-6
+            segment["losses"],
+            torch.tensor([loss for loss, _, _ in own]).double(),
+            rtol=1e-5,
+            atol=1e-6,
         )
         expected = torch.stack([w * g for w, (_, g, _) in zip(weights, own, strict=True)]).float()
         torch.testing.assert_close(
@@ -95,16 +102,19 @@ def test_contributions_are_autograds(folder: Path) -> None:
         )
     for name, tensor in trained.model.state_dict().items():
         assert torch.equal(tensor, read_checkpoint(stage.segment(4))[f"model.{name}"])
-    appraise(run, 0)
+    score_small(run, 0)
     assert stage.scores.committed
 
 
 @pytest.mark.parametrize("saving", ["steps", "no"])
-def test_it_resumes_with_the_trainer(folder: Path, saving: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_resumes_with_the_trainer(
+    folder: Path, saving: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """From the checkpoint of the last segment, or, where the Trainer saves none, by repeating what the ledger has."""
     dropping = {"factory": "tests.flows.gpt:gpt2", "args": {"dropout": 0.2}}
     whole, plan = (
-        gpt.plan(folder, run=f"{name}-{saving}", model=dropping, segment_steps=2) for name in ("whole", "stopped")
+        gpt.plan(folder, run=f"{name}-{saving}", model=dropping, segment_steps=2)
+        for name in ("whole", "stopped")
     )
     trainer(whole, RecordingCallback(whole, 0), save_strategy=saving).train()
     with pytest.raises(KeyboardInterrupt):
@@ -113,7 +123,9 @@ def test_it_resumes_with_the_trainer(folder: Path, saving: str, capsys: pytest.C
     callback = RecordingCallback(plan, 0)
     again = trainer(plan, callback, save_strategy=saving)
     checkpoint = callback.checkpoint(again.args.output_dir)
-    assert (Path(checkpoint).name if checkpoint else None) == ("checkpoint-2" if saving == "steps" else None)
+    assert (Path(checkpoint).name if checkpoint else None) == (
+        "checkpoint-2" if saving == "steps" else None
+    )
     again.train(resume_from_checkpoint=checkpoint)
     assert_equal_ledgers(Run.of(whole), Run.of(plan), 0)
     before = again.model.state_dict()
@@ -121,7 +133,9 @@ def test_it_resumes_with_the_trainer(folder: Path, saving: str, capsys: pytest.C
     last = trainer(plan, finished, save_strategy=saving)
     last.train()
     assert last.state.global_step == 1
-    assert all(torch.equal(before[name], tensor) for name, tensor in last.model.state_dict().items())
+    assert all(
+        torch.equal(before[name], tensor) for name, tensor in last.model.state_dict().items()
+    )
     assert "no Prefect server is configured, so nothing was triggered" in capsys.readouterr().err
 
 
@@ -133,7 +147,9 @@ def test_it_resumes_with_the_trainer(folder: Path, saving: str, capsys: pytest.C
         ({"optim": "adafactor"}, "Adafactor is not known"),
     ],
 )
-def test_what_cannot_be_recorded_is_refused(folder: Path, settings: dict[str, Any], sentence: str) -> None:
+def test_what_cannot_be_recorded_is_refused(
+    folder: Path, settings: dict[str, Any], sentence: str
+) -> None:
     plan = gpt.plan(folder, run="refused")
     with pytest.raises(Exception, match=sentence):
         trainer(plan, RecordingCallback(plan, 0), **settings).train()

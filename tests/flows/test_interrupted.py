@@ -11,24 +11,32 @@ from pathlib import Path
 
 import pytest
 
-from storage.integrity import stray, verify
-from storage.root import Root
-from tasks.run import Run
+from secateur.storage.folder import Folder
+from secateur.storage.integrity import find_stray_files, verify_folder
+from secateur.tasks.run.run import Run
 from tests.flows.test_cli import write_plan
-from tests.tasks.small import curate, make_data, small_plan
+from tests.tasks.small import curate_small, make_data, small_plan
 from tests.tasks.test_run import differing
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_ctrl_c_and_a_polite_end_in_the_middle_of_pruning(tmp_path: Path, number: signal.Signals, code: int) -> None:
+def test_ctrl_c_and_a_polite_end_in_the_middle_of_pruning(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
     make_data(tmp_path)
     plan, writing = write_plan(tmp_path), tmp_path / "writing"
     command = [sys.executable, "-m", "tests.flows.interrupted", "run", plan]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_") or k == "PREFECT_HOME"}
-    with open(tmp_path / "errors", "w") as errors:  # a pipe would stay open with whatever the command leaves behind
-        running = subprocess.Popen(command, stdout=errors, stderr=errors, env=environment | {"WRITING": str(writing)})
+    environment = {
+        k: v for k, v in os.environ.items() if not k.startswith("PREFECT_") or k == "PREFECT_HOME"
+    }
+    with open(
+        tmp_path / "errors", "w"
+    ) as errors:  # a pipe would stay open with whatever the command leaves behind
+        running = subprocess.Popen(
+            command, stdout=errors, stderr=errors, env=environment | {"WRITING": str(writing)}
+        )
     while not writing.exists():
         assert running.poll() is None, (tmp_path / "errors").read_text()
         time.sleep(0.1)
@@ -37,10 +45,10 @@ def test_ctrl_c_and_a_polite_end_in_the_middle_of_pruning(tmp_path: Path, number
     told = (tmp_path / "errors").read_text()
     assert "interrupted; the same command carries on from the last whole segment" in told
     assert "Traceback" not in told
-    run = Root(f"{tmp_path}/runs/small")
+    run = Folder(f"{tmp_path}/runs/small")
     assert not (tmp_path / "runs/small/stages/00/prune/plan/manifest.json").exists()
-    assert stray(run) == []
-    curate(small_plan(tmp_path))
-    assert list(verify(run)) == []
-    whole = curate(small_plan(tmp_path, root=f"{tmp_path}/whole"))
+    assert find_stray_files(run) == []
+    curate_small(small_plan(tmp_path))
+    assert list(verify_folder(run)) == []
+    whole = curate_small(small_plan(tmp_path, root=f"{tmp_path}/whole"))
     assert differing(whole, Run.open(run.url)) == []

@@ -12,15 +12,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from flows.trainers.lightning import RecordingCallback
-from storage.ledger import read_checkpoint, read_ledger
-from tasks.errors import PlanError
-from tasks.plan import Plan
-from tasks.run import Run
+from secateur.errors import PlanError
+from secateur.flows.trainers.lightning import RecordingCallback
+from secateur.storage.ledger import read_checkpoint, read_ledger
+from secateur.tasks.plan import Plan
+from secateur.tasks.run.run import Run
 from tests.tasks.small import make_data, sample, small_plan
 from tests.tasks.test_outside import assert_equal_ledgers
 
-pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("UserWarning", "FutureWarning")]  # its own
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("UserWarning", "FutureWarning")
+]  # its own
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,9 @@ class Module(LightningModule):
 def collate(numbers: list[int]) -> dict[str, Any]:
     """Digits with their keys; later ones in a batch weigh more."""
     samples = [sample(n) for n in numbers]
-    pixels = torch.stack([torch.frombuffer(bytearray(s["raw"]), dtype=torch.float32) for s in samples])
+    pixels = torch.stack(
+        [torch.frombuffer(bytearray(s["raw"]), dtype=torch.float32) for s in samples]
+    )
     weight = torch.linspace(0.1, 0.4, len(numbers))
     return {
         "__key__": [s["__key__"] for s in samples],
@@ -65,7 +69,12 @@ def collate(numbers: list[int]) -> dict[str, Any]:
 def plan_of(folder: Path, **changes: Any) -> Plan:
     basis = {"kind": "coordinates", "numbers": None, "fit_steps": 1}
     model = {"factory": "tests.tasks.small:network", "args": {"dropout": 0.0}}
-    settings = {"segment_steps": 2, "basis": basis, "model": model, "stages": [{"steps": 5, "batch_size": 12}]}
+    settings = {
+        "segment_steps": 2,
+        "basis": basis,
+        "model": model,
+        "stages": [{"steps": 5, "batch_size": 12}],
+    }
     return small_plan(folder, **settings | changes)
 
 
@@ -86,7 +95,9 @@ def fit(
         logger=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=plan.root,
         **{"enable_checkpointing": False} | settings,
     )  # fmt: skip
-    trainer.fit(module, DataLoader(range(140), batch_size=6, collate_fn=collate), ckpt_path=checkpoint)
+    trainer.fit(
+        module, DataLoader(range(140), batch_size=6, collate_fn=collate), ckpt_path=checkpoint
+    )
     return callback, module
 
 
@@ -97,13 +108,20 @@ def test_contributions_are_autograds(folder: Path, telling: bool) -> None:
     run = Run.of(plan)
     stage = run.folder.stage(0)
     facts = stage.trained.manifest.facts
-    assert [facts[name] for name in ("samples", "steps", "segments", "by")] == [140, 5, 5, "lightning"]
+    assert [facts[name] for name in ("samples", "steps", "segments", "by")] == [
+        140,
+        5,
+        5,
+        "lightning",
+    ]
     net = run.model()
-    project = run.basis(run.bindings(net)).project_all
+    project = run.basis(run.bindings(net)).project_tensors
     for step, ledger in enumerate(stage.segments()):
         segment, _ = read_ledger(ledger)
         before = read_checkpoint(stage.segment(step - 1) if step else stage.start)
-        net.load_state_dict({n.removeprefix("model."): t for n, t in before.items() if n.startswith("model.")})
+        net.load_state_dict(
+            {n.removeprefix("model."): t for n, t in before.items() if n.startswith("model.")}
+        )
         numbers = list(range(12 * step, 12 * step + 12))
         assert segment["samples"].tolist() == numbers
         own, losses = [], []
@@ -114,7 +132,9 @@ def test_contributions_are_autograds(folder: Path, telling: bool) -> None:
             loss.backward()
             losses.append(float(loss.detach()))
             own.append(project({n: p.grad for n, p in net.named_parameters()}))
-        weights = torch.linspace(0.1, 0.4, 6).repeat(2) / 2 if telling else torch.full((12,), 1 / 12)
+        weights = (
+            torch.linspace(0.1, 0.4, 6).repeat(2) / 2 if telling else torch.full((12,), 1 / 12)
+        )
         gradients = torch.stack(own)
         scale = min(1.0, 0.5 / float((weights[:, None] * gradients).sum(0).norm()))
         torch.testing.assert_close(segment["weights"].float(), weights * scale, rtol=1e-4, atol=0)
@@ -140,7 +160,10 @@ def test_it_resumes_with_the_trainer(folder: Path) -> None:
     fit(plan, True)
     assert_equal_ledgers(Run.of(whole), Run.of(plan), 0)
     _, module = fit(plan, True)
-    assert all(torch.equal(a, b) for a, b in zip(ended.net.parameters(), module.net.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(ended.net.parameters(), module.net.parameters(), strict=True)
+    )
 
 
 def test_what_cannot_be_recorded_is_refused(folder: Path) -> None:

@@ -10,10 +10,9 @@ import fsspec
 import pytest
 import s3fs
 
-from storage.errors import StorageError
-from storage.root import Root
-from tasks.errors import PlanError
-from tasks.reading import parse_plan
+from secateur.errors import PlanError, StorageError
+from secateur.storage.folder import Folder
+from secateur.tasks.plan.plan_file import parse_plan
 from tests.flows.test_cli import secateur, sentence, write_plan
 from tests.servers import SECRET
 from tests.tasks.small import make_data
@@ -25,7 +24,11 @@ USER = "pass-of-secateur-tests"
 def holding(folder: Path, *secrets: str) -> list[str]:
     """Files below a folder in which one of the secrets stands."""
     found = [path for path in folder.rglob("*") if path.is_file()]
-    return [str(path) for path in found if any(secret.encode() in path.read_bytes() for secret in secrets)]
+    return [
+        str(path)
+        for path in found
+        if any(secret.encode() in path.read_bytes() for secret in secrets)
+    ]
 
 
 @pytest.mark.slow
@@ -53,13 +56,18 @@ def test_errors_of_the_store_show_no_credentials(
     seaweedfs: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A wrong secret, and an endpoint where nobody listens whose URL holds credentials: sentence, traceback and retries."""
-    monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": {"retries": {"max_attempts": 0}}})
+    monkeypatch.setitem(
+        fsspec.config.conf, "s3", {"config_kwargs": {"retries": {"max_attempts": 0}}}
+    )
     told = ""
-    for name, value in (("AWS_SECRET_ACCESS_KEY", WRONG), ("AWS_ENDPOINT_URL", f"http://user:{USER}@127.0.0.1:9")):
+    for name, value in (
+        ("AWS_SECRET_ACCESS_KEY", WRONG),
+        ("AWS_ENDPOINT_URL", f"http://user:{USER}@127.0.0.1:9"),
+    ):
         monkeypatch.setenv(name, value)
         s3fs.S3FileSystem.clear_instance_cache()
         with pytest.raises(StorageError, match="cannot be") as raised:
-            Root(f"{seaweedfs}/secrets").create("a", b"x")
+            Folder(f"{seaweedfs}/secrets").create("a", b"x")
         told += "".join(traceback.format_exception(raised.value))
     told += "".join(capsys.readouterr())
     assert "trying again" in told
@@ -67,7 +75,9 @@ def test_errors_of_the_store_show_no_credentials(
 
 
 @pytest.mark.parametrize("key", ["root", "shards", "target"])
-def test_a_plan_with_credentials_in_a_url_is_refused_without_repeating_them(tmp_path: Path, key: str) -> None:
+def test_a_plan_with_credentials_in_a_url_is_refused_without_repeating_them(
+    tmp_path: Path, key: str
+) -> None:
     """It would be written into the run as it is, and handed to Prefect."""
     url = f"s3://key:{USER}@bucket/a.tar"
     changes = {
@@ -76,7 +86,9 @@ def test_a_plan_with_credentials_in_a_url_is_refused_without_repeating_them(tmp_
         "target": {"targets": {"t": {"shards": [url]}}},
     }
     text = Path(write_plan(tmp_path, **changes[key])).read_text()
-    with pytest.raises(PlanError, match="holds credentials, which would be written into the run") as raised:
+    with pytest.raises(
+        PlanError, match="holds credentials, which would be written into the run"
+    ) as raised:
         parse_plan(text, "plan.yaml")
     assert USER not in "".join(traceback.format_exception(raised.value))
     assert os.listdir(tmp_path) == ["small.yaml"]

@@ -15,12 +15,12 @@ import httpx
 import pytest
 import webdataset
 
-from flows.trainers import wait_for_shards
-from tasks.errors import PlanError
-from tasks.prune import stage_decisions
-from tasks.run import Run
-from tasks.samples import stage_samples
-from tasks.train import Trained, commit_trained
+from secateur.errors import PlanError
+from secateur.flows.trainers import wait_for_shards
+from secateur.tasks.data.samples import read_stage_samples
+from secateur.tasks.pruning.prune import read_decisions
+from secateur.tasks.run.run import Run
+from secateur.tasks.training.train import TrainingResult, commit_trained
 from tests.flows.deployed import environment, make_project, wait_for
 from tests.servers import free_ports
 from tests.tasks.small import make_data, small_plan
@@ -50,10 +50,24 @@ def served(tmp_path: Path) -> Iterator[tuple[Path, dict[str, str]]]:
                 return False
 
         start("prefect", "server", "start")
-        subprocess.run([sys.executable, "-m", "examples.images.make_shards"], cwd=tmp_path, env=settings, check=True)
+        subprocess.run(
+            [sys.executable, "-m", "examples.images.make_shards"],
+            cwd=tmp_path,
+            env=settings,
+            check=True,
+        )
         wait_for(up, 240, lambda: (tmp_path / "server.log").read_text())
-        for command in ("work-pool create secateur --type process", "--no-prompt deploy --name on-stage-trained"):
-            subprocess.run(["prefect", *command.split()], cwd=tmp_path, env=settings, check=True, capture_output=True)
+        for command in (
+            "work-pool create secateur --type process",
+            "--no-prompt deploy --name on-stage-trained",
+        ):
+            subprocess.run(
+                ["prefect", *command.split()],
+                cwd=tmp_path,
+                env=settings,
+                check=True,
+                capture_output=True,
+            )
         start("prefect", "worker", "start", "--pool", "secateur")
         yield tmp_path, settings
 
@@ -65,23 +79,35 @@ def test_a_trainer_in_another_process(served: tuple[Path, dict[str, str]]) -> No
     stage = folder / "runs/outside/stages/00"
     with open(folder / "trainer.log", "wb") as log:
         doomed = subprocess.Popen(command, cwd=folder, env=settings, stdout=log, stderr=log)
-        wait_for((stage / "ledger/seg-00000/manifest.json").exists, 240, lambda: (folder / "trainer.log").read_text())
+        wait_for(
+            (stage / "ledger/seg-00000/manifest.json").exists,
+            240,
+            lambda: (folder / "trainer.log").read_text(),
+        )
         doomed.send_signal(signal.SIGKILL)
     assert doomed.wait() == -signal.SIGKILL
     assert not (stage / "trained").exists()
-    done = subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(
+        command, cwd=folder, env=settings, capture_output=True, text=True, timeout=900, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert re.search(r"stage 0 of \S+ carries on at step (60|120|180)\n", done.stderr)
     assert "nothing was triggered" not in done.stderr
     run = Run.open(str(folder / "runs/outside"))
-    kept = stage_decisions(run, 0).filter("keep")["key"].to_list()
+    kept = read_decisions(run, 0).filter("keep")["key"].to_list()
     shards = wait_for_shards(run.url, 0)
     assert len(kept) < 3840
     assert [s["__key__"] for s in webdataset.WebDataset(shards, shardshuffle=False)] == kept
-    assert stage_samples(run, 1).frame["key"].to_list() == kept
-    assert re.search(r"flow run \S+ has failed \(a shard is gone\)", failed_pruning(folder, settings))
+    assert read_stage_samples(run, 1).frame["key"].to_list() == kept
+    assert re.search(
+        r"flow run \S+ has failed \(a shard is gone\)", failed_pruning(folder, settings)
+    )
     assert [run.folder.stage(n).trained.manifest.facts["by"] for n in (0, 1)] == ["outside"] * 2
-    wait_for(lambda: run.folder.stage(1).scores.committed, 240, lambda: (folder / "worker.log").read_text())
+    wait_for(
+        lambda: run.folder.stage(1).scores.committed,
+        240,
+        lambda: (folder / "worker.log").read_text(),
+    )
 
 
 def failed_pruning(folder: Path, settings: dict[str, str]) -> str:
@@ -92,18 +118,23 @@ def failed_pruning(folder: Path, settings: dict[str, str]) -> str:
     api = settings["PREFECT_API_URL"]
     flow = httpx.post(f"{api}/flows/", json={"name": "prune"}).json()["id"]
     state = {"type": "FAILED", "message": "a shard is gone"}
-    made = httpx.post(f"{api}/flow_runs/", json={"flow_id": flow, "name": f"prune {run.url} stage 0", "state": state})
+    made = httpx.post(
+        f"{api}/flow_runs/",
+        json={"flow_id": flow, "name": f"prune {run.url} stage 0", "state": state},
+    )
     assert made.is_success, made.text
     code = f"from flows.trainers import wait_for_shards; wait_for_shards({run.url!r}, 0, timeout=0)"
     command = [sys.executable, "-c", code]
-    return subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True, check=False).stderr
+    return subprocess.run(
+        command, cwd=folder, env=settings, capture_output=True, text=True, check=False
+    ).stderr
 
 
 def mark_trained(run: Run) -> None:
     """As if another trainer had trained the first stage."""
     with run.folder.stage(0).segment(0).attempt("segment", {}):
         pass
-    commit_trained(run, Trained(stage=0, samples=140, steps=4, segments=1, by="outside"))
+    commit_trained(run, TrainingResult(stage=0, samples=140, steps=4, segments=1, by="outside"))
 
 
 @pytest.fixture
@@ -118,7 +149,10 @@ def test_waiting_says_why_no_shards_come(small: Path) -> None:
     stages = [{"steps": 4, "batch_size": 20, "prune": {"policy": "top", "keep": 0.5}}]
     plan = small_plan(small, trust=trial, stages=stages)
     run = Run.start(plan)
-    with pytest.raises(PlanError, match="is not trained yet and was not pruned in 0 s; look whether a Prefect worker"):
+    with pytest.raises(
+        PlanError,
+        match="is not trained yet and was not pruned in 0 s; look whether a Prefect worker",
+    ):
         wait_for_shards(run.url, 0, timeout=0)
     with pytest.raises(PlanError, match="does not prune a stage 1"):
         wait_for_shards(run.url, 1, timeout=0)
@@ -128,6 +162,7 @@ def test_waiting_says_why_no_shards_come(small: Path) -> None:
     with run.folder.stage(0).trial("plan").attempt("trial", {}) as attempt:
         attempt.facts.update(kept=2.0, random=[1.0, 1.5])
     with pytest.raises(
-        PlanError, match=r"is not pruned: the trial's loss is 2\.0000 on what is kept and 1\.2500 at random"
+        PlanError,
+        match=r"is not pruned: the trial's loss is 2\.0000 on what is kept and 1\.2500 at random",
     ):
         wait_for_shards(run.url, 0)

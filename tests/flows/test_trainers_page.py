@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from flows.trainers import waiting
-from storage.ledger import read_ledger
-from tasks.plan import Plan
-from tasks.prune import prune_stage, stage_decisions
-from tasks.reading import plan_text
-from tasks.run import Run
+from secateur.flows.trainers import waiting
+from secateur.storage.ledger import read_ledger
+from secateur.tasks.plan import Plan
+from secateur.tasks.plan.plan_file import plan_text
+from secateur.tasks.pruning.prune import read_decisions, write_pruned_stage
+from secateur.tasks.run.run import Run
 from tests.flows import gpt
 from tests.flows.test_lightning import collate
-from tests.tasks.small import appraise, make_data, network, small_plan
+from tests.tasks.small import make_data, network, score_small, small_plan
 
 QUIET = {
     "enable_progress_bar": False,
@@ -27,7 +27,13 @@ QUIET = {
     "logger": False,
     "accelerator": "cpu",
 }
-OTHERS = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "learning_rate": 0.01, "logging_strategy": "no"}
+OTHERS = {
+    "use_cpu": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "learning_rate": 0.01,
+    "logging_strategy": "no",
+}
 
 
 def batches(numbers: range, size: int) -> list[dict[str, Any]]:
@@ -35,14 +41,19 @@ def batches(numbers: range, size: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-def test_its_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_its_code_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     loop, waiting_code, huggingface, lightning = re.findall(
         r"^```python\n(.*?)^```", Path("docs/trainers.md").read_text(), re.MULTILINE | re.DOTALL
     )
     (tmp_path / "gpt").mkdir()
     gpt.make_data(tmp_path / "gpt")
     make_data(tmp_path)
-    stages = [{"steps": 4, "batch_size": 20, "prune": {"policy": "top", "keep": 0.5}}, {"steps": 4, "batch_size": 20}]
+    stages = [
+        {"steps": 4, "batch_size": 20, "prune": {"policy": "top", "keep": 0.5}},
+        {"steps": 4, "batch_size": 20},
+    ]
     model = {"factory": "tests.tasks.small:network", "args": {"dropout": 0.0}}
     plan = small_plan(tmp_path, stages=stages, model=model, optimizer={"kind": "sgd", "lr": 0.1})
     written: dict[str, Plan] = {"plan.yaml": plan, "gpt.yaml": gpt.plan(tmp_path / "gpt")}
@@ -56,15 +67,19 @@ def test_its_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     }  # fmt: skip
     exec(compile(loop, "docs/trainers.md", "exec"), names)
     run = Run.open(names["recording"].run.url)
-    appraise(run, 0)
-    prune_stage.fn(run.url, 0)
+    score_small(run, 0)
+    write_pruned_stage.fn(run.url, 0)
     exec(compile(waiting_code, "docs/trainers.md", "exec"), names)
-    assert names["shards"] == waiting.stage_shards(run, 1)
+    assert names["shards"] == waiting.stage_shard_urls(run, 1)
     exec(compile(huggingface, "docs/trainers.md", "exec"), names)
     kept = [int(key.removeprefix("digit-")) for key in stage_keys(run)]
     names["loader"] = DataLoader(kept[:40], batch_size=10, collate_fn=collate)
     exec(compile(lightning, "docs/trainers.md", "exec"), names)
-    for made, stage, by in ((plan, 0, "outside"), (plan, 1, "lightning"), (written["gpt.yaml"], 0, "huggingface")):
+    for made, stage, by in (
+        (plan, 0, "outside"),
+        (plan, 1, "lightning"),
+        (written["gpt.yaml"], 0, "huggingface"),
+    ):
         folder = Run.of(made).folder.stage(stage)
         assert [folder.trained.manifest.facts[name] for name in ("steps", "by")] == [4, by]
         ledger, _ = read_ledger(folder.segment(0))
@@ -74,5 +89,5 @@ def test_its_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 
 def stage_keys(run: Run) -> list[str]:
     """Keys that the second stage trains on."""
-    found: list[str] = stage_decisions(run, 0).filter("keep")["key"].to_list()
+    found: list[str] = read_decisions(run, 0).filter("keep")["key"].to_list()
     return found

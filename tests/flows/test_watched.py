@@ -15,12 +15,15 @@ import httpx
 import pytest
 import yaml
 
-from storage.run import RunFolder
+from secateur.storage.layout import RunFolder
 from tests.servers import free_ports
 from tests.tasks.small import make_data, sample, values
 
 HOSTILE = "<script>alert(1)<\u2215script>|[a](javascript:b)"
-STAGES = [{"steps": 400, "batch_size": 20, "prune": {"policy": "top", "keep": 0.5}}, {"steps": 5, "batch_size": 20}]
+STAGES = [
+    {"steps": 400, "batch_size": 20, "prune": {"policy": "top", "keep": 0.5}},
+    {"steps": 5, "batch_size": 20},
+]
 
 pytestmark = pytest.mark.server
 
@@ -30,11 +33,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     """A Prefect server's API."""
     (port,) = free_ports(1)
     home = tmp_path_factory.mktemp("home")
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")} | {"PREFECT_HOME": str(home)}
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")} | {
+        "PREFECT_HOME": str(home)
+    }
     command = [sys.executable, "-m", "prefect", "server", "start", "--no-ui", "--port", str(port)]
     with (
         open(home / "log", "wb") as log,
-        subprocess.Popen(command, env=clean, stdout=log, stderr=log, start_new_session=True) as process,
+        subprocess.Popen(
+            command, env=clean, stdout=log, stderr=log, start_new_session=True
+        ) as process,
         httpx.Client(base_url=f"http://127.0.0.1:{port}/api", timeout=60) as client,
     ):
         try:
@@ -71,11 +78,17 @@ def start(server: httpx.Client, folder: Path) -> subprocess.Popen[str]:
     plan = folder / "watched.yaml"
     data = {"shards": f"{folder}/train-{{0..2}}.tar", "damaged": "skip"}
     plan.write_text(
-        yaml.safe_dump(values(folder, run="Watched-2026-11-24-0300", stages=STAGES, data=data, segment_steps=20))
+        yaml.safe_dump(
+            values(
+                folder, run="Watched-2026-11-24-0300", stages=STAGES, data=data, segment_steps=20
+            )
+        )
     )
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_") or k == "PREFECT_HOME"}
+    clean = {
+        k: v for k, v in os.environ.items() if not k.startswith("PREFECT_") or k == "PREFECT_HOME"
+    }
     return subprocess.Popen(
-        [sys.executable, "-m", "flows.cli", "run", str(plan)], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [sys.executable, "-m", "secateur.flows.cli", "run", str(plan)], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env=clean | {"PREFECT_API_URL": str(server.base_url).rstrip("/")},
     )  # fmt: skip
 
@@ -100,7 +113,9 @@ def test_a_run_is_ended_by_a_signal_resumed_and_shown(server: httpx.Client, fold
     wait_for(lambda: found(server, "flow_runs")[0]["state"]["type"] == "CRASHED", 60)
     done = [segment.fingerprint for segment in stage.segments()]
     assert 3 <= len(done) < 20
-    (progress,) = found(server, "artifacts", artifacts={"key": {"any_": ["secateur-watched-stage-0-training"]}})
+    (progress,) = found(
+        server, "artifacts", artifacts={"key": {"any_": ["secateur-watched-stage-0-training"]}}
+    )
     assert (progress["type"], float(progress["data"]) < 100) == ("progress", True)
 
     process = start(server, folder)
@@ -148,4 +163,6 @@ def check_shown(server: httpx.Client, folder: Path) -> None:
     path = link[link.index("file://") + 7 : link.index("report.html") + 11]
     assert Path(path).read_text().startswith("<!doctype html>")
     logs = [one["message"] for one in found(server, "logs", sort="TIMESTAMP_ASC", limit=200)]
-    assert any(message.startswith("left out: shard") and "train-2.tar" in message for message in logs)
+    assert any(
+        message.startswith("left out: shard") and "train-2.tar" in message for message in logs
+    )

@@ -16,17 +16,17 @@ from typing import Any
 import dask
 import pytest
 
-from flows.stage import appraise, audit_stage, cut
-from flows.workers import Call, Crew, crew
-from storage.manifest import Artefact
-from storage.root import Root
-from tasks.errors import PlanError
-from tasks.plan import Workers
-from tasks.prune import OWN, rewrite_shard
-from tasks.reading import parse_plan, plan_text
-from tasks.run import Run
+from secateur.errors import PlanError
+from secateur.flows.stage import audit_stage, prune_stage, score_stage
+from secateur.flows.workers import Call, WorkerPool, worker_pool
+from secateur.storage.folder import Folder
+from secateur.storage.outputs import Output
+from secateur.tasks.plan import WorkersConfig
+from secateur.tasks.plan.plan_file import parse_plan, plan_text
+from secateur.tasks.pruning.prune import PLAN_PRUNING, rewrite_shard
+from secateur.tasks.run.run import Run
 from tests.servers import free_ports
-from tests.tasks.small import curate, make_data, small_plan
+from tests.tasks.small import curate_small, make_data, small_plan
 
 CHANGES: dict[str, Any] = {
     "score": {"horizon": "stage", "aggregate": "mean"},
@@ -63,18 +63,18 @@ if __name__ == "__main__":
 """
 
 
-class Watched(Crew):
+class Watched(WorkerPool):
     """Two workers that are this process, and what they were given."""
 
     def __init__(self) -> None:
-        super().__init__(Workers(kind="processes", count=2))
+        super().__init__(WorkersConfig(kind="processes", count=2))
         self.given: list[tuple[str, str]] = []
 
     def call(self, task: Any, *args: Any, **kwargs: Any) -> Any:
         self.given.append((task.name, json.dumps([args, kwargs])))
         return task.fn(*args, **kwargs)
 
-    def together(self, calls: Any, label: str, live: Any = None) -> None:
+    def map(self, calls: Any, label: str, live: Any = None) -> None:
         for one in reversed(calls):  # any order does
             self.call(one.task, *one.arguments)
 
@@ -87,11 +87,11 @@ def two_targets(folder: Path) -> dict[str, Any]:
 def content(run: Run) -> dict[str, str]:
     """Every file's hash and every artefact's facts, but for what names the run's own folder or workers."""
     found = {}
-    root = Root(run.url)
+    root = Folder(run.url)
     for name in root.files():
         if name.endswith("manifest.json") and not name.startswith("plan/"):
             folder = name.removesuffix("/manifest.json")
-            manifest = Artefact(root.child(folder)).manifest
+            manifest = Output(root.child(folder)).manifest
             facts = {name: value for name, value in manifest.facts.items() if name != "seconds"}
             found[folder] = json.dumps(facts, sort_keys=True).replace(run.url, "")
             found |= {f"{folder}/{file}": facts["sha256"] for file, facts in manifest.files.items()}
@@ -115,25 +115,33 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def serial(folder: Path) -> Run:
-    return curate(small_plan(folder, run="serial", **two_targets(folder)))
+    return curate_small(small_plan(folder, run="serial", **two_targets(folder)))
 
 
 def strip(run: Run) -> None:
     """Removes everything that is made of the trained first stage."""
     own = run.folder.stage(0)
-    for artefact in (own.embeddings, own.index, own.targets, own.scores, own.profile, own.prune(OWN), own.audit(4)):
+    for artefact in (
+        own.embeddings,
+        own.index,
+        own.targets,
+        own.scores,
+        own.profile,
+        own.prune(PLAN_PRUNING),
+        own.audit(4),
+    ):
         artefact.remove()
     for name in ("replay", "removals"):
         own.root.child(name).delete()
 
 
 def test_parts_in_any_order_are_the_serial_run(folder: Path) -> None:
-    run = curate(small_plan(folder, run="parts", **two_targets(folder)))
+    run = curate_small(small_plan(folder, run="parts", **two_targets(folder)))
     before, workers = content(run), Watched()
     strip(run)
-    appraise(workers, run.url, 0)
+    score_stage(workers, run.url, 0)
     audit_stage(workers, run.url, 0)
-    cut(workers, run.url, 0)
+    prune_stage(workers, run.url, 0)
     assert content(run) == before
     names = [name for name, _ in workers.given]
     assert {n: names.count(n) for n in set(names)} == {
@@ -143,9 +151,11 @@ def test_parts_in_any_order_are_the_serial_run(folder: Path) -> None:
     assert max(len(arguments) for _, arguments in workers.given) < 500  # URLs and small values
 
 
-def test_shards_that_were_written_before_an_interruption_are_kept(serial: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_that_were_written_before_an_interruption_are_kept(
+    serial: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     own, policy = serial.folder.stage(0), {"policy": "random", "keep": 0.5}
-    from tasks import prune
+    from secateur.tasks.pruning import prune
 
     decided = prune.decide_stage.fn(serial.url, 0, policy)
     rewrite_shard.fn(serial.url, 0, "random-0.5", 0)
@@ -153,7 +163,7 @@ def test_shards_that_were_written_before_an_interruption_are_kept(serial: Run, m
     writes = []
     whole = prune.rewritten
     monkeypatch.setattr(prune, "rewritten", lambda *args: writes.append(args[2]) or whole(*args))
-    found = prune.prune_stage.fn(serial.url, 0, policy)
+    found = prune.write_pruned_stage.fn(serial.url, 0, policy)
     assert (decided, writes, len(found.shards)) == (2, [1], 2)
     assert not own.rewritten("random-0.5", 0).committed
     assert not own.decided("random-0.5").committed
@@ -168,13 +178,18 @@ def test_shards_that_were_written_before_an_interruption_are_kept(serial: Run, m
     with own.decided("random-0.5").attempt("decisions", {"scores": "other"}) as attempt:
         attempt.write("decisions.parquet", b"")
     writes.clear()
-    assert prune.prune_stage.fn(serial.url, 0, policy).kept == found.kept
+    assert prune.write_pruned_stage.fn(serial.url, 0, policy).kept == found.kept
     assert own.prune("random-0.5").committed
 
 
-def test_a_run_goes_on_with_other_workers_and_not_with_another_plan(folder: Path, serial: Run) -> None:
+def test_a_run_goes_on_with_other_workers_and_not_with_another_plan(
+    folder: Path, serial: Run
+) -> None:
     plan = small_plan(
-        folder, run="serial", workers={"kind": "dask", "address": "tcp://127.0.0.1:1"}, **two_targets(folder)
+        folder,
+        run="serial",
+        workers={"kind": "dask", "address": "tcp://127.0.0.1:1"},
+        **two_targets(folder),
     )
     assert Run.start(plan).url == serial.url
     with pytest.raises(PlanError, match="they differ in seed"):
@@ -188,7 +203,10 @@ def test_a_run_goes_on_with_other_workers_and_not_with_another_plan(folder: Path
             {"kind": "threads", "address": "tcp://a:1"},
             "`address` is a Dask scheduler's or a Ray cluster's, and `kind` is",
         ),
-        ({"kind": "dask", "address": "tcp://a:1", "count": 2}, "decides how many workers there are; leave `count` out"),
+        (
+            {"kind": "dask", "address": "tcp://a:1", "count": 2},
+            "decides how many workers there are; leave `count` out",
+        ),
         ({"kind": "slurm"}, "workers.kind"),
         ({"count": 0}, "workers.count"),
         ({"timeout": 0}, "workers.timeout"),
@@ -207,10 +225,10 @@ def test_a_missing_extra_is_a_sentence(kind: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     calls = [Call(rewrite_shard, ("runs/any", 0, "plan", number)) for number in range(2)]
     with (
-        crew(Workers(kind=kind, count=2)) as workers,
+        worker_pool(WorkersConfig(kind=kind, count=2)) as workers,
         pytest.raises(PlanError, match=rf"pip install secateur\[{kind}\]"),
     ):  # type: ignore[arg-type]
-        workers.together(calls, "rewriting")
+        workers.map(calls, "rewriting")
 
 
 def test_workers_that_are_not_there_are_a_sentence() -> None:
@@ -218,16 +236,25 @@ def test_workers_that_are_not_there_are_a_sentence() -> None:
     calls = [Call(rewrite_shard, ("runs/any", 0, "plan", number)) for number in range(2)]
     with (
         dask.config.set({"distributed.comm.timeouts.connect": "1s"}),
-        crew(Workers(kind="dask", address=f"tcp://127.0.0.1:{port}")) as workers,
-        pytest.raises(PlanError, match=rf"the dask workers at tcp://127.0.0.1:{port} cannot be reached"),
+        worker_pool(WorkersConfig(kind="dask", address=f"tcp://127.0.0.1:{port}")) as workers,
+        pytest.raises(
+            PlanError, match=rf"the dask workers at tcp://127.0.0.1:{port} cannot be reached"
+        ),
     ):
-        workers.together(calls, "rewriting")
+        workers.map(calls, "rewriting")
 
 
 def started(code: str, *words: str) -> subprocess.Popen[str]:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_") or k == "PREFECT_HOME"}
-    quiet = {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
-    return subprocess.Popen([sys.executable, code, *words], env=clean | quiet, stderr=subprocess.PIPE, text=True)
+    clean = {
+        k: v for k, v in os.environ.items() if not k.startswith("PREFECT_") or k == "PREFECT_HOME"
+    }
+    quiet = {
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    }
+    return subprocess.Popen(
+        [sys.executable, code, *words], env=clean | quiet, stderr=subprocess.PIPE, text=True
+    )
 
 
 @pytest.mark.server
@@ -278,8 +305,8 @@ def test_a_task_that_ends_as_its_turn_of_waiting_does_is_waited_for(own: bool) -
         return "done"
 
     future = SimpleNamespace(result=result, state=SimpleNamespace(is_final=lambda: True))
-    workers = Crew(Workers())
+    workers = WorkerPool(WorkersConfig())
     workers._submit = lambda call: future  # type: ignore[method-assign]
-    calls = [Call(rewrite_shard, ("run", 0, OWN, number)) for number in range(2)]
+    calls = [Call(rewrite_shard, ("run", 0, PLAN_PRUNING, number)) for number in range(2)]
     with pytest.raises(TimeoutError) if own else nullcontext():
-        workers.together(calls, "waiting")
+        workers.map(calls, "waiting")

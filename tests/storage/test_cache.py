@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from storage.cache import Cache, NotCommitted
-from storage.errors import StorageError
-from storage.manifest import Artefact
-from storage.root import Root
+from secateur.errors import StorageError
+from secateur.storage.cache import ContentMismatch, FileCache
+from secateur.storage.folder import Folder
+from secateur.storage.outputs import Output
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,7 @@ def hold(data: bytes, fetched: list[bytes], sent: bytes | None = None) -> bytes:
         fetched.append(data)
         Path(path).write_bytes(data if sent is None else sent)
 
-    with Cache().holding(len(data), hashlib.sha256(data).hexdigest(), fetch) as path:
+    with FileCache().holding(len(data), hashlib.sha256(data).hexdigest(), fetch) as path:
         return path.read_bytes()
 
 
@@ -65,13 +65,15 @@ def test_a_copy_that_was_changed_is_fetched_anew(small: Path) -> None:
 
 @pytest.mark.parametrize("sent", [b"", b"a" * 99, b"a" * 99 + b"b"])
 def test_what_is_not_what_was_committed_never_enters(small: Path, sent: bytes) -> None:
-    with pytest.raises(NotCommitted):
+    with pytest.raises(ContentMismatch):
         hold(b"a" * 100, [], sent)
     assert held(small) == 0
 
 
 def test_a_file_that_cannot_fit_is_one_sentence() -> None:
-    with pytest.raises(StorageError, match=r"more than the local cache .* may hold .*SECATEUR_CACHE_BYTES"):
+    with pytest.raises(
+        StorageError, match=r"more than the local cache .* may hold .*SECATEUR_CACHE_BYTES"
+    ):
         hold(b"x" * 2501, [])
 
 
@@ -93,14 +95,17 @@ for turn in range(150):
 
 
 def test_processes_that_evict_one_another_still_read_what_they_asked_for(small: Path) -> None:
-    workers = [subprocess.Popen([sys.executable, "-c", WORKER, str(n)], stderr=subprocess.PIPE) for n in (1, 2, 3)]
+    workers = [
+        subprocess.Popen([sys.executable, "-c", WORKER, str(n)], stderr=subprocess.PIPE)
+        for n in (1, 2, 3)
+    ]
     errors = [worker.communicate()[1] for worker in workers]
     assert errors == [b"", b"", b""]
     assert held(small) <= 2500
 
 
 def test_an_artefact_that_changed_is_refused_when_read(base: str) -> None:
-    artefact = Artefact(Root(f"{base}/artefact"))
+    artefact = Output(Folder(f"{base}/artefact"))
     with artefact.attempt("test", {}) as attempt:
         attempt.write("a", b"x" * 1000)
     with artefact.root.open(f"{artefact.manifest.attempt}/a", "wb") as file:

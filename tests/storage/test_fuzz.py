@@ -16,21 +16,23 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from storage.errors import StorageError
-from storage.frames import read_frame, write_frame
-from storage.index import build_index, read_index, write_index
-from storage.ledger import read_ledger, write_ledger
-from storage.manifest import Artefact
-from storage.rewrite import rewrite_shards
-from storage.root import Root
-from storage.shards import Samples, index_shards
+from secateur.errors import StorageError
+from secateur.storage.faiss_index import build_index, read_index, write_index
+from secateur.storage.folder import Folder
+from secateur.storage.frames import read_frame, write_frame
+from secateur.storage.ledger import read_ledger, write_ledger
+from secateur.storage.outputs import Output
+from secateur.storage.rewrite import rewrite_shards
+from secateur.storage.shards import Samples, list_shards
 from tests.storage.test_shards import write_tar
 
 pytestmark = pytest.mark.slow
 
 FUZZ = settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 Mutation = Callable[[bytes], bytes]
-OUTCOMES = Counter[tuple[str, str]]()  # what became of mutated files, by kind, for `benchmarks.fuzz`
+OUTCOMES = Counter[
+    tuple[str, str]
+]()  # what became of mutated files, by kind, for `benchmarks.fuzz`
 
 
 @st.composite
@@ -38,7 +40,13 @@ def mutations(draw: st.DrawFn) -> Mutation:
     """Some flips, cuts, insertions, repetitions and swaps, at places given as shares of the length."""
     place = st.floats(0, 1, exclude_max=True)
     kind = st.sampled_from(["flip", "cut", "drop", "insert", "repeat", "zero", "digits"])
-    edits = draw(st.lists(st.tuples(kind, place, place, st.binary(min_size=1, max_size=20)), min_size=1, max_size=4))
+    edits = draw(
+        st.lists(
+            st.tuples(kind, place, place, st.binary(min_size=1, max_size=20)),
+            min_size=1,
+            max_size=4,
+        )
+    )
 
     def mutate(data: bytes) -> bytes:
         for edit, start, length, extra in edits:
@@ -83,7 +91,9 @@ def refused(kind: str, error: StorageError) -> None:
 
 
 def accepted(kind: str, changed: bool) -> None:
-    OUTCOMES[kind, "read, and the same as before" if changed else "not changed by the mutation"] += 1
+    OUTCOMES[
+        kind, "read, and the same as before" if changed else "not changed by the mutation"
+    ] += 1
 
 
 def damage(path: Path, mutate: Mutation) -> bool:
@@ -100,7 +110,7 @@ def test_a_mutated_shard_is_listed_within_its_bounds_or_refused(mutate: Mutation
         url = shard(where)
         damage(Path(url), mutate)
         try:
-            frame = index_shards([url])
+            frame = list_shards([url])
         except StorageError as error:
             refused("shard, before listing", error)
             return
@@ -113,11 +123,13 @@ def test_a_mutated_shard_is_listed_within_its_bounds_or_refused(mutate: Mutation
 
 @FUZZ
 @given(mutations())
-def test_a_shard_mutated_after_listing_gives_the_same_samples_or_is_refused(mutate: Mutation) -> None:
+def test_a_shard_mutated_after_listing_gives_the_same_samples_or_is_refused(
+    mutate: Mutation,
+) -> None:
     with folder() as where:
         url = shard(where)
         before = Path(url).read_bytes()
-        frame = index_shards([url])
+        frame = list_shards([url])
         samples = Samples([url], frame)
         expected = samples.read(range(6))
         other = damage(Path(url), mutate)
@@ -126,7 +138,7 @@ def test_a_shard_mutated_after_listing_gives_the_same_samples_or_is_refused(muta
             accepted("shard, read after listing", other)
         except StorageError as error:
             refused("shard, read after listing", error)
-        artefact = Artefact(Root(str(where / "out")))
+        artefact = Output(Folder(str(where / "out")))
         try:
             with artefact.attempt("prune", {}) as attempt:
                 rewrite_shards(attempt, [url], frame, np.ones(6, bool))
@@ -143,8 +155,8 @@ LEDGER = {"contributions": torch.arange(600.0).reshape(20, 30), "rows": torch.ar
 VECTORS = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
 
 
-def commit(where: Path) -> Artefact:
-    artefact = Artefact(Root(str(where / "artefact")))
+def commit(where: Path) -> Output:
+    artefact = Output(Folder(str(where / "artefact")))
     with artefact.attempt("test", {"from": "x"}) as attempt:
         write_frame(attempt, "frame.parquet", FRAME)
         write_ledger(attempt, LEDGER, 7)
@@ -153,7 +165,7 @@ def commit(where: Path) -> Artefact:
     return artefact
 
 
-def read_back(artefact: Artefact) -> None:
+def read_back(artefact: Output) -> None:
     """Reads everything, and holds it against what was written."""
     assert read_frame(artefact, "frame.parquet").equals(FRAME)
     tensors, first = read_ledger(artefact)
@@ -164,7 +176,9 @@ def read_back(artefact: Artefact) -> None:
     assert (artefact.manifest.facts, artefact.manifest.inputs) == ({"count": 3}, {"from": "x"})
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "frame.parquet", "ledger.safetensors", "index.faiss"])
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "frame.parquet", "ledger.safetensors", "index.faiss"]
+)
 @FUZZ
 @given(mutations())
 def test_a_mutated_artefact_is_what_was_committed_or_refused(name: str, mutate: Mutation) -> None:
@@ -173,7 +187,7 @@ def test_a_mutated_artefact_is_what_was_committed_or_refused(name: str, mutate: 
         place = name if name == "manifest.json" else f"{artefact.manifest.attempt}/{name}"
         other = damage(where / "artefact" / place, mutate)
         try:
-            read_back(Artefact(artefact.root))
+            read_back(Output(artefact.root))
             accepted(name, other)
         except StorageError as error:
             refused(name, error)

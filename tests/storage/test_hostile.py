@@ -13,12 +13,12 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from storage.errors import StorageError
-from storage.frames import read_frame, write_frame
-from storage.manifest import Artefact
-from storage.root import Root
-from storage.shards import index_shards
-from storage.tensors import read_tensors
+from secateur.errors import StorageError
+from secateur.storage.folder import Folder
+from secateur.storage.frames import read_frame, write_frame
+from secateur.storage.outputs import Output
+from secateur.storage.shards import list_shards
+from secateur.storage.tensors import read_tensors
 from tests.storage.test_shards import write_tar
 
 MEASURED = """
@@ -41,7 +41,9 @@ print(peak() - before)
 
 def measured(kind: str, place: str) -> tuple[str, float]:
     """What a process of its own says of a shard or a frame, and how many MiB its memory grew."""
-    done = subprocess.run([sys.executable, "-c", MEASURED, kind, place], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, kind, place], capture_output=True, text=True, check=True
+    )
     told, grown = done.stdout.splitlines()
     return told, int(grown) / 1024
 
@@ -60,15 +62,19 @@ def measured(kind: str, place: str) -> tuple[str, float]:
         "é\u2028.cls",
     ],
 )
-def test_names_that_lead_out_or_mislead_are_refused_or_skipped_and_told(tmp_path: Path, name: str) -> None:
+def test_names_that_lead_out_or_mislead_are_refused_or_skipped_and_told(
+    tmp_path: Path, name: str
+) -> None:
     """Nobody unpacks them here, but others unpack pruned shards; and names stand in tables, logs and dropped.txt."""
     bad = write_tar(tmp_path / "bad.tar", [("1.cls", b"x"), (name, b"x")])
     good = write_tar(tmp_path / "good.tar", [("2.cls", b"x")])
-    with pytest.raises(StorageError, match=r"bad\.tar has a member whose name .*; rename it") as raised:
-        index_shards([bad, good])
+    with pytest.raises(
+        StorageError, match=r"bad\.tar has a member whose name .*; rename it"
+    ) as raised:
+        list_shards([bad, good])
     assert str(raised.value).isprintable()
     skipped: list[str] = []
-    assert index_shards([bad, good], skipped.append)["key"].to_list() == ["2"]
+    assert list_shards([bad, good], skipped.append)["key"].to_list() == ["2"]
     assert len(skipped) == 1
 
 
@@ -78,24 +84,26 @@ def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     header = header[:148] + b"%06o\0 " % (256 + sum(header[:148] + header[156:])) + header[156:]
     (tmp_path / "a.tar").write_bytes(header + bytes(1024))
     with pytest.raises(StorageError, match=r"not UTF-8, or holds control characters .*rename it"):
-        index_shards([str(tmp_path / "a.tar")])
+        list_shards([str(tmp_path / "a.tar")])
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE])
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE]
+)
 def test_links_and_devices_may_be_skipped_and_told(tmp_path: Path, kind: bytes) -> None:
     info = tarfile.TarInfo("0.cls")
     info.type, info.linkname = kind, "/etc/passwd"
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         archive.addfile(info)
     skipped: list[str] = []
-    assert len(index_shards([str(tmp_path / "a.tar")], skipped.append)) == 0
+    assert len(list_shards([str(tmp_path / "a.tar")], skipped.append)) == 0
     assert "no regular file" in skipped[0]
 
 
 def test_a_member_twice_is_refused(tmp_path: Path) -> None:
     url = write_tar(tmp_path / "a.tar", [("0.cls", b"x"), ("0.cls", b"y")])
     with pytest.raises(StorageError, match=r"sample 0 of .*a\.tar has a member \.cls twice"):
-        index_shards([url])
+        list_shards([url])
 
 
 def _declaring(size: int, body: bytes = b"") -> bytes:
@@ -122,13 +130,15 @@ def test_sizes_that_are_declared_and_bombs_take_no_memory(tmp_path: Path, data: 
 
 
 def test_a_bomb_within_a_shard_is_only_bytes(tmp_path: Path) -> None:
-    told, grown = measured("shard", write_tar(tmp_path / "a.tar", [("0.gz", gzip.compress(bytes(200 << 20)))]))
+    told, grown = measured(
+        "shard", write_tar(tmp_path / "a.tar", [("0.gz", gzip.compress(bytes(200 << 20)))])
+    )
     assert told == "1"
     assert grown < 50
 
 
 def test_a_frame_that_was_replaced_by_a_bomb_is_never_decoded(tmp_path: Path) -> None:
-    artefact = Artefact(Root(str(tmp_path / "a")))
+    artefact = Output(Folder(str(tmp_path / "a")))
     with artefact.attempt("test", {}) as attempt:
         write_frame(attempt, "frame.parquet", pl.DataFrame({"a": [1]}))
     bomb = io.BytesIO()
@@ -140,12 +150,13 @@ def test_a_frame_that_was_replaced_by_a_bomb_is_never_decoded(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "text", [b"", b"{}", b"[" * 200_000, b'{"a":' * 200_000, b"1" * 10_000, b"NaN", b'{"seal": null}']
+    "text",
+    [b"", b"{}", b"[" * 200_000, b'{"a":' * 200_000, b"1" * 10_000, b"NaN", b'{"seal": null}'],
 )
 def test_json_of_any_shape_is_one_sentence(tmp_path: Path, text: bytes) -> None:
     (tmp_path / "manifest.json").write_bytes(text)
     with pytest.raises(StorageError, match=r"manifest\.json is damaged") as raised:
-        Artefact(Root(str(tmp_path))).read("a")
+        Output(Folder(str(tmp_path))).read("a")
     assert "\n" not in str(raised.value)
 
 
@@ -159,9 +170,11 @@ SAFE = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
         len(SAFE).to_bytes(8, "little") + SAFE.replace(b"[2]", b"[9]") + bytes(8), (2).to_bytes(8, "little") + b"{]",
     ],
 )  # fmt: skip
-def test_tensors_that_declare_more_than_they_hold_are_one_sentence(tmp_path: Path, data: bytes) -> None:
+def test_tensors_that_declare_more_than_they_hold_are_one_sentence(
+    tmp_path: Path, data: bytes
+) -> None:
     """The manifest agrees with them, as that of somebody who forges both."""
-    artefact = Artefact(Root(str(tmp_path)))
+    artefact = Output(Folder(str(tmp_path)))
     with artefact.attempt("test", {}) as attempt:
         attempt.write("a", data)
     with pytest.raises(StorageError, match=r"a is damaged \(.*restore it"):
@@ -173,7 +186,7 @@ def test_frames_that_are_cut_are_one_sentence(tmp_path: Path, cut: int) -> None:
     """Here too the manifest agrees with them."""
     whole = io.BytesIO()
     pl.DataFrame({"a": range(100)}).write_parquet(whole)
-    artefact = Artefact(Root(str(tmp_path)))
+    artefact = Output(Folder(str(tmp_path)))
     with artefact.attempt("test", {}) as attempt:
         attempt.write("a.parquet", whole.getvalue()[:cut])
     with pytest.raises(StorageError, match=r"a\.parquet is damaged \(.*restore it") as raised:

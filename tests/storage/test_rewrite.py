@@ -12,25 +12,27 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.errors import StorageError
-from storage.manifest import Artefact
-from storage.rewrite import rewrite_shards
-from storage.root import Root
-from storage.shards import index_shards
+from secateur.errors import StorageError
+from secateur.storage.folder import Folder
+from secateur.storage.outputs import Output
+from secateur.storage.rewrite import rewrite_shards
+from secateur.storage.shards import list_shards
 from tests.storage.test_shards import CONTENTS, write_tar
 
 
 def rewrite(folder: Path, urls: list[str], keep: list[bool]) -> list[str]:
     """Paths of the rewritten shards."""
-    artefact = Artefact(Root(str(folder / "out")))
+    artefact = Output(Folder(str(folder / "out")))
     with artefact.attempt("prune", {}) as attempt:
-        names = rewrite_shards(attempt, urls, index_shards(urls), np.array(keep))
+        names = rewrite_shards(attempt, urls, list_shards(urls), np.array(keep))
     return [artefact.url(name) for name in names]
 
 
 @settings(deadline=None, max_examples=60)
 @given(CONTENTS, st.data())
-def test_what_stays_is_what_a_tar_without_the_rest_holds(content: list, data: st.DataObject) -> None:
+def test_what_stays_is_what_a_tar_without_the_rest_holds(
+    content: list, data: st.DataObject
+) -> None:
     """The oracle writes the kept members anew with tarfile: the same bytes must come out."""
     keep = data.draw(st.lists(st.booleans(), min_size=len(content), max_size=len(content)))
     with tempfile.TemporaryDirectory() as name:
@@ -41,11 +43,13 @@ def test_what_stays_is_what_a_tar_without_the_rest_holds(content: list, data: st
         if not any(keep):
             assert written == []
             return
-        kept = [member for sample, stays in zip(flat, keep, strict=True) if stays for member in sample]
+        kept = [
+            member for sample, stays in zip(flat, keep, strict=True) if stays for member in sample
+        ]
         expected = Path(write_tar(folder / "b.tar", kept)).read_bytes()
         found = Path(written[0]).read_bytes()
         assert found.rstrip(b"\0") == expected.rstrip(b"\0")
-        assert index_shards(written)["key"].to_list() == [
+        assert list_shards(written)["key"].to_list() == [
             k for (k, _), stays in zip(content, keep, strict=True) if stays
         ]
 
@@ -75,15 +79,21 @@ def test_shards_of_one_name_are_numbered_apart(tmp_path: Path) -> None:
     for number in range(2):
         (tmp_path / str(number)).mkdir()
         urls.append(write_tar(tmp_path / str(number) / "a.tar", [(f"{number}.x", b"x")]))
-    assert [Path(w).name for w in rewrite(tmp_path, urls, [True, True])] == ["00000-a.tar", "00001-a.tar"]
+    assert [Path(w).name for w in rewrite(tmp_path, urls, [True, True])] == [
+        "00000-a.tar",
+        "00001-a.tar",
+    ]
 
 
 def test_a_shard_that_shrank_leaves_nothing_written(tmp_path: Path) -> None:
     url = write_tar(tmp_path / "a.tar", [("0.a", b"x" * 700), ("1.a", b"y" * 700)])
-    frame = index_shards([url])
+    frame = list_shards([url])
     Path(url).write_bytes(Path(url).read_bytes()[:1600])
-    artefact = Artefact(Root(str(tmp_path / "out")))
-    with pytest.raises(StorageError, match="has changed since it was listed"), artefact.attempt("prune", {}) as attempt:
+    artefact = Output(Folder(str(tmp_path / "out")))
+    with (
+        pytest.raises(StorageError, match="has changed since it was listed"),
+        artefact.attempt("prune", {}) as attempt,
+    ):
         rewrite_shards(attempt, [url], frame, np.array([True, True]))
     assert not artefact.committed
     assert artefact.root.files() == []

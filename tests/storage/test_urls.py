@@ -4,35 +4,44 @@ from __future__ import annotations
 
 import pytest
 
-from storage.errors import StorageError
-from storage.root import Root, explained
-from storage.shards import expand
-from storage.urls import redacted
+from secateur.errors import StorageError
+from secateur.storage.folder import Folder, wrap_io_errors
+from secateur.storage.shards import expand_shard_urls
+from secateur.storage.urls import redact_credentials
 
 SECRET = "s3cr3t-of-the-tests"
 
 
 @pytest.mark.parametrize(
     "url",
-    [f"s3://key:{SECRET}@bucket/runs", f"https://host/a.tar?X-Amz-Signature={SECRET}&x=1", f"s3://b/a?sig={SECRET}"],
+    [
+        f"s3://key:{SECRET}@bucket/runs",
+        f"https://host/a.tar?X-Amz-Signature={SECRET}&x=1",
+        f"s3://b/a?sig={SECRET}",
+    ],
 )
 def test_a_url_with_credentials_is_refused_without_repeating_them(url: str) -> None:
-    for use in (Root, expand):
-        with pytest.raises(StorageError, match="holds credentials, which would be written into the run") as raised:
+    for use in (Folder, expand_shard_urls):
+        with pytest.raises(
+            StorageError, match="holds credentials, which would be written into the run"
+        ) as raised:
             use(url)
         assert SECRET not in str(raised.value)
 
 
 @pytest.mark.parametrize(
-    "url", ["s3://bucket/runs", "/home/me@work/runs", "runs/a@b", "https://host/a@b/c.tar", "a?b.tar"]
+    "url",
+    ["s3://bucket/runs", "/home/me@work/runs", "runs/a@b", "https://host/a@b/c.tar", "a?b.tar"],
 )
 def test_other_urls_stay_as_they_are(url: str) -> None:
-    assert redacted(url) == url
+    assert redact_credentials(url) == url
 
 
 def test_an_error_of_the_store_shows_no_credentials_of_its_endpoint() -> None:
-    with pytest.raises(StorageError) as raised, explained("s3://bucket/a", "read"):
-        raise OSError(f'Could not connect to the endpoint URL: "http://key:{SECRET}@localhost:1/bucket/a"')
+    with pytest.raises(StorageError) as raised, wrap_io_errors("s3://bucket/a", "read"):
+        raise OSError(
+            f'Could not connect to the endpoint URL: "http://key:{SECRET}@localhost:1/bucket/a"'
+        )
     assert str(raised.value) == (
         's3://bucket/a cannot be read: Could not connect to the endpoint URL: "http://***@localhost:1/bucket/a"; check the disk '
         "or the connection and run the same command again"

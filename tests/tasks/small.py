@@ -14,20 +14,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from examples.shards import write_shards
-from tasks.audit import audit, wanted
-from tasks.embed import compose_stage, embed_segment
-from tasks.fit import fit_basis
-from tasks.index import index_stage
-from tasks.plan import Plan
-from tasks.prune import prune_stage
-from tasks.replay import replay
-from tasks.run import Run
-from tasks.samples import list_samples
-from tasks.score import score
-from tasks.targets import differentiate_targets
-from tasks.train import train
-from tasks.trust import try_kept
-from tasks.windows import settle_windows
+from secateur.tasks.analysis.audit import is_audited, write_audit
+from secateur.tasks.analysis.windows import freeze_windows
+from secateur.tasks.data.samples import list_stage_samples
+from secateur.tasks.plan import Plan
+from secateur.tasks.pruning.gates import run_trial
+from secateur.tasks.pruning.prune import write_pruned_stage
+from secateur.tasks.run.run import Run
+from secateur.tasks.training.fit_basis import fit_basis
+from secateur.tasks.training.train import train_stage
+from secateur.tasks.valuation.embed import compose_stage, embed_segment
+from secateur.tasks.valuation.index import index_stage
+from secateur.tasks.valuation.replay import replay_stage
+from secateur.tasks.valuation.score import write_scores
+from secateur.tasks.valuation.target_gradients import write_target_gradients
 
 
 class Digits:
@@ -40,7 +40,9 @@ class Digits:
 
     def losses(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         x = batch["x"].to(next(model.parameters()).dtype)
-        losses = functional.cross_entropy(model(x), batch["y"].nan_to_num().long(), reduction="none")
+        losses = functional.cross_entropy(
+            model(x), batch["y"].nan_to_num().long(), reduction="none"
+        )
         return torch.where(batch["y"].isnan(), torch.nan, losses)
 
     def sizes(self, batch: dict[str, Tensor]) -> Tensor:
@@ -85,7 +87,12 @@ def sample(number: int, **changes: bytes) -> dict[str, Any]:
     raw = (digits.data[number] / 16).astype(np.float32).tobytes()
     label = int(digits.target[number])
     facts = json.dumps({"parity": "odd" if label % 2 else "even"}).encode()
-    return {"__key__": f"digit-{number:04d}", "raw": raw, "cls": str(label).encode(), "json": facts} | changes
+    return {
+        "__key__": f"digit-{number:04d}",
+        "raw": raw,
+        "cls": str(label).encode(),
+        "json": facts,
+    } | changes
 
 
 def make_data(folder: Path, extra: list[dict[str, Any]] | None = None) -> None:
@@ -104,7 +111,13 @@ def values(folder: Path, **changes: Any) -> dict[str, Any]:
         "task": {"factory": "tests.tasks.small:Digits"},
         "data": {"shards": f"{folder}/train-{{0..1}}.tar"},
         "targets": {"clean": {"shards": f"{folder}/target-0.tar"}},
-        "optimizer": {"kind": "sgd", "lr": 0.2, "momentum": 0.5, "weight_decay": 0.01, "clip_norm": 1.0},
+        "optimizer": {
+            "kind": "sgd",
+            "lr": 0.2,
+            "momentum": 0.5,
+            "weight_decay": 0.01,
+            "clip_norm": 1.0,
+        },
         "stages": [
             {
                 "epochs": 3,
@@ -126,33 +139,33 @@ def small_plan(folder: Path, **changes: Any) -> Plan:
     return Plan.model_validate(values(folder, **changes))
 
 
-def curate(plan: Plan) -> Run:
+def curate_small(plan: Plan) -> Run:
     """What the flow does, without Prefect."""
     run = Run.start(plan)
     for stage, spec in enumerate(plan.stages):
-        list_samples.fn(run.url, stage)
-        settle_windows.fn(run.url, stage)
+        list_stage_samples.fn(run.url, stage)
+        freeze_windows.fn(run.url, stage)
         if stage == 0:
             fit_basis.fn(run.url)
-        train.fn(run.url, stage)
-        appraise(run, stage)
+        train_stage.fn(run.url, stage)
+        score_small(run, stage)
         if spec.prune:
             if plan.trust.trial:
-                try_kept.fn(run.url, stage, "plan", spec.prune.model_dump())
-            prune_stage.fn(run.url, stage)
+                run_trial.fn(run.url, stage, "plan", spec.prune.model_dump())
+            write_pruned_stage.fn(run.url, stage)
     return run
 
 
-def appraise(run: Run, stage: int) -> None:
+def score_small(run: Run, stage: int) -> None:
     """Embeds, indexes and scores a trained stage."""
     if not run.folder.stage(stage).embeddings.committed:
         for number in range(len(run.folder.stage(stage).segments())):
             embed_segment.fn(run.url, stage, number)
     compose_stage.fn(run.url, stage)
     index_stage.fn(run.url, stage)
-    differentiate_targets.fn(run.url, stage)
+    write_target_gradients.fn(run.url, stage)
     if run.plan.estimate == "replay":
-        replay.fn(run.url, stage)
-    score.fn(run.url, stage)
-    if wanted(run.plan, stage):
-        audit.fn(run.url, stage)
+        replay_stage.fn(run.url, stage)
+    write_scores.fn(run.url, stage)
+    if is_audited(run.plan, stage):
+        write_audit.fn(run.url, stage)

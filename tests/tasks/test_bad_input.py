@@ -11,16 +11,14 @@ from typing import Any
 import pytest
 
 from examples.shards import write_shards
-from secateur.errors import SecateurError
-from storage.errors import StorageError
-from tasks.errors import PlanError
-from tasks.estimate import estimate
-from tasks.prune import prune_stage
-from tasks.run import Run
-from tasks.samples import list_samples, stage_samples
-from tasks.search import search
-from tasks.summary import summarise
-from tests.tasks.small import curate, make_data, sample, small_plan
+from secateur.errors import PlanError, SecateurError, StorageError
+from secateur.tasks.data.samples import list_stage_samples, read_stage_samples
+from secateur.tasks.pruning.prune import write_pruned_stage
+from secateur.tasks.reporting.dry_run import estimate_run
+from secateur.tasks.reporting.summary import summarize_run
+from secateur.tasks.run.run import Run
+from secateur.tasks.valuation.query import find_influential
+from tests.tasks.small import curate_small, make_data, sample, small_plan
 
 TASK = "tests.tasks.small:Digits"
 
@@ -44,14 +42,16 @@ def uncommitted(root: Path) -> list[str]:
 def refused(folder: Path, kind: type[Exception], sentence: str, **changes: Any) -> None:
     """The plan ends in the sentence, with nothing half-written."""
     with pytest.raises(kind, match=sentence) as raised:
-        curate(small_plan(folder, **changes))
+        curate_small(small_plan(folder, **changes))
     assert "\n" not in str(raised.value)
     assert uncommitted(folder / "runs") == []
 
 
 def test_a_missing_shard(folder: Path) -> None:
     (folder / "train-1.tar").unlink()
-    refused(folder, StorageError, r"shard .*train-1\.tar does not exist; check `shards` in the plan")
+    refused(
+        folder, StorageError, r"shard .*train-1\.tar does not exist; check `shards` in the plan"
+    )
 
 
 def test_a_truncated_shard(folder: Path) -> None:
@@ -66,65 +66,83 @@ def test_a_truncated_shard_that_may_be_skipped_is_left_out_whole_and_reported(
     data = (folder / "train-1.tar").read_bytes()
     (folder / "train-1.tar").write_bytes(data[: len(data) // 2 // 512 * 512])
     plan = small_plan(folder, data={"shards": f"{folder}/train-{{0..1}}.tar", "damaged": "skip"})
-    run = curate(plan)
-    first = summarise(run.url)[0]
+    run = curate_small(plan)
+    first = summarize_run(run.url)[0]
     assert first.samples == 70
     assert len(first.skipped) == 1
     assert "train-1.tar is truncated" in first.skipped[0]
     assert f"left out: {first.skipped[0]}" in capsys.readouterr().err
     (folder / "train-0.tar").rename(folder / "gone.tar")
-    curate(plan)  # what was committed stands; nothing is read again
+    curate_small(plan)  # what was committed stands; nothing is read again
 
 
 def test_a_shard_that_changes_while_the_run_goes_on_stops_it(folder: Path) -> None:
     run = Run.start(small_plan(folder))
-    list_samples.fn(run.url, 0)
+    list_stage_samples.fn(run.url, 0)
     path = folder / "train-1.tar"
     data = bytearray(path.read_bytes())
     data[700] ^= 1
     path.write_bytes(data)
-    refused(folder, StorageError, r"train-1\.tar has changed since it was listed; its sample digit-0070 is another")
+    refused(
+        folder,
+        StorageError,
+        r"train-1\.tar has changed since it was listed; its sample digit-0070 is another",
+    )
 
 
 def test_a_pruned_shard_that_changed_is_not_trained_on(folder: Path) -> None:
     run = Run.start(small_plan(folder))
-    curate(run.plan)
-    shard = Path(stage_samples(run, 1).urls[0])
+    curate_small(run.plan)
+    shard = Path(read_stage_samples(run, 1).urls[0])
     data = bytearray(shard.read_bytes())
     data[700] ^= 1
     shard.write_bytes(data)
     run.folder.stage(1).samples.remove()
     with pytest.raises(PlanError, match=r"the pruned shard .*train-0\.tar is changed; restore it"):
-        list_samples.fn(run.url, 1)
+        list_stage_samples.fn(run.url, 1)
 
 
 def test_a_shard_that_was_forged_before_it_was_pruned_is_not_trained_on(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole shard's hash is quick and can be deceived, which no test can afford to do: here it calls everything alike."""
-    alike = SimpleNamespace(xxh3_128=lambda: SimpleNamespace(update=lambda data: None, digest=lambda: b"alike"))
-    monkeypatch.setattr("storage.rewrite.xxhash", alike)
-    monkeypatch.setattr("storage.spans.xxhash", alike)
+    alike = SimpleNamespace(
+        xxh3_128=lambda: SimpleNamespace(update=lambda data: None, digest=lambda: b"alike")
+    )
+    monkeypatch.setattr("secateur.storage.rewrite.xxhash", alike)
+    monkeypatch.setattr("secateur.storage.sample_hashes.xxhash", alike)
 
     def forge(run: str, stage: int) -> None:
         data = bytearray((folder / "train-0.tar").read_bytes())
         data[700] ^= 1
         data[700 + len(data) // 2 // 512 * 512] ^= 1
         (folder / "train-0.tar").write_bytes(data)
-        prune_stage.fn(run, stage)
+        write_pruned_stage.fn(run, stage)
 
-    monkeypatch.setattr("tests.tasks.small.prune_stage", SimpleNamespace(fn=forge))
-    refused(folder, StorageError, r"sample digit-00\d\d of the pruned shards of stage 0 is not what stage 0 trained on")
+    monkeypatch.setattr("tests.tasks.small.write_pruned_stage", SimpleNamespace(fn=forge))
+    refused(
+        folder,
+        StorageError,
+        r"sample digit-00\d\d of the pruned shards of stage 0 is not what stage 0 trained on",
+    )
 
 
 def test_duplicate_keys(folder: Path) -> None:
     make_data(folder, [sample(3)])
-    refused(folder, StorageError, "key digit-0003 is there twice, as sample 3 of .*train-0.tar and as sample")
+    refused(
+        folder,
+        StorageError,
+        "key digit-0003 is there twice, as sample 3 of .*train-0.tar and as sample",
+    )
 
 
 def test_a_sample_that_cannot_be_decoded(folder: Path) -> None:
     make_data(folder, [sample(500, raw=b"short")])
-    refused(folder, PlanError, r"sample digit-0500 of .*train-1\.tar cannot be decoded by the task .*mend or remove it")
+    refused(
+        folder,
+        PlanError,
+        r"sample digit-0500 of .*train-1\.tar cannot be decoded by the task .*mend or remove it",
+    )
 
 
 def test_an_image_bomb_is_a_sample_that_cannot_be_decoded(folder: Path) -> None:
@@ -132,7 +150,8 @@ def test_an_image_bomb_is_a_sample_that_cannot_be_decoded(folder: Path) -> None:
     header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 0, 0, 0, 0)
     parts = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(100_000))), (b"IEND", b""))
     chunks = (
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in parts
     )
     bomb = {"__key__": "bomb", "png": b"\x89PNG\r\n\x1a\n" + b"".join(chunks), "cls": b"1"}
     write_shards(f"{folder}/bomb-%d.tar", [bomb], 1)
@@ -145,29 +164,45 @@ def test_an_image_bomb_is_a_sample_that_cannot_be_decoded(folder: Path) -> None:
 
 def test_a_sample_without_a_member_the_task_needs(folder: Path) -> None:
     make_data(folder, [{"__key__": "digit-9999", "cls": b"1"}])
-    refused(folder, PlanError, r"sample digit-9999 .*cannot be decoded by the task \(KeyError: 'raw'\)")
+    refused(
+        folder, PlanError, r"sample digit-9999 .*cannot be decoded by the task \(KeyError: 'raw'\)"
+    )
 
 
 def test_a_window_outside_its_stage(folder: Path) -> None:
     stage = {"steps": 5, "batch_size": 20, "windows": [{"start": 2, "stop": 9, "unit": "steps"}]}
-    refused(folder, PlanError, "window 2 to 9 steps of stage 0 is not within its 5 steps", stages=[stage])
+    refused(
+        folder,
+        PlanError,
+        "window 2 to 9 steps of stage 0 is not within its 5 steps",
+        stages=[stage],
+    )
 
 
 def test_an_uncaptured_layer(folder: Path) -> None:
     model = {"factory": "tests.tasks.small:network", "args": {"uncaptured": True}}
     sentence = r"1 trainable parameters \(1 numbers\).*4\.weight \(1\)"
     refused(folder, SecateurError, sentence, model=model)
-    run = curate(small_plan(folder, model=model, uncaptured=["4.*"], run="listed"))
+    run = curate_small(small_plan(folder, model=model, uncaptured=["4.*"], run="listed"))
     assert run.folder.stage(1).scores.committed
 
 
 def test_a_loss_that_is_not_finite(folder: Path) -> None:
     make_data(folder, [sample(501, cls=b"nan")])
-    refused(folder, PlanError, r"the loss of sample digit-0501 is nan at step \d+ of stage 0 \(1 of \d+ samples")
+    refused(
+        folder,
+        PlanError,
+        r"the loss of sample digit-0501 is nan at step \d+ of stage 0 \(1 of \d+ samples",
+    )
 
 
 def test_a_task_that_gives_one_loss_a_batch(folder: Path) -> None:
-    refused(folder, PlanError, r"losses gave shape \(\) for 20 samples", task={"factory": "tests.tasks.small:Averaged"})
+    refused(
+        folder,
+        PlanError,
+        r"losses gave shape \(\) for 20 samples",
+        task={"factory": "tests.tasks.small:Averaged"},
+    )
 
 
 def test_an_empty_target(folder: Path) -> None:
@@ -180,7 +215,10 @@ def test_an_empty_target(folder: Path) -> None:
 def test_empty_training_data(folder: Path) -> None:
     write_shards(f"{folder}/empty-%d.tar", [], 1)
     refused(
-        folder, PlanError, "there are no samples to train on in .*empty-0.tar", data={"shards": f"{folder}/empty-0.tar"}
+        folder,
+        PlanError,
+        "there are no samples to train on in .*empty-0.tar",
+        data={"shards": f"{folder}/empty-0.tar"},
     )
 
 
@@ -197,27 +235,34 @@ def test_a_factory_that_is_none(folder: Path, factory: str, sentence: str) -> No
 
 
 def test_arguments_that_a_factory_refuses(folder: Path) -> None:
-    refused(folder, PlanError, "refuses its args", model={"factory": "tests.tasks.small:network", "args": {"widht": 2}})
+    refused(
+        folder,
+        PlanError,
+        "refuses its args",
+        model={"factory": "tests.tasks.small:network", "args": {"widht": 2}},
+    )
 
 
 def test_a_stage_that_keeps_nothing(folder: Path) -> None:
     policy = {"policy": "threshold", "at_least": 1e9}
     stage = {"epochs": 1, "batch_size": 20, "prune": policy}
-    refused(folder, PlanError, "stage 0 of .* kept no sample; relax its policy", stages=[stage, stage])
+    refused(
+        folder, PlanError, "stage 0 of .* kept no sample; relax its policy", stages=[stage, stage]
+    )
 
 
 def test_another_plan_in_the_same_folder(folder: Path) -> None:
-    curate(small_plan(folder))
+    curate_small(small_plan(folder))
     refused(folder, PlanError, r"holds a run of another plan \(they differ in seed\)", seed=7)
 
 
 def test_the_dry_run_refuses_what_the_run_would(folder: Path) -> None:
     model = {"factory": "tests.tasks.small:network", "args": {"uncaptured": True}}
     with pytest.raises(SecateurError, match=r"4\.weight"):
-        estimate(small_plan(folder, model=model))
+        estimate_run(small_plan(folder, model=model))
     (folder / "target-0.tar").unlink()
     with pytest.raises(StorageError, match=r"target-0\.tar does not exist"):
-        estimate(small_plan(folder))
+        estimate_run(small_plan(folder))
 
 
 @pytest.mark.parametrize(
@@ -231,10 +276,12 @@ def test_the_dry_run_refuses_what_the_run_would(folder: Path) -> None:
         ({"target": "clean", "stage": 5}, "stage 5 of .* is not indexed; indexed are 0, 1"),
     ],
 )
-def test_questions_that_cannot_be_answered(folder: Path, question: dict[str, Any], sentence: str) -> None:
-    run = curate(small_plan(folder))
+def test_questions_that_cannot_be_answered(
+    folder: Path, question: dict[str, Any], sentence: str
+) -> None:
+    run = curate_small(small_plan(folder))
     with pytest.raises(PlanError, match=sentence):
-        search.fn(run.url, **question)
+        find_influential.fn(run.url, **question)
 
 
 def test_a_folder_without_a_run(folder: Path) -> None:

@@ -8,13 +8,13 @@ import fsspec
 import pytest
 import s3fs
 
-from storage.errors import StorageError
-from storage.integrity import verify
-from storage.root import Root
-from tasks.prune import stage_decisions
+from secateur.errors import StorageError
+from secateur.storage.folder import Folder
+from secateur.storage.integrity import verify_folder
+from secateur.tasks.pruning.prune import read_decisions
 from tests.proxy import KINDS, FaultyProxy
 from tests.servers import Server
-from tests.tasks.small import curate, make_data, small_plan
+from tests.tasks.small import curate_small, make_data, small_plan
 
 
 @pytest.fixture
@@ -34,16 +34,16 @@ def test_a_run_ends_right_though_one_request_in_twenty_fails(
 ) -> None:
     """Errors, resets, answers that are lost after the deed, and stalls; `benchmarks.faults` stalls for 30 seconds."""
     make_data(tmp_path)
-    expected = stage_decisions(curate(small_plan(tmp_path)), 0)
+    expected = read_decisions(curate_small(small_plan(tmp_path)), 0)
     proxy = FaultyProxy(seaweed_server.port, 0.05, 2.0)
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
     s3fs.S3FileSystem.clear_instance_cache()
-    run = curate(small_plan(tmp_path, root=f"{seaweedfs}/{tmp_path.name}"))
-    assert stage_decisions(run, 0).equals(expected)
+    run = curate_small(small_plan(tmp_path, root=f"{seaweedfs}/{tmp_path.name}"))
+    assert read_decisions(run, 0).equals(expected)
     assert min(proxy.faults[kind] for kind in KINDS) > 0
     assert capsys.readouterr().err.count("trying again") >= proxy.faults["error"]
     proxy.share = 0.0
-    assert [f for f in verify(Root(run.url)) if f.what != "extra"] == []
+    assert [f for f in verify_folder(Folder(run.url)) if f.what != "extra"] == []
     proxy.shutdown()
 
 
@@ -54,8 +54,10 @@ def test_a_store_that_never_answers_is_given_up_in_one_sentence(
     monkeypatch.setattr("tests.proxy.KINDS", ("error",))
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
     s3fs.S3FileSystem.clear_instance_cache()
-    with pytest.raises(StorageError, match=r"cannot be written: .*run the same command again") as raised:
-        Root(f"{seaweedfs}/never").create("a", b"x")
+    with pytest.raises(
+        StorageError, match=r"cannot be written: .*run the same command again"
+    ) as raised:
+        Folder(f"{seaweedfs}/never").create("a", b"x")
     assert "\n" not in str(raised.value)
     assert proxy.requests <= 25
     proxy.shutdown()

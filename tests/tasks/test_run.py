@@ -10,18 +10,18 @@ import torch
 import webdataset
 
 from examples.shards import write_shards
-from secateur.recursion import walk
-from storage.frames import read_frame
-from storage.ledger import read_checkpoint
-from tasks.embed import dynamics_of, segment_of, spans_of
-from tasks.loop import Loop
-from tasks.prune import OWN, prune_stage, stage_decisions
-from tasks.run import Run
-from tasks.samples import judging_rows, stage_samples, target_samples
-from tasks.score import stage_scores
-from tasks.search import search
-from tasks.targets import target_gradients
-from tests.tasks.small import curate, make_data, sample, small_plan
+from secateur.influence.recursion import walk_segment
+from secateur.storage.frames import read_frame
+from secateur.storage.ledger import read_checkpoint
+from secateur.tasks.data.samples import held_out_rows, list_target_samples, read_stage_samples
+from secateur.tasks.pruning.prune import PLAN_PRUNING, read_decisions, write_pruned_stage
+from secateur.tasks.run.run import Run
+from secateur.tasks.training.loop import TrainingLoop
+from secateur.tasks.valuation.embed import dynamics_of, segment_of, spans_of
+from secateur.tasks.valuation.query import find_influential
+from secateur.tasks.valuation.score import read_scores
+from secateur.tasks.valuation.target_gradients import read_target_gradients
+from tests.tasks.small import curate_small, make_data, sample, small_plan
 
 ALL = {"kind": "coordinates", "numbers": None, "fit_steps": 1}
 
@@ -35,15 +35,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(folder: Path) -> Run:
-    return curate(small_plan(folder))
+    return curate_small(small_plan(folder))
 
 
 def content(run: Run) -> dict[str, str]:
     """The hash of every file of a run but its plan, by its name without the attempt."""
     found = {}
     for stage in (run.folder.stage(0), run.folder.stage(1)):
-        artefacts = [stage.samples, stage.embeddings, stage.index, stage.targets, stage.scores, *stage.segments()]
-        for artefact in [*artefacts, *([stage.prune(OWN)] if stage.prune(OWN).committed else [])]:
+        artefacts = [
+            stage.samples,
+            stage.embeddings,
+            stage.index,
+            stage.targets,
+            stage.scores,
+            *stage.segments(),
+        ]
+        for artefact in [
+            *artefacts,
+            *([stage.prune(PLAN_PRUNING)] if stage.prune(PLAN_PRUNING).committed else []),
+        ]:
             for name, facts in artefact.manifest.files.items():
                 found[f"{artefact.root.url.removeprefix(run.url)}/{name}"] = facts["sha256"]
     return found
@@ -53,20 +63,23 @@ def differing(one: Run, other: Run) -> list[str]:
     """Files that are not the same; the second stage's samples and scores name shards by path, which is the run's own."""
     a, b = content(one), content(other)
     assert a.keys() == b.keys()
-    assert stage_scores(one, 1).drop("shard").equals(stage_scores(other, 1).drop("shard"))
+    assert read_scores(one, 1).drop("shard").equals(read_scores(other, 1).drop("shard"))
     paths = ("/stages/01/samples", "/stages/01/scores")
     return [name for name in a if a[name] != b[name] and not name.startswith(paths)]
 
 
 def test_the_next_stage_trains_on_what_was_kept(run: Run) -> None:
-    decisions = stage_decisions(run, 0)
+    decisions = read_decisions(run, 0)
     kept = decisions.filter("keep")["key"].to_list()
-    assert stage_samples(run, 1).frame["key"].to_list() == kept
-    read = [s["__key__"] for s in webdataset.WebDataset(stage_samples(run, 1).urls, shardshuffle=False)]
+    assert read_stage_samples(run, 1).frame["key"].to_list() == kept
+    read = [
+        s["__key__"]
+        for s in webdataset.WebDataset(read_stage_samples(run, 1).urls, shardshuffle=False)
+    ]
     assert read == kept
     used = decisions.filter(pl.col("uses") > 0)
     assert len(kept) == len(decisions) - len(used) + round(len(used) / 2)
-    dropped = run.folder.stage(0).prune(OWN).read("dropped.txt").decode().splitlines()
+    dropped = run.folder.stage(0).prune(PLAN_PRUNING).read("dropped.txt").decode().splitlines()
     assert [line.split("\t") for line in dropped] == [
         list(row) for row in decisions.filter(~pl.col("keep")).select("key", "reason").iter_rows()
     ]
@@ -74,57 +87,59 @@ def test_the_next_stage_trains_on_what_was_kept(run: Run) -> None:
 
 def test_a_stage_is_read_from_shards_that_were_removed_and_pruned_again(folder: Path) -> None:
     """They come out the same, in another folder."""
-    run = curate(small_plan(folder, run="again"))
-    before = stage_samples(run, 1)
-    run.folder.stage(0).prune(OWN).remove()
-    prune_stage.fn(run.url, 0)
-    after = stage_samples(run, 1)
+    run = curate_small(small_plan(folder, run="again"))
+    before = read_stage_samples(run, 1)
+    run.folder.stage(0).prune(PLAN_PRUNING).remove()
+    write_pruned_stage.fn(run.url, 0)
+    after = read_stage_samples(run, 1)
     assert set(before.urls).isdisjoint(after.urls)
     rows = range(len(after))
     assert [sample["__key__"] for sample in after.read(rows)] == before.frame["key"].to_list()
 
 
 def test_only_what_was_used_in_a_window_is_judged(run: Run) -> None:
-    steps = stage_scores(run, 0).group_by("window").agg(pl.col("step").unique().sort()).sort("window")
+    steps = (
+        read_scores(run, 0).group_by("window").agg(pl.col("step").unique().sort()).sort("window")
+    )
     assert [s.to_list() for s in steps["step"]] == [list(range(5)), list(range(16, 21))]
     strides = torch.cat([segment_of(s).strides for s in run.folder.stage(0).segments()]).tolist()
     between = [2.0 if step % 2 == 0 else 0.0 for step in range(5, 16)]
     assert strides == [1.0] * 5 + between + [1.0] * 5
-    outside = stage_decisions(run, 0).filter(pl.col("uses") == 0)
+    outside = read_decisions(run, 0).filter(pl.col("uses") == 0)
     assert outside["keep"].all()
     assert set(outside["reason"]) <= {"kept: not used in a window"}
 
 
 def test_the_same_seed_gives_the_same_bytes(run: Run, folder: Path) -> None:
-    again = curate(small_plan(folder, root=f"{folder}/again"))
+    again = curate_small(small_plan(folder, root=f"{folder}/again"))
     assert differing(run, again) == []
 
 
 def test_another_seed_gives_another_order(run: Run, folder: Path) -> None:
-    other = curate(small_plan(folder, root=f"{folder}/other", seed=1))
-    assert stage_decisions(run, 0)["keep"].to_list() != stage_decisions(other, 0)["keep"].to_list()
+    other = curate_small(small_plan(folder, root=f"{folder}/other", seed=1))
+    assert read_decisions(run, 0)["keep"].to_list() != read_decisions(other, 0)["keep"].to_list()
 
 
 @pytest.mark.parametrize("step", [0, 8, 20])
 def test_an_interrupted_run_carries_on_to_the_same_bytes(
     run: Run, folder: Path, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan, whole, taken = small_plan(folder, root=f"{folder}/resumed{step}"), Loop.step, []
+    plan, whole, taken = small_plan(folder, root=f"{folder}/resumed{step}"), TrainingLoop.step, []
 
-    def interrupted(loop: Loop, number: int, recording: object = None) -> object:
+    def interrupted(loop: TrainingLoop, number: int, recording: object = None) -> object:
         if recording is not None and number == step:
             raise KeyboardInterrupt
         return whole(loop, number, recording)  # type: ignore[arg-type]
 
-    def counted(loop: Loop, number: int, recording: object = None) -> object:
+    def counted(loop: TrainingLoop, number: int, recording: object = None) -> object:
         taken.append(number)
         return whole(loop, number, recording)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Loop, "step", interrupted)
+    monkeypatch.setattr(TrainingLoop, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        curate(plan)
-    monkeypatch.setattr(Loop, "step", counted)
-    resumed = curate(plan)
+        curate_small(plan)
+    monkeypatch.setattr(TrainingLoop, "step", counted)
+    resumed = curate_small(plan)
     assert differing(run, resumed) == []
     assert taken[-10:] == list(range(10))
     assert len(taken) == 10 + 21 - step // 6 * 6
@@ -132,29 +147,31 @@ def test_an_interrupted_run_carries_on_to_the_same_bytes(
 
 def test_a_finished_run_does_nothing_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     before = content(run)
-    monkeypatch.setattr(Loop, "__init__", None)
-    curate(run.plan)
+    monkeypatch.setattr(TrainingLoop, "__init__", None)
+    curate_small(run.plan)
     assert content(run) == before
 
 
 def test_what_a_killed_run_had_no_time_to_remove_goes_with_the_next(folder: Path) -> None:
     """Parts whose whole is committed, but which the process that committed it did not live to remove."""
     plan = small_plan(folder, root=f"{folder}/leftover")
-    stage = curate(plan).folder.stage(0)
-    parts = (stage.local(0), stage.decided(OWN), stage.rewritten(OWN, 0))
+    stage = curate_small(plan).folder.stage(0)
+    parts = (stage.local(0), stage.decided(PLAN_PRUNING), stage.rewritten(PLAN_PRUNING, 0))
     for part in parts:
         with part.attempt("left", {}) as attempt:
             attempt.write("a", b"x")
-    curate(plan)
+    curate_small(plan)
     assert [part.root.url for part in parts if part.root.files()] == []
 
 
 def test_contributions_in_the_ledger_are_autograds(folder: Path) -> None:
     """The last segment is one step: each sample's gradient by autograd, from the checkpoint before it."""
-    run = curate(small_plan(folder, root=f"{folder}/full", basis=ALL, dtype="float64", segment_steps=5))
-    stage, samples = run.folder.stage(0), stage_samples(run, 0)
+    run = curate_small(
+        small_plan(folder, root=f"{folder}/full", basis=ALL, dtype="float64", segment_steps=5)
+    )
+    stage, samples = run.folder.stage(0), read_stage_samples(run, 0)
     segment = segment_of(stage.segment(4))
-    loop = Loop(run, 0, samples)
+    loop = TrainingLoop(run, 0, samples)
     loop.restore(read_checkpoint(stage.segment(3)))
     assert segment.length == 1
     assert segment.samples.tolist() == loop.order.batch(20).tolist()
@@ -167,32 +184,49 @@ def test_contributions_in_the_ledger_are_autograds(folder: Path) -> None:
         torch.testing.assert_close(losses.detach(), segment.losses)
         (losses[position] * segment.weights[position]).backward()
         gradients = {n: p.grad for n, p in loop.model.named_parameters() if p.grad is not None}
-        rows.append(basis.project_all(gradients))
+        rows.append(basis.project_tensors(gradients))
     expected = torch.stack(rows)
     torch.testing.assert_close(segment.contributions, expected, rtol=1e-9, atol=1e-12)
-    target = target_gradients(stage.targets, "clean").mean(0)
-    last = stage_scores(run, 0).filter(pl.col("step") == 20)
+    target = read_target_gradients(stage.targets, "clean").mean(0)
+    last = read_scores(run, 0).filter(pl.col("step") == 20)
     assert last["norm"].to_list() == pytest.approx(expected.norm(dim=1).tolist())
-    mean = curate(
+    mean = curate_small(
         small_plan(
-            folder, root=f"{folder}/mean", basis=ALL, dtype="float64", segment_steps=5, score={"aggregate": "mean"}
+            folder,
+            root=f"{folder}/mean",
+            basis=ALL,
+            dtype="float64",
+            segment_steps=5,
+            score={"aggregate": "mean"},
         )
     )
-    found = stage_scores(mean, 0).filter(pl.col("step") == 20)["score_clean"].to_list()
+    found = read_scores(mean, 0).filter(pl.col("step") == 20)["score_clean"].to_list()
     assert found == pytest.approx((expected @ target).tolist())
 
 
 def test_tracin_is_learning_rate_times_product_at_the_nearest_checkpoint(folder: Path) -> None:
     """All parameters; the target's gradients by plain autograd, at the start and after steps 5, 10, 15, 20 and 21."""
     policy = {"policy": "tracin", "keep": 0.5}
-    stages = [{"epochs": 3, "batch_size": 20, "prune": policy}, {"steps": 2, "batch_size": 20, "prune": policy}]
+    stages = [
+        {"epochs": 3, "batch_size": 20, "prune": policy},
+        {"steps": 2, "batch_size": 20, "prune": policy},
+    ]
     schedule = {"kind": "cosine", "warmup": 0.2}
-    settings = {"basis": ALL, "dtype": "float64", "segment_steps": 5, "schedule": schedule, "stages": stages}
-    run = curate(small_plan(folder, run="tracin", **settings))
+    settings = {
+        "basis": ALL,
+        "dtype": "float64",
+        "segment_steps": 5,
+        "schedule": schedule,
+        "stages": stages,
+    }
+    run = curate_small(small_plan(folder, run="tracin", **settings))
     for stage, bounds in ((0, [0, 5, 10, 15, 20, 21]), (1, [0, 2])):
-        folders, loop = run.folder.stage(stage), Loop(run, stage, stage_samples(run, stage))
+        folders, loop = (
+            run.folder.stage(stage),
+            TrainingLoop(run, stage, read_stage_samples(run, stage)),
+        )
         before = run.folder.stage(0).start if stage == 0 else run.folder.stage(0).segment(4)
-        target, rows = target_samples(run, "clean"), torch.arange(24)
+        target, rows = list_target_samples(run, "clean"), torch.arange(24)
         gradients = []
         for checkpoint in (before, *folders.segments()):
             loop.restore(read_checkpoint(checkpoint), optimizer=False)
@@ -200,27 +234,41 @@ def test_tracin_is_learning_rate_times_product_at_the_nearest_checkpoint(folder:
             loop.model.zero_grad()
             loop.task.losses(loop.model, loop.batch(rows, target)).mean().backward()
             found = {n: p.grad for n, p in loop.model.named_parameters() if p.grad is not None}
-            gradients.append(run.basis(run.bindings(loop.model)).project_all(found))
+            gradients.append(run.basis(run.bindings(loop.model)).project_tensors(found))
         expected: dict[int, float] = {}
         for segment in map(segment_of, folders.segments()):
-            for step, row, contribution in zip(segment.steps, segment.samples, segment.contributions, strict=True):
+            for step, row, contribution in zip(
+                segment.steps, segment.samples, segment.contributions, strict=True
+            ):
                 near = min(range(len(bounds)), key=lambda n, t=int(step): (abs(bounds[n] - t), n))
                 value = 0.2 * loop.order.rate(int(step)) * float(contribution @ gradients[near])
                 expected[int(row)] = expected.get(int(row), 0.0) + value
-        decisions = read_frame(folders.prune(OWN), "decisions.parquet").filter(pl.col("uses") > 0)
-        assert decisions["score"].to_list() == pytest.approx([expected[row] for row in decisions["sample"]], rel=1e-9)
+        decisions = read_frame(folders.prune(PLAN_PRUNING), "decisions.parquet").filter(
+            pl.col("uses") > 0
+        )
+        assert decisions["score"].to_list() == pytest.approx(
+            [expected[row] for row in decisions["sample"]], rel=1e-9
+        )
 
 
 def test_what_judges_a_target_does_not_score_it(folder: Path) -> None:
     """Half of the target scores: the same as a target of that half alone. The figures are the other half's."""
     shards = f"{folder}/target-0.tar"
     split = small_plan(folder, run="split", targets={"clean": {"shards": shards, "judging": 0.5}})
-    judges = judging_rows(split, "clean", 24).tolist()
-    write_shards(f"{folder}/score-%d.tar", [sample(200 + n) for n in range(24) if n not in judges], 1)
+    judges = held_out_rows(split, "clean", 24).tolist()
+    write_shards(
+        f"{folder}/score-%d.tar", [sample(200 + n) for n in range(24) if n not in judges], 1
+    )
     write_shards(f"{folder}/judge-%d.tar", [sample(200 + n) for n in judges], 1)
-    both = {"clean": {"shards": f"{folder}/score-0.tar"}, "judge": {"shards": f"{folder}/judge-0.tar"}}
-    parted, halves = curate(split), curate(small_plan(folder, run="halves", targets=both))
-    ours, theirs = (stage_scores(one, 0)["score_clean"].to_numpy() for one in (parted, halves))
+    both = {
+        "clean": {"shards": f"{folder}/score-0.tar"},
+        "judge": {"shards": f"{folder}/judge-0.tar"},
+    }
+    parted, halves = (
+        curate_small(split),
+        curate_small(small_plan(folder, run="halves", targets=both)),
+    )
+    ours, theirs = (read_scores(one, 0)["score_clean"].to_numpy() for one in (parted, halves))
     assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-7)
     found, expected = (one.folder.stage(1).targets.manifest.facts for one in (parted, halves))
     assert found["clean"]["samples"] == 12
@@ -230,14 +278,16 @@ def test_what_judges_a_target_does_not_score_it(folder: Path) -> None:
 def walked(run: Run, gradient: torch.Tensor, carried: bool) -> dict[int, list[float]]:
     """Scores by walking the query itself back through every segment of both stages: no embedding, no transition."""
     spans, slots = spans_of(run), 2
-    row = [torch.cat([gradient[:, None, s], torch.zeros_like(gradient[:, None, s])], 1) for s in spans]
+    row = [
+        torch.cat([gradient[:, None, s], torch.zeros_like(gradient[:, None, s])], 1) for s in spans
+    ]
     found: dict[int, list[float]] = {}
     for stage in (1, 0):
         if stage == 0 and not carried:  # the momentum that stage 0 left was thrown away
             row = [torch.cat([r[:, :1], torch.zeros_like(r[:, 1:])], 1) for r in row]
         scores: list[float] = []
         for ledger in reversed(run.folder.stage(stage).segments()):
-            effects, row = walk(dynamics_of(run, segment_of(ledger)), row)
+            effects, row = walk_segment(dynamics_of(run, segment_of(ledger)), row)
             scores = torch.stack(effects).sum(0)[:, 0].tolist() + scores
         found[stage] = scores
     assert row[0].shape[1] == slots
@@ -247,8 +297,16 @@ def walked(run: Run, gradient: torch.Tensor, carried: bool) -> dict[int, list[fl
 @pytest.mark.parametrize("at_stage", ["reset", "carry"])
 @pytest.mark.parametrize("coupling", ["block", "full"])
 @pytest.mark.parametrize("index", ["flat", "sq8"])
-def test_a_query_finds_what_walking_it_back_gives(folder: Path, at_stage: str, coupling: str, index: str) -> None:
-    optimizer = {"kind": "sgd", "lr": 0.2, "momentum": 0.5, "weight_decay": 0.01, "at_stage": at_stage}
+def test_a_query_finds_what_walking_it_back_gives(
+    folder: Path, at_stage: str, coupling: str, index: str
+) -> None:
+    optimizer = {
+        "kind": "sgd",
+        "lr": 0.2,
+        "momentum": 0.5,
+        "weight_decay": 0.01,
+        "at_stage": at_stage,
+    }
     name = f"{at_stage}-{coupling}-{index}"
     plan = small_plan(
         folder,
@@ -258,26 +316,36 @@ def test_a_query_finds_what_walking_it_back_gives(folder: Path, at_stage: str, c
         index=index,
         dtype="float64",
     )
-    run = curate(plan)
-    gradient = target_gradients(run.folder.stage(1).targets, "clean").mean(0, keepdim=True)
+    run = curate_small(plan)
+    gradient = read_target_gradients(run.folder.stage(1).targets, "clean").mean(0, keepdim=True)
     expected = walked(run, gradient, at_stage == "carry")
     for stage in (0, 1):
-        rows = stage_scores(run, stage).with_columns(score=pl.Series(expected[stage]))
+        rows = read_scores(run, stage).with_columns(score=pl.Series(expected[stage]))
         for harmful in (False, True):
             for window in (None, 0):
                 among = rows if window is None else rows.filter(pl.col("window") == window)
-                ordered = among.sort("score", descending=not harmful).unique("key", keep="first", maintain_order=True)
-                hits = search.fn(run.url, "clean", None, 7, harmful, stage, window)
+                ordered = among.sort("score", descending=not harmful).unique(
+                    "key", keep="first", maintain_order=True
+                )
+                hits = find_influential.fn(run.url, "clean", None, 7, harmful, stage, window)
                 assert [hit.key for hit in hits] == ordered["key"][:7].to_list()
-                assert [hit.score for hit in hits] == pytest.approx(ordered["score"][:7].to_list(), rel=1e-4)
-    merged = pl.concat([stage_scores(run, s).with_columns(score=pl.Series(expected[s])) for s in (0, 1)])
-    best = merged.sort("score", descending=True).unique("key", keep="first", maintain_order=True)["key"][:5].to_list()
-    assert [hit.key for hit in search.fn(run.url, "clean", top=5)] == best
+                assert [hit.score for hit in hits] == pytest.approx(
+                    ordered["score"][:7].to_list(), rel=1e-4
+                )
+    merged = pl.concat(
+        [read_scores(run, s).with_columns(score=pl.Series(expected[s])) for s in (0, 1)]
+    )
+    best = (
+        merged.sort("score", descending=True)
+        .unique("key", keep="first", maintain_order=True)["key"][:5]
+        .to_list()
+    )
+    assert [hit.key for hit in find_influential.fn(run.url, "clean", top=5)] == best
 
 
 def test_asking_about_one_sample_is_asking_with_its_gradient(run: Run) -> None:
-    mine = search.fn(run.url, sample="digit-0203", top=3)
-    gradient = target_gradients(run.folder.stage(1).targets, "clean")[3:4]
+    mine = find_influential.fn(run.url, sample="digit-0203", top=3)
+    gradient = read_target_gradients(run.folder.stage(1).targets, "clean")[3:4]
     expected = walked(run, gradient, False)
     best = max(max(expected[0]), max(expected[1]))
     assert mine[0].score == pytest.approx(best, rel=1e-4)
@@ -287,7 +355,7 @@ def test_asking_about_one_sample_is_asking_with_its_gradient(run: Run) -> None:
 def test_horizons(folder: Path, horizon: int | str) -> None:
     """A horizon beyond the stage's end is the stage's end; 0 leaves out the learning rate."""
     plain = {"kind": "sgd", "lr": 0.2, "momentum": 0.5}
-    make = lambda h: curate(  # noqa: E731
+    make = lambda h: curate_small(  # noqa: E731
         small_plan(
             folder,
             run=f"h{h}",
@@ -297,18 +365,26 @@ def test_horizons(folder: Path, horizon: int | str) -> None:
             seed=2,
         )
     )
-    found = stage_scores(make(horizon), 0)
-    end = stage_scores(make("stage"), 0)
+    found = read_scores(make(horizon), 0)
+    end = read_scores(make("stage"), 0)
     last = pl.col("step") == 20
     if horizon in (100, "stage"):
-        assert found["score_clean"].to_list() == pytest.approx(end["score_clean"].to_list(), rel=1e-9)
+        assert found["score_clean"].to_list() == pytest.approx(
+            end["score_clean"].to_list(), rel=1e-9
+        )
     elif horizon == 0:
         scaled = found.filter(last)["score_clean"] * 0.2
-        assert scaled.to_list() == pytest.approx(end.filter(last)["score_clean"].to_list(), rel=1e-9)
+        assert scaled.to_list() == pytest.approx(
+            end.filter(last)["score_clean"].to_list(), rel=1e-9
+        )
     else:
         late, early = pl.col("step") >= 18, pl.col("step") < 16
-        assert found.filter(late)["score_clean"].to_list() == pytest.approx(end.filter(late)["score_clean"].to_list())
-        assert found.filter(early)["score_clean"].to_list() != pytest.approx(end.filter(early)["score_clean"].to_list())
+        assert found.filter(late)["score_clean"].to_list() == pytest.approx(
+            end.filter(late)["score_clean"].to_list()
+        )
+        assert found.filter(early)["score_clean"].to_list() != pytest.approx(
+            end.filter(early)["score_clean"].to_list()
+        )
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "token_mean"])
@@ -329,16 +405,23 @@ def test_reductions_and_accumulation_train_alike(folder: Path, reduction: str) -
             dtype="float64",
             optimizer=optimizer,
         )
-        run = curate(plan)
-        ends.append((read_checkpoint(run.folder.stage(0).segment(0)), segment_of(run.folder.stage(0).segment(0))))
+        run = curate_small(plan)
+        ends.append(
+            (
+                read_checkpoint(run.folder.stage(0).segment(0)),
+                segment_of(run.folder.stage(0).segment(0)),
+            )
+        )
     (one, whole), (other, parted) = ends
     for name in one:
         torch.testing.assert_close(one[name], other[name])
-    torch.testing.assert_close(whole.contributions.abs(), parted.contributions.abs(), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(
+        whole.contributions.abs(), parted.contributions.abs(), rtol=1e-6, atol=1e-9
+    )
     torch.testing.assert_close(whole.weights, parted.weights)
 
 
 def test_stages_without_a_policy_pass_all_data_on(folder: Path) -> None:
     stages = [{"steps": 4, "batch_size": 20}, {"steps": 4, "batch_size": 20}]
-    run = curate(small_plan(folder, run="through", stages=stages))
-    assert len(stage_samples(run, 1)) == 140
+    run = curate_small(small_plan(folder, run="through", stages=stages))
+    assert len(read_stage_samples(run, 1)) == 140

@@ -8,38 +8,42 @@ import pytest
 import s3fs
 import webdataset
 
-from storage.root import Root
-from tasks.errors import PlanError
-from tasks.prune import stage_decisions
-from tasks.samples import stage_samples
-from tasks.score import stage_scores
-from tasks.search import search
-from tests.tasks.small import curate, make_data, small_plan
+from secateur.errors import PlanError
+from secateur.storage.folder import Folder
+from secateur.tasks.data.samples import read_stage_samples
+from secateur.tasks.pruning.prune import read_decisions
+from secateur.tasks.valuation.query import find_influential
+from secateur.tasks.valuation.score import read_scores
+from tests.tasks.small import curate_small, make_data, small_plan
 
 
 @pytest.mark.parametrize("store_at", ["bucket", "seaweedfs"])
-def test_a_run_on_s3_is_the_run_on_disk(store_at: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_a_run_on_s3_is_the_run_on_disk(
+    store_at: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     bucket = f"{request.getfixturevalue(store_at)}/{tmp_path.name}"
     make_data(tmp_path)
     store = s3fs.S3FileSystem()
     store.put(f"{tmp_path}/", f"{bucket}/digits/", recursive=True)
-    local = curate(small_plan(tmp_path))
-    remote = curate(
+    local = curate_small(small_plan(tmp_path))
+    remote = curate_small(
         small_plan(
             tmp_path, root=f"{bucket}/runs", data={"shards": f"{bucket}/digits/train-{{0..1}}.tar"},
             targets={"clean": {"shards": f"{bucket}/digits/target-0.tar"}},
         )
     )  # fmt: skip
-    assert stage_decisions(remote, 0).equals(stage_decisions(local, 0))
-    assert stage_scores(remote, 1).drop("shard").equals(stage_scores(local, 1).drop("shard"))
-    assert [hit.key for hit in search.fn(remote.url, "clean")] == [hit.key for hit in search.fn(local.url, "clean")]
-    pruned = stage_samples(remote, 1).urls
+    assert read_decisions(remote, 0).equals(read_decisions(local, 0))
+    assert read_scores(remote, 1).drop("shard").equals(read_scores(local, 1).drop("shard"))
+    assert [hit.key for hit in find_influential.fn(remote.url, "clean")] == [
+        hit.key for hit in find_influential.fn(local.url, "clean")
+    ]
+    pruned = read_stage_samples(remote, 1).urls
     assert all(url.startswith(f"{bucket}/runs/small/") for url in pruned)
-    for there, here in zip(pruned, stage_samples(local, 1).urls, strict=True):
+    for there, here in zip(pruned, read_stage_samples(local, 1).urls, strict=True):
         assert store.cat_file(there) == Path(here).read_bytes()
     store.get_file(pruned[0], f"{tmp_path}/fetched.tar")
     assert len(list(webdataset.WebDataset(f"{tmp_path}/fetched.tar", shardshuffle=False))) > 0
-    assert curate(remote.plan).url == remote.url  # a rerun finds everything done
+    assert curate_small(remote.plan).url == remote.url  # a rerun finds everything done
 
 
 def test_a_store_that_ignores_conditional_puts_is_refused_unless_the_plan_accepts_the_risk(
@@ -48,7 +52,7 @@ def test_a_store_that_ignores_conditional_puts_is_refused_unless_the_plan_accept
     make_data(tmp_path)
     root = f"{rclone}/{tmp_path.name}"
     with pytest.raises(PlanError, match=r"ignores conditional puts.*`commits: last_writer_wins`"):
-        curate(small_plan(tmp_path, root=root))
-    assert Root(root).files() == []
-    run = curate(small_plan(tmp_path, root=root, commits="last_writer_wins"))
-    assert stage_decisions(run, 0).equals(stage_decisions(curate(small_plan(tmp_path)), 0))
+        curate_small(small_plan(tmp_path, root=root))
+    assert Folder(root).files() == []
+    run = curate_small(small_plan(tmp_path, root=root, commits="last_writer_wins"))
+    assert read_decisions(run, 0).equals(read_decisions(curate_small(small_plan(tmp_path)), 0))

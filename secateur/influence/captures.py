@@ -1,0 +1,168 @@
+"""Room `secateur`: what one call of a layer contributed, sample by sample, in the cheapest form it comes in.
+
+Each sample's contribution to a block is a matrix `C_i` of `rows x cols`. It is rarely formed: layers give factors, and
+bases read from the factors only the numbers that they keep.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+# Entries formed at a time where whole matrices are needed: 64 MB in float32.
+CHUNK_ENTRIES = 1 << 24
+
+
+@dataclass(frozen=True)
+class OuterCapture:
+    """`C_i = sum_s left_s [right_s, 1]^T`; the constant column stands only where `ones` is set (a bias)."""
+
+    left: Float[Tensor, "batch positions rows"]
+    right: Float[Tensor, "batch positions inner"]
+    ones: bool = False
+
+    @property
+    def batch(self) -> int:
+        """Samples."""
+        return len(self.left)
+
+    def project(
+        self, p_out: Float[Tensor, "rows k"], p_in: Float[Tensor, "cols l"]
+    ) -> Float[Tensor, "batch k l"]:
+        """`p_out^T C_i p_in`."""
+        inner = self.right.shape[-1]
+        left = self.left.to(p_out.dtype) @ p_out
+        right = self.right.to(p_in.dtype) @ p_in[:inner]
+        if self.ones:
+            right = right + p_in[inner]
+        return _sum_of_products(left, right)
+
+    def at(self, rows: Int[Tensor, " k"], cols: Int[Tensor, " k"]) -> Float[Tensor, "batch k"]:
+        """`C_i[rows, cols]`."""
+        height, width = self.left.shape[-1], self.right.shape[-1] + self.ones
+        if self.left.shape[1] > 1 and len(rows) * 4 > height * width:
+            return self.dense()[:, rows, cols]
+        left, right = self.left[..., rows], self._right()[..., cols]
+        return (
+            left[:, 0] * right[:, 0]
+            if left.shape[1] == 1
+            else torch.einsum("bsk,bsk->bk", left, right)
+        )
+
+    def dense(self) -> Float[Tensor, "batch rows cols"]:
+        """`C_i` itself."""
+        return _sum_of_products(self.left, self._right())
+
+    def moments(self) -> tuple[Float[Tensor, "rows rows"], Float[Tensor, "cols cols"]]:
+        """Second moments of the left and of the right factors, summed over samples and positions."""
+        left, right = self.left.flatten(0, 1), self._right().flatten(0, 1)
+        return left.T @ left, right.T @ right
+
+    def energy(self) -> Float[Tensor, "rows cols"]:
+        """`sum_i C_i^2`, entry by entry."""
+        right = self._right()
+        if self.left.shape[1] == 1:
+            return self.left[:, 0].square().T @ right[:, 0].square()
+        parts = max(1, CHUNK_ENTRIES // (self.left.shape[-1] * right.shape[-1]))
+        pairs = zip(self.left.split(parts), right.split(parts), strict=True)
+        return torch.stack([_sum_of_products(a, b).square().sum(0) for a, b in pairs]).sum(0)
+
+    def _right(self) -> Float[Tensor, "batch positions cols"]:
+        return torch.nn.functional.pad(self.right, (0, 1), value=1.0) if self.ones else self.right
+
+
+@dataclass(frozen=True)
+class LookupCapture:
+    """`C_i = sum_s onehot(ids_s) right_s^T`: an embedding table's."""
+
+    ids: Int[Tensor, "batch positions"]
+    right: Float[Tensor, "batch positions cols"]
+    rows: int
+
+    @property
+    def batch(self) -> int:
+        """Samples."""
+        return len(self.ids)
+
+    def project(
+        self, p_out: Float[Tensor, "rows k"], p_in: Float[Tensor, "cols l"]
+    ) -> Float[Tensor, "batch k l"]:
+        """`p_out^T C_i p_in`."""
+        return _sum_of_products(p_out[self.ids], self.right.to(p_in.dtype) @ p_in)
+
+    def at(self, rows: Int[Tensor, " k"], cols: Int[Tensor, " k"]) -> Float[Tensor, "batch k"]:
+        """`C_i[rows, cols]`."""
+        if len(rows) * 4 > self.rows:
+            return self.dense()[:, rows, cols]
+        hits = (self.ids[..., None] == rows).to(self.right.dtype)
+        return torch.einsum("bsk,bsk->bk", hits, self.right[..., cols])
+
+    def dense(self) -> Float[Tensor, "batch rows cols"]:
+        """`C_i` itself."""
+        whole = self.right.new_zeros(self.batch, self.rows, self.right.shape[-1])
+        return whole.scatter_add_(1, self.ids[..., None].expand_as(self.right), self.right)
+
+    def moments(self) -> tuple[Float[Tensor, "rows rows"], Float[Tensor, "cols cols"]]:
+        """Second moments of the left and right factors; each one-hot weighs as much as its right factor's energy."""
+        right = self.right.flatten(0, 1)
+        left = right.new_zeros(self.rows).index_add_(0, self.ids.flatten(), right.square().sum(1))
+        return left.diag(), right.T @ right
+
+    def energy(self) -> Float[Tensor, "rows cols"]:
+        """`sum_i C_i^2`, entry by entry."""
+        total = self.right.new_zeros(self.rows, self.right.shape[-1])
+        for ids, right in zip(self.ids, self.right, strict=True):
+            met, where = ids.unique(return_inverse=True)
+            total[met] += (
+                right.new_zeros(len(met), right.shape[1]).index_add_(0, where, right).square()
+            )
+        return total
+
+
+@dataclass(frozen=True)
+class DenseCapture:
+    """`C_i` itself, where it is small or has no factors."""
+
+    values: Float[Tensor, "batch rows cols"]
+
+    @property
+    def batch(self) -> int:
+        """Samples."""
+        return len(self.values)
+
+    def project(
+        self, p_out: Float[Tensor, "rows k"], p_in: Float[Tensor, "cols l"]
+    ) -> Float[Tensor, "batch k l"]:
+        """`p_out^T C_i p_in`."""
+        return p_out.T @ self.values.to(p_out.dtype) @ p_in
+
+    def at(self, rows: Int[Tensor, " k"], cols: Int[Tensor, " k"]) -> Float[Tensor, "batch k"]:
+        """`C_i[rows, cols]`."""
+        return self.values[:, rows, cols]
+
+    def dense(self) -> Float[Tensor, "batch rows cols"]:
+        """`C_i` itself."""
+        return self.values
+
+    def moments(self) -> tuple[Float[Tensor, "rows rows"], Float[Tensor, "cols cols"]]:
+        """`sum_i C_i C_i^T` and `sum_i C_i^T C_i`."""
+        v = self.values
+        return torch.einsum("brc,bsc->rs", v, v), torch.einsum("brc,brd->cd", v, v)
+
+    def energy(self) -> Float[Tensor, "rows cols"]:
+        """`sum_i C_i^2`, entry by entry."""
+        return self.values.square().sum(0)
+
+
+Capture = OuterCapture | LookupCapture | DenseCapture
+
+
+def _sum_of_products(
+    left: Float[Tensor, "batch positions k"], right: Float[Tensor, "batch positions l"]
+) -> Float[Tensor, "batch k l"]:
+    if left.shape[1] == 1:
+        return left[:, 0, :, None] * right[:, 0, None, :]
+    return left.transpose(1, 2) @ right

@@ -1,0 +1,189 @@
+"""Replay against training with other weights, for every optimizer, layer family and way of differentiating."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from secateur.errors import SecateurError
+from secateur.influence.adjoint import LossPart, Tape, step_back
+from tests.secateur.test_truth import OPTIMIZERS, Make
+
+STEPS, BATCH, TARGETS = 6, 4, 5
+
+
+class Attention(nn.Module):
+    """Token embedding, fused attention, a head tied to the embedding, dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.qkv, self.norm = nn.Embedding(7, 8), nn.Linear(8, 24), nn.LayerNorm(8)
+        self.head = nn.Linear(8, 7, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        q, k, v = (part.unsqueeze(1) for part in self.qkv(self.norm(x)).chunk(3, -1))
+        x = x + functional.scaled_dot_product_attention(q, k, v, is_causal=True).squeeze(1)
+        logits: Tensor = self.head(functional.dropout(x, 0.2, self.training))
+        return logits.mean(1)
+
+
+MODELS: dict[str, Callable[[], tuple[nn.Module, tuple[int, ...] | None]]] = {
+    "mlp": lambda: (
+        nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.LayerNorm(6), nn.Linear(6, 3)),
+        (4,),
+    ),
+    "convolution": lambda: (
+        nn.Sequential(
+            nn.Conv2d(1, 4, 3),
+            nn.GroupNorm(2, 4),
+            nn.GELU(),
+            nn.BatchNorm2d(4).eval(),
+            nn.Flatten(),
+            nn.Linear(64, 3),
+        ),
+        (1, 6, 6),
+    ),
+    "attention": lambda: (Attention(), None),
+}
+
+
+class Setting:
+    """A model, its data, and training whose weights can be changed at one place."""
+
+    def __init__(self, name: str, make: Make, dtype: torch.dtype = torch.float64) -> None:
+        self.name, self.make, self.dtype = name, make, dtype
+        _, shape = MODELS[name]()
+        generator = torch.Generator().manual_seed(1)
+        size = (STEPS * BATCH + TARGETS, *(shape or (5,)))
+        self.x = (
+            torch.randn(size, generator=generator).to(dtype)
+            if shape
+            else torch.randint(7, size, generator=generator)
+        )
+        self.y = torch.randint(3, (size[0],), generator=generator)
+
+    def model(self) -> nn.Module:
+        torch.manual_seed(0)
+        return MODELS[self.name]()[0].to(self.dtype)
+
+    def losses(self, rows: Tensor, model: nn.Module) -> Tensor:
+        return functional.cross_entropy(model(self.x[rows]), self.y[rows], reduction="none")
+
+    def parts(self, step: int, removed: tuple[int, int, float] | None = None) -> list[LossPart]:
+        """Two micro-batches a step, of unequal weights."""
+        weights = torch.linspace(0.1, 0.4, BATCH, dtype=torch.float64)
+        if removed and removed[0] == step:
+            weights[removed[1]] *= 1 - removed[2]
+        rows = torch.arange(step * BATCH, (step + 1) * BATCH)
+        return [
+            LossPart(partial(self.losses, r), w)
+            for r, w in zip(rows.chunk(2), weights.chunk(2), strict=True)
+        ]
+
+    def train(self, removed: tuple[int, int, float] | None = None) -> tuple[nn.Module, Tape]:
+        model = self.model()
+        optimizer = self.make(p for p in model.parameters())
+        scales = [0.5 if step == 2 else 1.0 for step in range(STEPS)]
+        tape = Tape(model, optimizer, lambda: scales[len(tape.moments)])
+        for step in range(STEPS):
+            torch.manual_seed(step)
+            optimizer.zero_grad()
+            for part in self.parts(step, removed):
+                (part.losses(model) * part.weights.to(self.dtype)).sum().backward()
+            for parameter in model.parameters():
+                parameter.grad *= scales[step]
+            optimizer.step()
+        return model, tape
+
+    def target(self, model: nn.Module) -> Tensor:
+        model.eval()
+        loss = self.losses(torch.arange(STEPS * BATCH, len(self.y)), model).mean()
+        model.train()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return loss
+
+    def scores(self, method: str) -> Tensor:
+        model, tape = self.train()
+        named = dict(model.named_parameters())
+        gradients = torch.autograd.grad(self.target(model), list(named.values()))
+        q = tape.groups.adjoint(
+            dict(zip(named, gradients, strict=True)), len(tape.update_rule.slots)
+        )
+        found = []
+        for step in reversed(range(STEPS)):
+            reseed = partial(torch.manual_seed, step)
+            scores, q = step_back(
+                model,
+                tape.groups,
+                tape.moments[step],
+                tape.update_rule,
+                self.parts(step),
+                q,
+                method,
+                reseed,
+                1e-5,
+            )
+            found.insert(0, scores)
+        return torch.stack(found)
+
+
+@pytest.mark.parametrize("method", ["central", "jvp"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", MODELS)
+def test_scores_are_derivatives_of_training(name: str, optimizer: str, method: str) -> None:
+    setting = Setting(name, OPTIMIZERS[optimizer])
+    if (name, method) == ("attention", "jvp"):
+        with pytest.raises(SecateurError, match="no forward mode"):
+            setting.scores(method)
+        return
+    found, eps = setting.scores(method), 1e-5
+    for step, place in ((0, 1), (2, 0), (3, 3), (STEPS - 1, 2)):
+        up, down = (
+            float(setting.target(setting.train((step, place, s * eps))[0]).detach())
+            for s in (1, -1)
+        )
+        assert float(found[step, place]) == pytest.approx(
+            (up - down) / (2 * eps), rel=1e-4, abs=1e-8
+        )
+
+
+def test_float32_keeps_the_order() -> None:
+    exact = Setting("mlp", OPTIMIZERS["adamw"]).scores("jvp").flatten()
+    single = Setting("mlp", OPTIMIZERS["adamw"], torch.float32).scores("central").flatten()
+    assert float(torch.corrcoef(torch.stack([exact, single]))[0, 1]) > 0.999
+
+
+def test_the_model_is_left_as_it_was_before_the_step() -> None:
+    setting = Setting("mlp", OPTIMIZERS["adamw"])
+    model, tape = setting.train()
+    q = tape.groups.adjoint({n: torch.ones_like(p) for n, p in model.named_parameters()}, 2)
+    step_back(model, tape.groups, tape.moments[0], tape.update_rule, setting.parts(0), q)
+    for name, parameter in setting.model().named_parameters():
+        assert torch.equal(dict(model.named_parameters())[name], parameter)
+
+
+def test_the_default_step_changes_nothing_where_the_loss_is_smooth() -> None:
+    setting = Setting("attention", OPTIMIZERS["adamw"])
+    model, tape = setting.train()
+    ones = {n: torch.ones_like(p) for n, p in model.named_parameters()}
+    place = (
+        model,
+        tape.groups,
+        tape.moments[3],
+        tape.update_rule,
+        setting.parts(3),
+        tape.groups.adjoint(ones, 2),
+        "central",
+    )
+    wide, _ = step_back(*place, partial(torch.manual_seed, 3))
+    narrow, _ = step_back(*place, partial(torch.manual_seed, 3), 1e-5)
+    assert float((wide - narrow).norm() / narrow.norm()) < 0.01

@@ -1,0 +1,254 @@
+"""Recorded contributions add up to the gradient that the optimizer received, however the loss is reduced."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from secateur.errors import SecateurError
+from secateur.influence.basis_fitting import random_kronecker_basis
+from secateur.influence.bindings import bind_layers
+from secateur.influence.recorder import Recorder
+from tests.influence.oracle import everything, relative
+
+IDS = torch.arange(8)
+
+
+def setting(**options: float) -> tuple[nn.Module, torch.optim.Optimizer, Recorder, Tensor, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, **options)
+    bindings = bind_layers(model)
+    recorder = Recorder(model, optimizer, bindings, everything(bindings))
+    return model, optimizer, recorder, torch.randn(8, 5).double(), torch.randint(3, (8,))
+
+
+def losses(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return functional.cross_entropy(model(x), y, reduction="none")
+
+
+TOKENS = torch.tensor([1.0, 4, 2, 3, 5, 1, 2, 2], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [torch.full((8,), 1 / 8), torch.ones(8), TOKENS / TOKENS.sum()],
+    ids=["mean", "sum", "token_mean"],
+)
+@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_contributions_add_up(weights: Tensor, parts: int, clip: float | None) -> None:
+    model, optimizer, recorder, x, y = setting()
+    weights = weights.double()
+    for rows in IDS.chunk(parts):
+        with recorder.batch(rows, weights[rows]):
+            (losses(model, x[rows], y[rows]) * weights[rows]).sum().backward()
+    if clip:
+        nn.utils.clip_grad_norm_(model.parameters(), clip)
+    received = everything(bind_layers(model)).project_tensors(
+        {n: p.grad for n, p in model.named_parameters()}
+    )
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer.step()
+    segment = recorder.take()
+    assert relative(segment.contributions.sum(0), received) < 1e-12
+    assert segment.samples.tolist() == list(range(8))
+    for i in range(8):  # each one is its weight times the gradient of its own loss
+        own = torch.autograd.functional.jacobian(
+            lambda *p, i=i: losses_at(model, before, p, x[i : i + 1], y[i : i + 1]),
+            tuple(before.values()),
+        )
+        gradient = everything(bind_layers(model)).project_tensors(
+            dict(zip(before, own, strict=True))
+        )
+        assert relative(segment.contributions[i], segment.weights[i] * gradient) < 1e-10
+
+
+def losses_at(
+    model: nn.Module, names: dict[str, Tensor], values: tuple[Tensor, ...], x: Tensor, y: Tensor
+) -> Tensor:
+    return functional.cross_entropy(
+        torch.func.functional_call(model, dict(zip(names, values, strict=True)), (x,)), y
+    )
+
+
+def test_an_unrecorded_sample_is_noticed() -> None:
+    model, optimizer, recorder, x, y = setting()
+    with recorder.batch(IDS[:6]):
+        losses(model, x[:6], y[:6]).mean().backward()
+    losses(model, x[6:], y[6:]).mean().backward()
+    with pytest.raises(SecateurError, match="do not add up to the gradient"):
+        optimizer.step()
+
+
+def test_a_parameter_without_gradient_is_named() -> None:
+    _, optimizer, recorder, *_ = setting()
+    assert recorder
+    with pytest.raises(SecateurError, match=r"parameter 0\.weight got no gradient at step 0"):
+        optimizer.step()
+
+
+def test_a_batch_of_another_size_is_refused() -> None:
+    model, _, recorder, x, y = setting()
+    with (
+        pytest.raises(SecateurError, match="saw a batch of 8 where 5 samples were announced"),
+        recorder.batch(IDS[:5]),
+    ):
+        losses(model, x, y).mean().backward()
+
+
+def test_a_parameter_the_optimizer_lacks_is_named() -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+    bindings = bind_layers(model)
+    with pytest.raises(SecateurError, match=r"does not train 1\.weight"):
+        Recorder(model, torch.optim.SGD(model[0].parameters(), 0.1), bindings, everything(bindings))
+
+
+def test_groups_that_split_a_block_need_coordinates() -> None:
+    model = nn.Linear(5, 4)
+    bindings = bind_layers(model)
+    groups = [{"params": [model.weight], "weight_decay": 0.1}, {"params": [model.bias]}]
+    with pytest.raises(SecateurError, match="different parameter groups"):
+        Recorder(
+            model,
+            torch.optim.SGD(groups, 0.1),
+            bindings,
+            random_kronecker_basis(bindings, 2, 0, torch.float32),
+        )
+    Recorder(model, torch.optim.SGD(groups, 0.1), bindings, everything(bindings))
+
+
+def test_a_step_without_a_batch_has_no_records() -> None:
+    model, optimizer, recorder, x, y = setting()
+    for step in range(3):
+        optimizer.zero_grad()
+        if step == 1:
+            with recorder.batch(IDS, window=-1, stride=3.0):
+                losses(model, x, y).mean().backward()
+        else:
+            losses(model, x, y).mean().backward()
+        optimizer.step()
+    segment = recorder.take()
+    assert segment.strides.tolist() == [0, 3, 0]
+    assert segment.steps.unique().tolist() == [1]
+    assert not segment.selected.any()
+
+
+def test_a_forward_pass_outside_the_block_is_noticed() -> None:
+    """Nothing was captured, and a sum of zero agreed with any gradient."""
+    model, optimizer, recorder, x, y = setting()
+    loss = losses(model, x, y).mean()
+    with recorder.batch(IDS):
+        loss.backward()
+    with pytest.raises(SecateurError, match="do not add up to the gradient"):
+        optimizer.step()
+
+
+def test_a_gradient_that_is_not_a_number_is_noticed() -> None:
+    model, optimizer, recorder, x, y = setting()
+    with recorder.batch(IDS):
+        (losses(model, x, y).mean() * float("nan")).backward()
+    with pytest.raises(SecateurError, match="do not add up to the gradient"):
+        optimizer.step()
+
+
+def recorded(how: str) -> dict[str, Tensor]:
+    """Two clipped steps, each with its backward pass before it, or in a closure."""
+    model, optimizer, recorder, x, y = setting(momentum=0.5)
+
+    def backward() -> Tensor:
+        optimizer.zero_grad()
+        with recorder.batch(IDS):
+            loss = losses(model, x, y).mean()
+            loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        return loss
+
+    for _ in range(2):
+        if how == "before":
+            backward()
+            optimizer.step()
+        elif how == "closure":
+            optimizer.step(backward)
+        else:
+            optimizer.step(closure=backward)
+    return recorder.take().tensors()
+
+
+@pytest.mark.parametrize("how", ["closure", "keyword"])
+def test_a_step_with_a_closure_is_recorded_after_it(how: str) -> None:
+    """Lightning's way; the gradients before the closure were the last step's, and the step was refused."""
+    expected = recorded("before")
+    for name, tensor in recorded(how).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_weights_are_read_off_losses_in_the_graph(parts: int) -> None:
+    model, optimizer, recorder, x, y = setting()
+    for rows in IDS.chunk(parts):
+        with recorder.batch(rows) as batch:
+            each = functional.cross_entropy(model(x[rows]), y[rows], reduction="none")
+            batch.losses = each
+            (each * TOKENS[rows]).sum().div(TOKENS.sum()).backward()
+    optimizer.step()
+    segment = recorder.take()
+    torch.testing.assert_close(segment.weights, TOKENS / TOKENS.sum())
+    with (
+        pytest.raises(SecateurError, match=r"losses of shape \(1,\) for 8 samples"),
+        recorder.batch(IDS) as batch,
+    ):
+        batch.losses = torch.ones(1)
+
+
+def test_a_batch_without_a_step_is_forgotten() -> None:
+    """A scaler that met an overflow takes no step; its batch then counted for the next one."""
+    model, optimizer, recorder, x, y = setting()
+    for rows in (IDS[:5], IDS[5:]):
+        optimizer.zero_grad()
+        with recorder.batch(rows):
+            losses(model, x[rows], y[rows]).mean().backward()
+    optimizer.step()
+    assert recorder.take().samples.tolist() == [5, 6, 7]
+
+
+class Placed(nn.Module):
+    """Positions that are looked up once for the whole batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.places, self.head = (
+            nn.Embedding(7, 4),
+            nn.Embedding(6, 4),
+            nn.Linear(4, 7),
+        )
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(
+            torch.tanh(self.tokens(ids) + self.places(torch.arange(ids.shape[1])[None]))
+        )
+
+
+def test_positions_that_samples_share_are_told_apart() -> None:
+    """GPT-2's way; their table saw a batch of one, and the batch was refused."""
+    torch.manual_seed(0)
+    model, ids = Placed().double(), torch.randint(7, (8, 6))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    bindings = bind_layers(model)
+    recorder = Recorder(model, optimizer, bindings, everything(bindings))
+
+    def each(rows: Tensor) -> Tensor:
+        logits = model(rows)[:, :-1].transpose(1, 2)
+        return functional.cross_entropy(logits, rows[:, 1:], reduction="none").mean(1)
+
+    expected = []
+    for row in ids:
+        found = torch.autograd.grad(each(row[None])[0] / 8, list(model.parameters()))
+        named = dict(zip(dict(model.named_parameters()), found, strict=True))
+        expected.append(everything(bindings).project_tensors(named))
+    with recorder.batch(IDS):
+        each(ids).mean().backward()
+    optimizer.step()
+    torch.testing.assert_close(recorder.take().contributions, torch.stack(expected))

@@ -1,0 +1,193 @@
+"""Embeddings with the exact Hessian are derivatives of the trained parameters; the oracle trains with other weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from secateur.influence.bindings import bind_layers
+from secateur.influence.curvature import Fisher, Hessian
+from secateur.influence.hessian import compute_hessian
+from secateur.influence.recorder import Recorder
+from secateur.influence.recursion import Dynamics, identity_transition, walk_segment
+from secateur.influence.segment import Segment
+from tests.influence.oracle import everything
+
+STEPS, BATCH = 7, 5
+Make = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+OPTIMIZERS: dict[str, Make] = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.3, weight_decay=0.02),
+    "momentum": lambda p: torch.optim.SGD(p, 0.2, momentum=0.8, nesterov=True, weight_decay=0.02),
+    "adamw": lambda p: torch.optim.AdamW(p, 0.02, betas=(0.9, 0.95), weight_decay=0.1),
+    "adam": lambda p: torch.optim.Adam(p, 0.02, eps=1e-3, weight_decay=0.1),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, 0.02, momentum=0.5, eps=1e-3, weight_decay=0.1),
+}
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.LayerNorm(3), nn.Linear(3, 3)).double()
+
+
+def data() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(STEPS, BATCH, 4, generator=generator, dtype=torch.float64)
+    return x, torch.randint(3, (STEPS, BATCH), generator=generator)
+
+
+def trained(
+    make: Make, removed: tuple[int, int, float] | None = None, clip: float | None = None
+) -> Tensor:
+    """The parameters at the end, where one sample of one step weighs less by a share."""
+    model, (x, y) = network(), data()
+    optimizer = make(model.parameters())
+    scales = _clips(make, clip) if clip else [1.0] * STEPS
+    for step in range(STEPS):
+        weights = torch.full((BATCH,), 1 / BATCH, dtype=torch.float64)
+        if removed and removed[0] == step:
+            weights[removed[1]] *= 1 - removed[2]
+        optimizer.zero_grad()
+        (functional.cross_entropy(model(x[step]), y[step], reduction="none") @ weights).backward()
+        for parameter in model.parameters():
+            parameter.grad *= scales[step]
+        optimizer.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def _clips(make: Make, clip: float) -> list[float]:
+    """The factors that clipping applies in the run itself; a removal is held to them (clipping is treated as a scale)."""
+    segment, _ = recorded(make, clip)
+    return segment.scales.tolist()
+
+
+def recorded(
+    make: Make, clip: float | None = None, fisher: bool = False
+) -> tuple[Segment, Recorder]:
+    model, (x, y) = network(), data()
+    optimizer, bindings = make(model.parameters()), bind_layers(model)
+    basis = everything(bindings)
+    recorder = Recorder(model, optimizer, bindings, basis)
+    for step in range(STEPS):
+        loss = lambda step=step: functional.cross_entropy(model(x[step]), y[step])  # noqa: E731
+        recorder.hessian(compute_hessian([loss], model, basis, [slice(0, basis.size)]))
+        if fisher:
+            weights = torch.full((BATCH,), 1 / BATCH, dtype=torch.float64)
+            recorder.sampled(partial(drawn_losses, model, x[step], y[step]), weights)
+        optimizer.zero_grad()
+        with recorder.batch(torch.arange(BATCH)):
+            loss().backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+    return recorder.take(), recorder
+
+
+def drawn_losses(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Losses against labels that stand for drawn ones."""
+    return functional.cross_entropy(model(x), (y + 1) % 3, reduction="none")
+
+
+def in_model_order(embeddings: Tensor, recorder: Recorder) -> Tensor:
+    """Rows of numbers as rows of the model's parameters, in its own order."""
+    names = [n for n, _ in network().named_parameters()]
+    rows = [recorder.basis.lift_to_tensors(row) for row in embeddings]
+    return torch.stack([torch.cat([row[n].flatten() for n in names]) for row in rows])
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_embeddings_are_derivatives_of_training(name: str, clip: float | None) -> None:
+    make = OPTIMIZERS[name]
+    segment, recorder = recorded(make, clip)
+    spans = [slice(0, segment.size)]
+    dynamics = Dynamics.of(segment, recorder.update_rule, Hessian(segment, spans), spans)
+    (embeddings,), _ = walk_segment(
+        dynamics, identity_transition(spans, 1 + len(recorder.update_rule.slots), torch.float64)
+    )
+    found = in_model_order(embeddings[:, : segment.size], recorder)
+    eps = 1e-5
+    for step, place in ((0, 1), (1, 0), (3, 4), (STEPS - 1, 2)):
+        up, down = (trained(make, (step, place, sign * eps), clip) for sign in (1, -1))
+        expected = (up - down) / (2 * eps)
+        distance = (found[step * BATCH + place] - expected).norm() / expected.norm()
+        assert distance < 1e-6, (step, place)
+
+
+FAMILIES = {
+    "norms": lambda: (
+        nn.Sequential(
+            nn.Linear(4, 6), nn.GroupNorm(2, 6), nn.GELU(), nn.RMSNorm(6), nn.Linear(6, 3)
+        ),
+        None,
+    ),
+    "convolution": lambda: (
+        nn.Sequential(
+            nn.Unflatten(1, (1, 2, 2)),
+            nn.Conv2d(1, 3, 2, padding=1),
+            nn.Tanh(),
+            nn.Flatten(),
+            nn.Linear(27, 3),
+        ),
+        None,
+    ),
+    "embedding": lambda: (
+        nn.Sequential(nn.Embedding(5, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)),
+        5,
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_hessian_is_autograds(family: str) -> None:
+    torch.manual_seed(0)
+    model, vocabulary = FAMILIES[family]()
+    model = model.double()
+    x = torch.randint(vocabulary, (6, 4)) if vocabulary else torch.randn(6, 4, dtype=torch.float64)
+    y = torch.randint(3, (6,))
+    basis = everything(bind_layers(model))
+    named = dict(model.named_parameters())
+
+    def loss(numbers: Tensor) -> Tensor:
+        return functional.cross_entropy(
+            torch.func.functional_call(model, basis.lift_to_tensors(numbers), (x,)), y
+        )
+
+    expected = torch.autograd.functional.hessian(
+        loss, basis.project_tensors({n: p.detach() for n, p in named.items()})
+    )
+    whole = [slice(0, basis.size)]
+    halves = [
+        lambda: functional.cross_entropy(model(x), y) * 0.25,
+        lambda: functional.cross_entropy(model(x), y) * 0.75,
+    ]
+    torch.testing.assert_close(
+        compute_hessian(halves, model, basis, whole).view(expected.shape), expected
+    )
+    blocks = compute_hessian(
+        [lambda: functional.cross_entropy(model(x), y)], model, basis, basis.spans
+    )
+    torch.testing.assert_close(blocks, torch.cat([expected[s, s].flatten() for s in basis.spans]))
+
+
+def test_the_sampled_fisher_is_the_sum_of_outer_products() -> None:
+    segment, recorder = recorded(OPTIMIZERS["sgd"], clip=0.5, fisher=True)
+    a = torch.randn(4, segment.size, dtype=torch.float64)
+    model, (x, y) = network(), data()
+    expected = torch.zeros(segment.size, segment.size, dtype=torch.float64)
+    for place in range(BATCH):  # at step 0, where the weights are the initial ones
+        model.zero_grad()
+        functional.cross_entropy(
+            model(x[0, place : place + 1]), (y[0, place : place + 1] + 1) % 3
+        ).backward()
+        row = recorder.basis.project_tensors(
+            {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        )
+        expected += torch.outer(row, row) / BATCH * segment.scales[0]
+    found = Fisher(segment).product(0, slice(0, segment.size), a, a)
+    torch.testing.assert_close(found, a @ expected)
