@@ -6,9 +6,10 @@ READY = $(VENV)/.ready
 TWO = -n 2 --dist loadfile  # two files at a time, each with servers of its own
 export PREFECT_SERVER_ANALYTICS_ENABLED = false
 export DO_NOT_TRACK = 1
+export NO_MKDOCS_2_WARNING = 1
 export PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS = 180
 
-.PHONY: demo text test test-slow test-server lint bench
+.PHONY: demo text test test-slow test-server lint docs bench
 
 demo: $(READY)  ## the image example; leaves its run in runs/images
 	$(BIN)/python -m examples.images.run
@@ -30,6 +31,9 @@ lint: $(READY)  ## formatting, lint, types, and which room imports which
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(READY)  ## the documentation site, into site/
+	$(BIN)/mkdocs build --strict --quiet
 
 bench: $(READY)  ## every figure the README quotes
 	$(BIN)/python -m benchmarks.speed
