@@ -39,12 +39,12 @@ def measure(workload: Workload, steps: int, repeats: int) -> None:
         recorder = Recorder(model, optimizer, bind_layers(model), basis)
         for step in range(steps):
             workload.step(model, optimizer, step, None, recorder)
-        return recorder, recorder.take()
+        return recorder, recorder.take_segment()
 
     recorder, segment = captured()
 
     def embedded() -> None:
-        dynamics = Dynamics.of(segment, recorder.update_rule, EmpiricalFisher(segment), basis.spans)
+        dynamics = Dynamics.from_segment(segment, recorder.update_rule, EmpiricalFisher(segment, basis.spans), basis.spans)
         walk_segment(
             dynamics,
             identity_transition(basis.spans, 3, segment.contributions.dtype, theta_only=True),

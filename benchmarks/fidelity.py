@@ -118,7 +118,7 @@ def embedding_scores(workload: Workload, basis: Basis, setting: Embeddings) -> T
     def evaluate(step: int, model: nn.Module, recorder: Recorder) -> None:
         if step % setting.every == 0:
             ids = torch.cat(workload.batches[step : step + setting.every])
-            recorder.hessian(
+            recorder.record_hessian(
                 compute_hessian([lambda: workload.losses(model, ids).mean()], model, basis, spans)
             )
 
@@ -127,9 +127,9 @@ def embedding_scores(workload: Workload, basis: Basis, setting: Embeddings) -> T
         evaluate if setting.every else None,
     )
     assert trained.recorder is not None
-    segment = trained.recorder.take()
-    curvature = Hessian(segment, spans) if setting.every else EmpiricalFisher(segment)
-    dynamics = Dynamics.of(segment, trained.recorder.update_rule, curvature, spans)
+    segment = trained.recorder.take_segment()
+    curvature = Hessian(segment, spans) if setting.every else EmpiricalFisher(segment, spans)
+    dynamics = Dynamics.from_segment(segment, trained.recorder.update_rule, curvature, spans)
     count = len(workload.target_losses(trained.model))
     rows, _ = sample_gradients(
         lambda: workload.target_losses(trained.model), count, bind_layers(trained.model), basis

@@ -143,7 +143,7 @@ def step_back(
         SecateurError: `jvp` is asked of a kernel that has no forward mode.
     """
     read = zip(later, moment.states, moment.gradients, moment.hyper, strict=True)
-    pulled = [linearised.pull(*place) for place in read]
+    pulled = [linearised.vjp(*place) for place in read]
     direction = groups.split([-by_gradient for _, by_gradient in pulled])
     with torch.no_grad():
         for name, value in groups.split([state[0] for state in moment.states]).items():

@@ -38,16 +38,16 @@ class Basis(ABC):
         return self.spans[-1].stop
 
     @abstractmethod
-    def reduce(self, binding: Binding, capture: Capture) -> Float[Tensor, "batch b"]:
+    def project_capture(self, binding: Binding, capture: Capture) -> Float[Tensor, "batch b"]:
         """The block's numbers of what one call of a layer contributed."""
 
     @abstractmethod
-    def project(self, block: int, parts: Sequence[Float[Tensor, "rows _"]]) -> Float[Tensor, " b"]:
+    def project_block(self, block: int, parts: Sequence[Float[Tensor, "rows _"]]) -> Float[Tensor, " b"]:
         """The numbers of a whole gradient or state of the block, given as matrices that stand side by side."""
 
     @abstractmethod
-    def lift(self, block: int, numbers: Float[Tensor, " b"]) -> Float[Tensor, "rows cols"]:
-        """The direction in the block's parameters that the numbers stand for; the transpose of `project`."""
+    def lift_block(self, block: int, coefficients: Float[Tensor, " b"]) -> Float[Tensor, "rows cols"]:
+        """The direction in the block's parameters that the numbers stand for; the transpose of `project_block`."""
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
@@ -56,14 +56,14 @@ class Basis(ABC):
     def project_tensors(self, tensors: Mapping[str, Tensor]) -> Float[Tensor, " p"]:
         """The numbers of one tensor a parameter (gradients, a state slot)."""
         return torch.cat(
-            [self.project(i, block.parts(tensors)) for i, block in enumerate(self.blocks)]
+            [self.project_block(i, block.parts(tensors)) for i, block in enumerate(self.blocks)]
         )
 
-    def lift_to_tensors(self, numbers: Float[Tensor, " p"]) -> dict[str, Tensor]:
+    def lift_to_tensors(self, coefficients: Float[Tensor, " p"]) -> dict[str, Tensor]:
         """The direction in parameter space, one tensor a parameter."""
         lifted: dict[str, Tensor] = {}
         for i, (block, span) in enumerate(zip(self.blocks, self.spans, strict=True)):
-            lifted |= block.split(self.lift(i, numbers[span]))
+            lifted |= block.split(self.lift_block(i, coefficients[span]))
         return lifted
 
 
@@ -77,22 +77,22 @@ class KroneckerBasis(Basis):
         self.factors = list(factors)
         self._views: dict[str, Tensor] = {}
 
-    def reduce(self, binding: Binding, capture: Capture) -> Tensor:
+    def project_capture(self, binding: Binding, capture: Capture) -> Tensor:
         out, inner = self.factors[binding.block_index]
         view = self._views.get(binding.module_name)
         if view is None:
             view = self._views[binding.module_name] = _rows_or_zero(inner, binding.columns)
         return capture.project(out, view).flatten(1)
 
-    def project(self, block: int, parts: Sequence[Tensor]) -> Tensor:
+    def project_block(self, block: int, parts: Sequence[Tensor]) -> Tensor:
         out, inner = self.factors[block]
         sides = inner.split([part.shape[1] for part in parts])
         found = [out.T @ part.to(out.dtype) @ side for part, side in zip(parts, sides, strict=True)]
         return torch.stack(found).sum(0).flatten()
 
-    def lift(self, block: int, numbers: Tensor) -> Tensor:
+    def lift_block(self, block: int, coefficients: Tensor) -> Tensor:
         out, inner = self.factors[block]
-        return out @ numbers.view(out.shape[1], inner.shape[1]).to(out.dtype) @ inner.T
+        return out @ coefficients.view(out.shape[1], inner.shape[1]).to(out.dtype) @ inner.T
 
     def tensors(self) -> dict[str, Tensor]:
         named: dict[str, Tensor] = {}
@@ -111,11 +111,11 @@ class CoordinateBasis(Basis):
         self.entries = list(entries)
         self._views: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def reduce(self, binding: Binding, capture: Capture) -> Tensor:
+    def project_capture(self, binding: Binding, capture: Capture) -> Tensor:
         if binding.module_name not in self._views:
             self._views[binding.module_name] = self._view(binding)
         rows, cols, held = self._views[binding.module_name]
-        values = capture.at(rows, cols)
+        values = capture.entries(rows, cols)
         if len(held) == len(self.entries[binding.block_index]):
             return values
         whole = values.new_zeros(len(values), len(self.entries[binding.block_index]))
@@ -132,13 +132,13 @@ class CoordinateBasis(Basis):
         held = (cols >= 0).nonzero().flatten()
         return (entries // block.cols)[held], cols[held], held
 
-    def project(self, block: int, parts: Sequence[Tensor]) -> Tensor:
+    def project_block(self, block: int, parts: Sequence[Tensor]) -> Tensor:
         matrix = parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
         return matrix.reshape(-1)[self.entries[block]]
 
-    def lift(self, block: int, numbers: Tensor) -> Tensor:
-        matrix = numbers.new_zeros(self.blocks[block].rows, self.blocks[block].cols)
-        matrix.view(-1)[self.entries[block]] = numbers
+    def lift_block(self, block: int, coefficients: Tensor) -> Tensor:
+        matrix = coefficients.new_zeros(self.blocks[block].rows, self.blocks[block].cols)
+        matrix.view(-1)[self.entries[block]] = coefficients
         return matrix
 
     def tensors(self) -> dict[str, Tensor]:
@@ -147,10 +147,10 @@ class CoordinateBasis(Basis):
 
 def restore_basis(kind: str, blocks: Sequence[Block], tensors: Mapping[str, Tensor]) -> Basis:
     """The basis that `kind` (`kronecker` or `coordinates`) and its `tensors()` describe."""
-    numbers = range(len(blocks))
+    indices = range(len(blocks))
     if kind == "kronecker":
-        return KroneckerBasis(blocks, [(tensors[f"{i}.out"], tensors[f"{i}.in"]) for i in numbers])
-    return CoordinateBasis(blocks, [tensors[f"{i}.entries"] for i in numbers])
+        return KroneckerBasis(blocks, [(tensors[f"{i}.out"], tensors[f"{i}.in"]) for i in indices])
+    return CoordinateBasis(blocks, [tensors[f"{i}.entries"] for i in indices])
 
 
 def basis_kind(basis: Basis) -> str:

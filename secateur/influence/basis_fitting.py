@@ -80,26 +80,26 @@ class EnergyFit:
             capture.energy().cpu().double()[:, here]
         )
 
-    def basis(self, numbers: int | None) -> CoordinateBasis:
+    def basis(self, coefficients: int | None) -> CoordinateBasis:
         """The basis of `numbers` entries, shared equally among blocks; all entries where it is None."""
         entries = []
         for share, energy in zip(
-            share_coefficients([b.size for b in self._blocks], numbers), self._energy, strict=True
+            share_coefficients([b.size for b in self._blocks], coefficients), self._energy, strict=True
         ):
             best = energy.flatten().argsort(descending=True, stable=True)[:share]
             entries.append(best.sort().values)
         return CoordinateBasis(self._blocks, entries)
 
 
-def share_coefficients(sizes: Sequence[int], numbers: int | None) -> list[int]:
+def share_coefficients(sizes: Sequence[int], coefficients: int | None) -> list[int]:
     """How many of `numbers` each block gets: as many as any other, or all it has; all of them where it is None.
 
     Equal shares kept more of an AdamW run's effects than shares by size or by energy over all blocks: small last
     layers answer a loss most (benchmarks/fidelity.py, workloads C and D).
     """
-    if numbers is None:
+    if coefficients is None:
         return list(sizes)
-    found, left = [0] * len(sizes), numbers
+    found, left = [0] * len(sizes), coefficients
     for rank, block in enumerate(sorted(range(len(sizes)), key=lambda b: sizes[b])):
         found[block] = min(sizes[block], max(1, left // (len(sizes) - rank)))
         left -= found[block]

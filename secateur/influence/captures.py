@@ -40,7 +40,7 @@ class OuterCapture:
             right = right + p_in[inner]
         return _sum_of_products(left, right)
 
-    def at(self, rows: Int[Tensor, " k"], cols: Int[Tensor, " k"]) -> Float[Tensor, "batch k"]:
+    def entries(self, rows: Int[Tensor, " k"], cols: Int[Tensor, " k"]) -> Float[Tensor, "batch k"]:
         """`C_i[rows, cols]`."""
         height, width = self.left.shape[-1], self.right.shape[-1] + self.ones
         if self.left.shape[1] > 1 and len(rows) * 4 > height * width:
@@ -93,7 +93,7 @@ class LookupCapture:
         """`p_out^T C_i p_in`."""
         return _sum_of_products(p_out[self.ids], self.right.to(p_in.dtype) @ p_in)
 
-    def at(self, rows: Int[Tensor, " k"], cols: Int[Tensor, " k"]) -> Float[Tensor, "batch k"]:
+    def entries(self, rows: Int[Tensor, " k"], cols: Int[Tensor, " k"]) -> Float[Tensor, "batch k"]:
         """`C_i[rows, cols]`."""
         if len(rows) * 4 > self.rows:
             return self.dense()[:, rows, cols]
@@ -139,7 +139,7 @@ class DenseCapture:
         """`p_out^T C_i p_in`."""
         return p_out.T @ self.values.to(p_out.dtype) @ p_in
 
-    def at(self, rows: Int[Tensor, " k"], cols: Int[Tensor, " k"]) -> Float[Tensor, "batch k"]:
+    def entries(self, rows: Int[Tensor, " k"], cols: Int[Tensor, " k"]) -> Float[Tensor, "batch k"]:
         """`C_i[rows, cols]`."""
         return self.values[:, rows, cols]
 

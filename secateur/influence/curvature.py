@@ -34,6 +34,9 @@ class Curvature(Protocol):
 class NoCurvature:
     """`none`: the gradient does not answer."""
 
+    def __init__(self, segment: Segment, spans: Sequence[slice]) -> None:
+        """Accept the arguments that every curvature is made from; none of them is read."""
+
     def product(self, step: int, span: slice, a: Tensor, e: Tensor) -> Tensor | None:
         return None
 
@@ -41,7 +44,7 @@ class NoCurvature:
 class EmpiricalFisher:
     """`empirical_fisher`: `sum_i c_i c_i^T / w_i`, the Gauss-Newton form of Wang et al. (2025), section 4."""
 
-    def __init__(self, segment: Segment) -> None:
+    def __init__(self, segment: Segment, spans: Sequence[slice]) -> None:
         self._segment = segment
 
     def product(self, step: int, span: slice, a: Tensor, e: Tensor) -> Tensor | None:
@@ -56,7 +59,7 @@ class EmpiricalFisher:
 class Fisher:
     """`fisher`: the same sum over contributions with labels drawn from the model itself."""
 
-    def __init__(self, segment: Segment) -> None:
+    def __init__(self, segment: Segment, spans: Sequence[slice]) -> None:
         self._segment = segment
 
     def product(self, step: int, span: slice, a: Tensor, e: Tensor) -> Tensor | None:

@@ -93,30 +93,30 @@ class ContributionSum:
     """A sink that adds up each sample's captures in the numbers of a basis.
 
     Attributes:
-        numbers: `batch p`, the contributions of the batch so far.
+        coefficients: `batch p`, the contributions of the batch so far.
         errors: norm of each sample's gradient with respect to the output of the layer that the backward pass met first.
     """
 
     def __init__(self, basis: Basis, batch: int, dtype: torch.dtype, device: torch.device) -> None:
         self._basis = basis
-        self.numbers: Float[Tensor, "batch p"] = torch.zeros(
+        self.coefficients: Float[Tensor, "batch p"] = torch.zeros(
             batch, basis.size, dtype=dtype, device=device
         )
         self.errors: Float[Tensor, " batch"] | None = None
 
     def __call__(self, binding: Binding, capture: Capture) -> None:
-        if capture.batch != len(self.numbers):
+        if capture.batch != len(self.coefficients):
             raise SecateurError(
-                f"layer {binding.module_name} saw a batch of {capture.batch} where {len(self.numbers)} samples were "
+                f"layer {binding.module_name} saw a batch of {capture.batch} where {len(self.coefficients)} samples were "
                 f"announced; the first dimension of every captured layer must be the sample"
             )
         span = self._basis.spans[binding.block_index]
-        self.numbers[:, span] += self._basis.reduce(binding, capture)
+        self.coefficients[:, span] += self._basis.project_capture(binding, capture)
 
     def watch(self, gradient: Tensor) -> None:
         """Keeps the first gradient's norms: over a sample's positions and features."""
         if self.errors is None:
-            self.errors = gradient.to(self.numbers.dtype).reshape(len(gradient), -1).norm(dim=1)
+            self.errors = gradient.to(self.coefficients.dtype).reshape(len(gradient), -1).norm(dim=1)
 
 
 def sample_gradients(
@@ -133,4 +133,4 @@ def sample_gradients(
     with capture_hooks(bindings, reducer, batch=batch) as outputs:
         values = losses()
         torch.autograd.grad(values.sum(), outputs, allow_unused=True)
-    return reducer.numbers, values.detach()
+    return reducer.coefficients, values.detach()

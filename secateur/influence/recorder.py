@@ -31,7 +31,7 @@ class RecordedBatch:
         self, samples: Int[Tensor, " batch"], weights: Float[Tensor, " batch"], window: int
     ) -> None:
         self.samples, self.weights, self.window = samples, weights, window
-        self.numbers: Float[Tensor, "batch p"] | None = None
+        self.coefficients: Float[Tensor, "batch p"] | None = None
         self.errors: Float[Tensor, " batch"] | None = None
         self._losses: Tensor | None = None
 
@@ -79,7 +79,7 @@ class Recorder:
             losses.mean().backward()
         optimizer.step()
         ...
-        segment = recorder.take()
+        segment = recorder.take_segment()
 
     Several `batch` blocks before one `optimizer.step()` are gradient accumulation. A step without one is passed
     through by the recursion, without curvature. The recorder listens to `optimizer.step()`, so what happens to the
@@ -165,13 +165,13 @@ class Recorder:
         reducer = ContributionSum(self.basis, len(samples), first.dtype, first.device)
         with capture_hooks(self._bindings, reducer, reducer.watch, len(samples)):
             yield batch
-        batch.numbers = reducer.numbers
+        batch.coefficients = reducer.coefficients
         if reducer.errors is not None:
             batch.errors = reducer.errors / batch.weights.to(reducer.errors)
         self._pending.append(batch)
         self._stride = stride
 
-    def sampled(
+    def record_fisher(
         self, losses: Callable[[], Float[Tensor, " batch"]], weights: Float[Tensor, " batch"]
     ) -> None:
         """Records the coming step's contributions under labels drawn from the model, for `curvature: fisher`.
@@ -183,11 +183,11 @@ class Recorder:
         numbers, _ = sample_gradients(losses, len(weights), self._bindings, self.basis)
         self._pending_fisher.append((numbers * weights.to(numbers)[:, None], weights))
 
-    def hessian(self, flattened: Float[Tensor, " entries"]) -> None:
+    def record_hessian(self, flattened: Float[Tensor, " entries"]) -> None:
         """Records the Hessian before the coming step, as `secateur.hessian.hessian` gives it."""
         self._steps.hessian.append((self.next_step, flattened))
 
-    def sensitivity(self, gradient: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
+    def step_sensitivity(self, gradient: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
         """`dF/dg` of the coming step at a gradient, in float64: what the step itself adds to each number of theta for a unit
         of gradient. The optimizer's learning rate must be the step's already."""
         hyper = torch.tensor(
@@ -199,10 +199,10 @@ class Recorder:
             state = self._states().cpu().double()
         later = torch.zeros_like(state)
         later[0] = 1
-        return self.update_rule.pull(later, state, gradient.cpu().double(), h)[1]
+        return self.update_rule.vjp(later, state, gradient.cpu().double(), h)[1]
 
-    def take(self) -> Segment:
-        """The segment recorded since the last `take`, on the CPU; the next one starts empty."""
+    def take_segment(self) -> Segment:
+        """The segment recorded since the last `take_segment`, on the CPU; the next one starts empty."""
         steps, first, width = self._steps, self._first_step, self.basis.size
         self._steps, self._first_step = _Steps(), first + len(steps.strides)
         batches = [batch for one_step in steps.batches for batch in one_step]
@@ -218,7 +218,7 @@ class Recorder:
         numbers = torch.empty(0, width, dtype=next(iter(self._parameters.values())).dtype)
         return Segment(
             contributions=torch.cat(
-                [numbers, *(b.numbers.cpu() for b in batches if b.numbers is not None)]
+                [numbers, *(b.coefficients.cpu() for b in batches if b.coefficients is not None)]
             ),
             samples=torch.cat([ids, *(b.samples.cpu().long() for b in batches)]),
             positions=torch.cat([ids, *(torch.arange(n) for n in lengths)]),
@@ -280,7 +280,7 @@ class Recorder:
         )
         if self._pending:
             total = torch.stack(
-                [b.numbers.sum(0) for b in self._pending if b.numbers is not None]
+                [b.coefficients.sum(0) for b in self._pending if b.coefficients is not None]
             ).sum(0)
             self._scale_before = gradient_scale(
                 total, received, self.basis, self._tolerance, self.next_step
@@ -290,8 +290,8 @@ class Recorder:
             unknown = torch.full((len(batch.samples),), float("nan"))
             batch.losses = unknown if batch.losses is None else batch.losses
             batch.errors = unknown if batch.errors is None else batch.errors
-            if scale != 1.0 and batch.numbers is not None:
-                batch.numbers, batch.weights = batch.numbers * scale, batch.weights * scale
+            if scale != 1.0 and batch.coefficients is not None:
+                batch.coefficients, batch.weights = batch.coefficients * scale, batch.weights * scale
         steps = self._steps
         steps.batches.append(self._pending)
         steps.strides.append(self._stride if self._pending else 0.0)

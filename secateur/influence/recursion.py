@@ -34,7 +34,7 @@ class Dynamics:
     spans: Sequence[slice]
 
     @staticmethod
-    def of(
+    def from_segment(
         segment: Segment, optimizer: UpdateRule, curvature: Curvature, spans: Sequence[slice]
     ) -> Dynamics:
         """The dynamics of a segment, in the precision of its contributions."""

@@ -1,6 +1,6 @@
 """Room `secateur`: online selection, which candidates of a step lower a target's loss most.
 
-Candidate `i` would move the parameters by `s_i`, its contribution times the optimizer's `dF/dg` (`Recorder.sensitivity`), and a
+Candidate `i` would move the parameters by `s_i`, its contribution times the optimizer's `dF/dg` (`Recorder.step_sensitivity`), and a
 step on the chosen ones changes the target's mean loss, whose gradient is `q`, by about
 
     sum_i <q, s_i> + 1/2 sum_ij <s_i, H s_j>

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from secateur.errors import SecateurError
 from secateur.influence.adjoint import LossPart, Tape, step_back
-from tests.secateur.test_truth import OPTIMIZERS, Make
+from tests.influence.test_truth import OPTIMIZERS, Make
 
 STEPS, BATCH, TARGETS = 6, 4, 5
 

@@ -61,7 +61,7 @@ def recorded(
         if clip:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
-    return recorder.take()
+    return recorder.take_segment()
 
 
 @pytest.mark.parametrize("make", [classifier, language])
@@ -93,7 +93,7 @@ def test_a_sample_that_weighs_nothing_has_no_baseline() -> None:
     with recorder.batch(torch.arange(6), weights):
         (losses(model, x, y) * weights).sum().backward()
     optimizer.step()
-    segment = recorder.take()
+    segment = recorder.take_segment()
     assert (
         segment.errors.isnan().tolist()
         == gradient_norms(segment).isnan().tolist()

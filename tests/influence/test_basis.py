@@ -17,7 +17,7 @@ from secateur.influence.basis_fitting import (
 from secateur.influence.bindings import Bindings, bind_layers
 from secateur.influence.hooks import capture_hooks, sample_gradients
 from tests.influence.oracle import one_by_one
-from tests.secateur.test_layers import Tied, squares
+from tests.influence.test_layers import Tied, squares
 
 
 def fitted(kind: str, model: nn.Module, inputs: Tensor) -> tuple[Basis, Bindings]:
@@ -45,7 +45,7 @@ def test_reduced_contributions_are_projections_of_whole_ones(kind: str) -> None:
         for b, (block, span) in enumerate(zip(basis.blocks, basis.spans, strict=True)):
             matrix = whole[i, start : start + block.size].view(block.rows, block.cols)
             start += block.size
-            torch.testing.assert_close(found[i, span], basis.project(b, [matrix]))
+            torch.testing.assert_close(found[i, span], basis.project_block(b, [matrix]))
 
 
 @pytest.mark.parametrize("kind", ["random", "pca", "coordinates"])

@@ -52,7 +52,7 @@ def test_every_reading_is_of_the_same_matrix(kind: str, positions: int) -> None:
     torch.testing.assert_close(capture.energy(), whole.square().sum(0))
     for count in (1, 25):  # few entries, and most of them
         rows, cols = torch.randint(ROWS, (count,)), torch.randint(COLS, (count,))
-        torch.testing.assert_close(capture.at(rows, cols), whole[:, rows, cols])
+        torch.testing.assert_close(capture.entries(rows, cols), whole[:, rows, cols])
 
 
 def test_moments_are_sums_over_samples_and_positions() -> None:

@@ -70,7 +70,7 @@ def _nudge(weight: nn.Parameter, optimizer: torch.optim.Optimizer, what: str, by
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_jacobian_is_that_of_torchs_own_step(name: str) -> None:
     _, recorder = play(name)
-    segment = recorder.take()
+    segment = recorder.take_segment()
     ds, dg = recorder.update_rule.jacobian(segment)
     eps = 1e-7
     for step in range(STEPS):
@@ -86,7 +86,7 @@ def test_jacobian_is_that_of_torchs_own_step(name: str) -> None:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_update_is_torchs_own_step(name: str) -> None:
     states, recorder = play(name)
-    segment, linearised = recorder.take(), recorder.update_rule
+    segment, linearised = recorder.take_segment(), recorder.update_rule
     torch.manual_seed(0)
     weight, gradients = (
         nn.Linear(3, 2, bias=False).double().weight.detach(),

@@ -52,7 +52,7 @@ def test_contributions_add_up(weights: Tensor, parts: int, clip: float | None) -
     )
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer.step()
-    segment = recorder.take()
+    segment = recorder.take_segment()
     assert relative(segment.contributions.sum(0), received) < 1e-12
     assert segment.samples.tolist() == list(range(8))
     for i in range(8):  # each one is its weight times the gradient of its own loss
@@ -130,7 +130,7 @@ def test_a_step_without_a_batch_has_no_records() -> None:
         else:
             losses(model, x, y).mean().backward()
         optimizer.step()
-    segment = recorder.take()
+    segment = recorder.take_segment()
     assert segment.strides.tolist() == [0, 3, 0]
     assert segment.steps.unique().tolist() == [1]
     assert not segment.selected.any()
@@ -174,7 +174,7 @@ def recorded(how: str) -> dict[str, Tensor]:
             optimizer.step(backward)
         else:
             optimizer.step(closure=backward)
-    return recorder.take().tensors()
+    return recorder.take_segment().tensors()
 
 
 @pytest.mark.parametrize("how", ["closure", "keyword"])
@@ -194,7 +194,7 @@ def test_weights_are_read_off_losses_in_the_graph(parts: int) -> None:
             batch.losses = each
             (each * TOKENS[rows]).sum().div(TOKENS.sum()).backward()
     optimizer.step()
-    segment = recorder.take()
+    segment = recorder.take_segment()
     torch.testing.assert_close(segment.weights, TOKENS / TOKENS.sum())
     with (
         pytest.raises(SecateurError, match=r"losses of shape \(1,\) for 8 samples"),
@@ -211,7 +211,7 @@ def test_a_batch_without_a_step_is_forgotten() -> None:
         with recorder.batch(rows):
             losses(model, x[rows], y[rows]).mean().backward()
     optimizer.step()
-    assert recorder.take().samples.tolist() == [5, 6, 7]
+    assert recorder.take_segment().samples.tolist() == [5, 6, 7]
 
 
 class Placed(nn.Module):
@@ -251,4 +251,4 @@ def test_positions_that_samples_share_are_told_apart() -> None:
     with recorder.batch(IDS):
         each(ids).mean().backward()
     optimizer.step()
-    torch.testing.assert_close(recorder.take().contributions, torch.stack(expected))
+    torch.testing.assert_close(recorder.take_segment().contributions, torch.stack(expected))

@@ -50,12 +50,12 @@ def record(
                 functional.cross_entropy(model(x[step]), y[step]).backward()
         optimizer.step()
         if (step + 1) % (STEPS // parts) == 0:
-            segments.append(recorder.take())
+            segments.append(recorder.take_segment())
     return segments, recorder, basis
 
 
 def dynamics(segment: Segment, recorder: Recorder, spans: list[slice]) -> Dynamics:
-    return Dynamics.of(segment, recorder.update_rule, EmpiricalFisher(segment), spans)
+    return Dynamics.from_segment(segment, recorder.update_rule, EmpiricalFisher(segment, spans), spans)
 
 
 def explicit(segment: Segment, spans: list[slice]) -> tuple[Tensor, Tensor]:

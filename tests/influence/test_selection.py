@@ -83,7 +83,7 @@ def test_what_a_unit_of_gradient_adds_is_what_torchs_own_step_adds(name: str) ->
             stepped(model, optimizer, gradient + sign * bump, recorder.basis) for sign in (1, -1)
         )
         expected[place] = (up - down)[place] / 2e-6
-    torch.testing.assert_close(recorder.sensitivity(gradient), expected, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(recorder.step_sensitivity(gradient), expected, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -91,14 +91,14 @@ def test_alignment_takes_those_of_largest_inner_product(name: str) -> None:
     model, _, recorder = trained(OPTIMIZERS[name])
     candidates, target = samples(24, 11), samples(6, 12)
     by_hand = one_by_one(model, losses, candidates) / 8
-    applied = by_hand * recorder.sensitivity(by_hand.sum(0) / 3)
+    applied = by_hand * recorder.step_sensitivity(by_hand.sum(0) / 3)
     query = one_by_one(model, losses, target).mean(0)
     products = [-float(step @ query) for step in applied]
     bindings = bind_layers(model)
     numbers, _ = sample_gradients(lambda: losses(model, candidates), 24, bindings, recorder.basis)
     drop, _ = sample_gradients(lambda: losses(model, target), 6, bindings, recorder.basis)
     numbers = numbers / 8
-    found = select_grad_align(numbers * recorder.sensitivity(numbers.sum(0) / 3), drop.mean(0), 8)
+    found = select_grad_align(numbers * recorder.step_sensitivity(numbers.sum(0) / 3), drop.mean(0), 8)
     assert found.order.tolist() == sorted(range(24), key=lambda i: -products[i])[:8]
     assert found.scores.tolist() == pytest.approx(products)
 

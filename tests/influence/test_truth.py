@@ -75,17 +75,17 @@ def recorded(
     recorder = Recorder(model, optimizer, bindings, basis)
     for step in range(STEPS):
         loss = lambda step=step: functional.cross_entropy(model(x[step]), y[step])  # noqa: E731
-        recorder.hessian(compute_hessian([loss], model, basis, [slice(0, basis.size)]))
+        recorder.record_hessian(compute_hessian([loss], model, basis, [slice(0, basis.size)]))
         if fisher:
             weights = torch.full((BATCH,), 1 / BATCH, dtype=torch.float64)
-            recorder.sampled(partial(drawn_losses, model, x[step], y[step]), weights)
+            recorder.record_fisher(partial(drawn_losses, model, x[step], y[step]), weights)
         optimizer.zero_grad()
         with recorder.batch(torch.arange(BATCH)):
             loss().backward()
         if clip:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
-    return recorder.take(), recorder
+    return recorder.take_segment(), recorder
 
 
 def drawn_losses(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def test_embeddings_are_derivatives_of_training(name: str, clip: float | None) -
     make = OPTIMIZERS[name]
     segment, recorder = recorded(make, clip)
     spans = [slice(0, segment.size)]
-    dynamics = Dynamics.of(segment, recorder.update_rule, Hessian(segment, spans), spans)
+    dynamics = Dynamics.from_segment(segment, recorder.update_rule, Hessian(segment, spans), spans)
     (embeddings,), _ = walk_segment(
         dynamics, identity_transition(spans, 1 + len(recorder.update_rule.slots), torch.float64)
     )
@@ -189,5 +189,6 @@ def test_the_sampled_fisher_is_the_sum_of_outer_products() -> None:
             {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         )
         expected += torch.outer(row, row) / BATCH * segment.scales[0]
-    found = Fisher(segment).product(0, slice(0, segment.size), a, a)
+    spans = [slice(0, segment.size)]
+    found = Fisher(segment, spans).product(0, spans[0], a, a)
     torch.testing.assert_close(found, a @ expected)

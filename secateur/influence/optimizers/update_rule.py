@@ -61,12 +61,12 @@ class UpdateRule(ABC):
         ):  # the gradient of a slot's sum holds the derivative of each element
             direction = torch.zeros_like(state)
             direction[slot] = 1
-            by_state, by_grad = self.pull(direction, state, grad, h)
+            by_state, by_grad = self.vjp(direction, state, grad, h)
             rows.append(torch.cat([by_state, by_grad[None]]))
         whole = torch.stack(rows)
         return whole[:, :-1].permute(2, 0, 1, 3), whole[:, -1].transpose(0, 1)
 
-    def pull(
+    def vjp(
         self,
         later: Float[Tensor, "S *n"],
         state: Float[Tensor, "S *n"],
