@@ -28,18 +28,18 @@ SAMPLE, MIB = 100_000, 1 << 20
 MEASURED = """
 import resource, sys, time
 import numpy as np
-from storage.manifest import Artefact
-from storage.rewrite import rewrite_shards
-from storage.root import Root
-from storage.shards import index_shards
+from secateur.storage.outputs import Output
+from secateur.storage.rewrite import rewrite_shards
+from secateur.storage.folder import Folder
+from secateur.storage.shards import list_shards
 url, out = sys.argv[1:]
-frame = index_shards([url])
+frame = list_shards([url])
 keep = np.arange(len(frame)) % 3 != 0
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 start = time.perf_counter()
-with Artefact(Root(out)).attempt("prune", {}) as attempt:
+with Output(Folder(out)).attempt("prune", {}) as attempt:
     rewrite_shards(attempt, [url], frame, keep)
-print(time.perf_counter() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, Artefact(Root(out)).url("shards/a.tar"))
+print(time.perf_counter() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, Output(Folder(out)).url("shards/a.tar"))
 """
 
 

@@ -138,4 +138,4 @@ def _link(run: Run, number: int) -> str:
     """Where the report is, for a browser."""
     artefact = run.folder.stage(number).report
     files = artefact.files()
-    return files.path(HTML).resolve().as_uri() if files.is_local else files.url_of(HTML)
+    return files.local_path(HTML).resolve().as_uri() if files.is_local else files.url_of(HTML)

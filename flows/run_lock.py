@@ -46,4 +46,4 @@ def limit_name(run: Run) -> str:
 def absolute_url(run: Run) -> str:
     """The run's URL, or its path from the disk's root, which other processes with other working folders can use."""
     root = run.folder.root
-    return str(root.path("").resolve()) if root.is_local else root.url
+    return str(root.local_path("").resolve()) if root.is_local else root.url

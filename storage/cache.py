@@ -40,7 +40,7 @@ class FileCache:
         self.limit = int(limit)
 
     @contextmanager
-    def holding(self, size: int, sha256: str, fetch: Callable[[str], None]) -> Iterator[Path]:
+    def open_cached(self, size: int, sha256: str, fetch: Callable[[str], None]) -> Iterator[Path]:
         """A file with this content, which no process evicts within the block; what is mapped in it stays mapped after.
 
         Args:

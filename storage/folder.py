@@ -136,7 +136,7 @@ class Folder:
         """The size of every file within, in bytes."""
         return {name: int(found["size"]) for name, found in self._found().items()}
 
-    def take(self, source: Folder, name: str) -> None:
+    def link_or_copy(self, source: Folder, name: str) -> None:
         """Puts a file of another folder of the same disk or store into this one under its name, its bytes unmoved: linked
         on the disk, copied by the store itself elsewhere."""
         with wrap_io_errors(self.url_of(name), "written"):
@@ -157,20 +157,20 @@ class Folder:
             self._fs.invalidate_cache()
             self._fs.rm(self._path, recursive=True)
 
-    def settle(self, names: Iterable[str]) -> None:
+    def fsync(self, names: Iterable[str]) -> None:
         """Waits until written files, and the folders that name them, are on the disk itself, to outlive a power cut; a
         store answers for its own."""
         if self.is_local:
-            paths = [self.path(name) for name in names]
+            paths = [self.local_path(name) for name in names]
             with wrap_io_errors(self.url, "written"), ThreadPoolExecutor(4) as pool:
                 list(pool.map(_sync, paths))
                 list(pool.map(_sync_folder, {folder for path in paths for folder in path.parents}))
 
-    def path(self, name: str) -> Path:
+    def local_path(self, name: str) -> Path:
         """Where a file within is on this machine; only a local folder can say."""
         return Path(self._at(name))
 
-    def fetch(self, name: str, path: str) -> None:
+    def download(self, name: str, path: str) -> None:
         """Copies a file within to a local path."""
         with wrap_io_errors(self.url_of(name), "read"):
             self._fs.get_file(self._at(name), path)

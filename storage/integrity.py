@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from secateur.errors import StorageError
 from secateur.storage.folder import Folder
-from secateur.storage.outputs import MANIFEST_FILE, Output, list_outputs
+from secateur.storage.manifest import MANIFEST_FILE
+from secateur.storage.outputs import Output, list_outputs
 
 CHUNK = 4 << 20
 

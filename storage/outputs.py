@@ -1,14 +1,12 @@
-"""Room `storage`: the commit protocol. An artefact exists once its manifest does; the manifest is written last."""
+"""The commit protocol: an output counts as written once its manifest exists, which is written last."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import re
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,40 +14,23 @@ from secateur.errors import StorageError
 from secateur.storage.cache import ContentMismatch, FileCache, check_file
 from secateur.storage.folder import Folder, wrap_io_errors
 from secateur.storage.hashing_writer import HashingWriter, hash_while_writing
-
-FORMAT = 1
-MANIFEST_FILE = "manifest.json"
-ATTEMPT, SHA256 = re.compile("[0-9a-f]{12}"), re.compile("[0-9a-f]{64}")
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What an artefact consists of.
-
-    Attributes:
-        files: `size` and `sha256` of each file, by name.
-        attempt: the folder, within the artefact, that the files are in.
-        inputs: fingerprints of the artefacts it was made from.
-        facts: small figures about it.
-    """
-
-    kind: str
-    attempt: str
-    files: dict[str, dict[str, Any]]
-    inputs: dict[str, str]
-    facts: dict[str, Any]
-    format: int = FORMAT
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash of kind, files and inputs; the same for every attempt that made the same content."""
-        content = {"kind": self.kind, "files": self.files, "inputs": self.inputs}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+from secateur.storage.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    parse_manifest,
+    serialize_manifest,
+)
 
 
 @dataclass
 class Attempt:
-    """An artefact in the making; what it writes is not believed until it is committed."""
+    """Files that one process writes for an output. They do not count until they are committed.
+
+    Attributes:
+        root: the folder to write the files to.
+        files: `size` (bytes) and `sha256` of each written file, by name.
+        facts: small figures about the content, for the manifest.
+    """
 
     root: Folder
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -57,39 +38,40 @@ class Attempt:
 
     @contextmanager
     def open(self, name: str) -> Iterator[HashingWriter]:
-        """A file of the artefact to write, hashed as it is written."""
-        with self.root.open(name, "wb") as file, hash_while_writing(file) as target:
-            yield target
-        self.files[name] = {"size": target.size, "sha256": target.digest.hexdigest()}
+        """Open a file of the output for writing. It is hashed while it is written."""
+        with self.root.open(name, "wb") as file, hash_while_writing(file) as writer:
+            yield writer
+        self.files[name] = {"size": writer.size, "sha256": writer.digest.hexdigest()}
 
     def write(self, name: str, data: bytes) -> None:
-        """A whole file of the artefact."""
+        """Write a whole file of the output."""
         with self.open(name) as file:
             file.write(data)
 
-    def link_files(self, artefact: Output) -> None:
-        """Every file of a committed artefact, as it is."""
-        for name, facts in artefact.manifest.files.items():
-            self.root.take(artefact.files(), name)
-            self.files[name] = facts
+    def link_files(self, output: Output) -> None:
+        """Add every file of a committed output, without reading it."""
+        for name, entry in output.manifest.files.items():
+            self.root.link_or_copy(output.files(), name)
+            self.files[name] = entry
 
     def check_files(self) -> None:
-        """Looks whether all that was written is there.
+        """Check that every written file exists with its size.
 
         Raises:
-            StorageError: a file is missing or of another size; somebody removed it, or the store lost it.
+            StorageError: a file is missing or has another size, because it was removed meanwhile
+                or because the store lost it.
         """
-        found = self.root.sizes()
-        for name, written in self.files.items():
-            if found.get(name) != written["size"]:
+        sizes = self.root.sizes()
+        for name, entry in self.files.items():
+            if sizes.get(name) != entry["size"]:
                 raise StorageError(
-                    f"{self.root.url_of(name)} is gone or cut short before it was committed (does `secateur gc` run at the "
-                    f"same time?); run the same command again"
+                    f"{self.root.url_of(name)} is gone or cut short before it was committed "
+                    f"(does `secateur gc` run at the same time?); run the same command again"
                 )
 
 
 class Output:
-    """A folder that is believed once it holds a manifest, and never changes after."""
+    """A folder that counts as written once it holds a manifest, and never changes afterwards."""
 
     def __init__(self, root: Folder) -> None:
         self.root = root
@@ -97,108 +79,135 @@ class Output:
 
     @property
     def committed(self) -> bool:
-        """Whether it exists."""
+        """Whether the manifest exists."""
         return self._manifest is not None or self.root.exists(MANIFEST_FILE)
 
     @property
     def manifest(self) -> Manifest:
-        """Its manifest.
+        """The manifest.
 
         Raises:
-            StorageError: it is not committed, or its manifest is damaged.
+            StorageError: the output is not committed, or its manifest is damaged.
         """
         if self._manifest is None:
             if not self.committed:
                 raise StorageError(
-                    f"{self.root.url} is not there yet; the step that makes it has not finished"
+                    f"{self.root.url} is not there yet; the step that writes it has not finished"
                 )
-            self._manifest = _parse(
-                self.root.read_bytes(MANIFEST_FILE), self.root.url_of(MANIFEST_FILE)
-            )
+            data = self.root.read_bytes(MANIFEST_FILE)
+            self._manifest = parse_manifest(data, self.root.url_of(MANIFEST_FILE))
         return self._manifest
 
     @property
     def fingerprint(self) -> str:
-        """See `Manifest.fingerprint`."""
+        """The fingerprint of the content, see `Manifest.fingerprint`."""
         return self.manifest.fingerprint
 
     def names(self) -> list[str]:
-        """Its files."""
+        """Return the names of the files, sorted."""
         return sorted(self.manifest.files)
 
     def read(self, name: str) -> bytes:
-        """A whole file.
+        """Return the content of a file.
 
         Raises:
-            StorageError: it isn't what was committed.
+            StorageError: the file differs from the one that was committed.
         """
-        size, sha256 = self._promised(name)
+        entry = self._manifest_entry(name)
         data = self.files().read_bytes(name)
-        if (len(data), hashlib.sha256(data).hexdigest()) != (size, sha256):
-            raise StorageError(f"{self.url(name)} is damaged; restore it or run that step again")
+        if len(data) != entry["size"] or hashlib.sha256(data).hexdigest() != entry["sha256"]:
+            raise self._damaged_error(name)
         return data
 
     @contextmanager
     def local(self, name: str) -> Iterator[Path]:
-        """A local file with the content, to be mapped into memory within the block: itself, or a cached copy.
+        """Provide a local file with the content, to map into memory within the block.
+
+        The path is the file itself if the output is on a local disk, and else a cached copy.
 
         Raises:
-            StorageError: it isn't what was committed.
+            StorageError: the file differs from the one that was committed.
         """
-        size, sha256 = self._promised(name)
+        entry = self._manifest_entry(name)
+        size = entry["size"]
+        sha256 = entry["sha256"]
         files = self.files()
         try:
             if files.is_local:
+                path = files.local_path(name)
                 with wrap_io_errors(self.url(name), "read"):
-                    check_file(files.path(name), size, sha256)
-                yield files.path(name)
+                    check_file(path, size, sha256)
+                yield path
                 return
-            with FileCache().holding(size, sha256, lambda path: files.fetch(name, path)) as path:
+            with FileCache().open_cached(size, sha256, lambda p: files.download(name, p)) as path:
                 yield path
         except ContentMismatch as error:
-            raise StorageError(
-                f"{self.url(name)} is damaged; restore it or run that step again"
-            ) from error
+            raise self._damaged_error(name) from error
 
     def url(self, name: str) -> str:
-        """Path or URL of a file."""
-        return self.files().url_of(self._known(name))
+        """Return the path or URL of a file."""
+        self._manifest_entry(name)
+        return self.files().url_of(name)
+
+    def files(self) -> Folder:
+        """Return the folder that holds the files."""
+        return self.root.child(self.manifest.attempt)
 
     def remove(self) -> None:
-        """Removes an artefact that served its purpose, its manifest first, and nothing that another attempt is writing."""
+        """Remove the output, but no file that another attempt is writing."""
         if not self.committed:
             return
         files = self.files()
         self._manifest = None
+        # The manifest goes first: a manifest without its files would be a damaged output.
         self.root.remove(MANIFEST_FILE)
         files.delete()
 
+    def write_once(
+        self, kind: str, inputs: dict[str, str], write: Callable[[Attempt], None]
+    ) -> Manifest:
+        """Write and commit the output, unless it is committed already.
+
+        Args:
+            kind: the sort of output.
+            inputs: fingerprints of the outputs that this one is computed from.
+            write: writes the files to the attempt that it is given.
+
+        Returns:
+            The manifest of the committed output. If another process committed first, it is theirs.
+        """
+        if not self.committed:
+            with self.attempt(kind, inputs) as attempt:
+                write(attempt)
+        return self.manifest
+
     @contextmanager
     def attempt(self, kind: str, inputs: dict[str, str]) -> Iterator[Attempt]:
-        """Makes the artefact: write its files within the block, and it is committed at the block's end.
+        """Open an attempt, and commit the files written within the block at the end of the block.
 
-        Where another attempt commits first, that one stands and this one's files are removed; they are removed too
-        when the block raises.
+        If another attempt commits first, its files count and the files of this one are removed.
+        They are also removed if the block raises.
         """
         name = uuid.uuid4().hex[:12]
         attempt = Attempt(self.root.child(name))
         try:
             yield attempt
             attempt.check_files()
-            attempt.root.settle(attempt.files)
+            attempt.root.fsync(attempt.files)
             manifest = Manifest(kind, name, attempt.files, inputs, attempt.facts)
-            text = _sealed(asdict(manifest))
+            data = serialize_manifest(manifest)
         except BaseException:
             with suppress(Exception):
                 attempt.root.delete()
             raise
-        self._commit(attempt, name, text.encode())
+        self._commit(attempt, name, data)
 
-    def _commit(self, attempt: Attempt, name: str, text: bytes) -> None:
-        """Writes the manifest, unless one is there. A store may take it though its answer is lost, and a second try then
-        finds it: files are removed only where the manifest surely isn't this attempt's."""
+    def _commit(self, attempt: Attempt, name: str, data: bytes) -> None:
+        """Write the manifest, unless there is one already."""
+        # A store may create the manifest although its answer is lost, and a second try then finds
+        # the file. So files are removed only if the manifest is certainly not this attempt's.
         try:
-            self.root.create(MANIFEST_FILE, text)
+            self.root.create(MANIFEST_FILE, data)
         except FileExistsError:
             if self.manifest.attempt != name:
                 attempt.root.delete()
@@ -208,80 +217,41 @@ class Output:
                     attempt.root.delete()
             raise
 
-    def files(self) -> Folder:
-        """The folder that its files are in."""
-        return self.root.child(self.manifest.attempt)
+    def _manifest_entry(self, name: str) -> dict[str, Any]:
+        """Return the size and sha256 of a file.
 
-    def _promised(self, name: str) -> tuple[int, str]:
-        promised = self.manifest.files[self._known(name)]
-        return promised["size"], promised["sha256"]
+        Raises:
+            StorageError: the output has no such file.
+        """
+        entry = self.manifest.files.get(name)
+        if entry is None:
+            names = ", ".join(self.names()) or "no files"
+            raise StorageError(f"{self.root.url} holds no {name}; it holds {names}")
+        return entry
 
-    def _known(self, name: str) -> str:
-        if name not in self.manifest.files:
-            raise StorageError(
-                f"{self.root.url} holds no {name}; it holds {', '.join(self.names()) or 'no files'}"
-            )
-        return name
-
-
-def _sealed(values: dict[str, Any]) -> str:
-    """A manifest's file: its values, and their hash."""
-    return (
-        json.dumps(values | {"seal": _seal(values)}, sort_keys=True, indent=1, allow_nan=False)
-        + "\n"
-    )
-
-
-def _seal(values: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _parse(data: bytes, where: str) -> Manifest:
-    """A manifest from its file.
-
-    Raises:
-        StorageError: it is damaged or of another format.
-    """
-    try:
-        values = json.loads(data)
-        if values.pop("seal", None) != _seal(values):
-            raise ValueError("its content is not what its seal says")
-        manifest = Manifest(**values)
-        whole = (
-            ATTEMPT.fullmatch(manifest.attempt)
-            and all("\0" not in name and not {"", ".", ".."} & set(name.split("/")) for name in manifest.files)
-            and all(isinstance(f["size"], int) and SHA256.fullmatch(f["sha256"]) for f in manifest.files.values())
-            and isinstance(manifest.inputs, dict) and isinstance(manifest.facts, dict)
-        )  # fmt: skip
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise StorageError(
-            f"{where} is damaged ({error}); remove its folder and run again"
-        ) from error
-    if not whole or manifest.format != FORMAT:
-        raise StorageError(
-            f"{where} is not of format {FORMAT}, or names files outside its folder; remove its folder"
-        )
-    return manifest
+    def _damaged_error(self, name: str) -> StorageError:
+        return StorageError(f"{self.url(name)} is damaged; restore it or run that step again")
 
 
 def list_outputs(root: Folder) -> list[Output]:
-    """Every artefact below a folder that has a manifest, damaged or not."""
-    names = [name for name in root.files() if name.rsplit("/", 1)[-1] == MANIFEST_FILE]
-    return [Output(root.child(*name.split("/")[:-1])) for name in names]
+    """Return every output below a folder that has a manifest, damaged or not."""
+    manifests = [name for name in root.files() if name.rsplit("/", 1)[-1] == MANIFEST_FILE]
+    return [Output(root.child(*name.split("/")[:-1])) for name in manifests]
 
 
 def copy_output(source: Output, target: Output) -> None:
-    """Makes an artefact of the same content, inputs and facts, and so of the same fingerprint, unless it is there."""
-    if target.committed:
-        return
-    with target.attempt(source.manifest.kind, source.manifest.inputs) as attempt:
+    """Copy an output with its inputs and facts, and so its fingerprint, unless the target exists."""
+
+    def link(attempt: Attempt) -> None:
         attempt.link_files(source)
         attempt.facts.update(source.manifest.facts)
 
+    target.write_once(source.manifest.kind, source.manifest.inputs, link)
+
 
 def copy_outputs(source: Folder, target: Folder, without: Collection[str] = ()) -> None:
-    """Copies every artefact below a folder, but for those below the folders named in `without`."""
-    for artefact in list_outputs(source):
-        place = artefact.root.url.removeprefix(source.url).strip("/").split("/")
-        if place[0] not in without:
-            copy_output(artefact, Output(target.child(*place)))
+    """Copy every output below a folder, except those below the folders named in `without`."""
+    for output in list_outputs(source):
+        parts = output.root.url.removeprefix(source.url).strip("/").split("/")
+        if parts[0] not in without:
+            copy_output(output, Output(target.child(*parts)))

@@ -199,7 +199,7 @@ class Samples:
         """The keys of some rows."""
         return self.frame["key"][list(rows)].to_list()
 
-    def shard_of(self, key: str) -> str:
+    def shard_url(self, key: str) -> str:
         """Path or URL of the shard that holds a key."""
         return self.urls[self.frame.filter(pl.col("key") == key)["shard"][0]]
 

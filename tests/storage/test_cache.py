@@ -32,7 +32,7 @@ def hold(data: bytes, fetched: list[bytes], sent: bytes | None = None) -> bytes:
         fetched.append(data)
         Path(path).write_bytes(data if sent is None else sent)
 
-    with FileCache().holding(len(data), hashlib.sha256(data).hexdigest(), fetch) as path:
+    with FileCache().open_cached(len(data), hashlib.sha256(data).hexdigest(), fetch) as path:
         return path.read_bytes()
 
 
@@ -86,10 +86,10 @@ def test_a_limit_that_is_no_number_is_one_sentence(monkeypatch: pytest.MonkeyPat
 WORKER = """
 import sys, hashlib
 from pathlib import Path
-from storage.cache import Cache
+from secateur.storage.cache import FileCache
 for turn in range(150):
     data = bytes([(turn * int(sys.argv[1])) % 7]) * 1000
-    with Cache().holding(1000, hashlib.sha256(data).hexdigest(), lambda path: Path(path).write_bytes(data)) as path:
+    with FileCache().open_cached(1000, hashlib.sha256(data).hexdigest(), lambda path: Path(path).write_bytes(data)) as path:
         assert path.read_bytes() == data
 """
 

@@ -84,13 +84,13 @@ def test_a_truncated_index_is_one_sentence(tmp_path: Path, size: int) -> None:
 
 FORGED = """
 import sys
-from storage.errors import StorageError
-from storage.index import read_index
-from storage.manifest import Artefact
-from storage.root import Root
+from secateur.errors import StorageError
+from secateur.storage.faiss_index import read_index
+from secateur.storage.outputs import Output
+from secateur.storage.folder import Folder
 for place in sys.argv[1:]:
     try:
-        index = read_index(Artefact(Root(place)))
+        index = read_index(Output(Folder(place)))
         index.search(__import__("numpy").zeros((1, index.d), "float32"), 3)
         print("read")
     except StorageError:

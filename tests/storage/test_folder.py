@@ -65,10 +65,10 @@ def test_what_is_missing_is_named(root: Folder) -> None:
 
 FILL = """
 import sys
-from storage.errors import StorageError, UnavailableError
-from storage.manifest import Artefact
-from storage.root import Root, explained
-artefact = Artefact(Root(sys.argv[1] + "/artefact"))
+from secateur.errors import StorageError
+from secateur.storage.outputs import Output
+from secateur.storage.folder import Folder
+artefact = Output(Folder(sys.argv[1] + "/artefact"))
 try:
     with artefact.attempt("test", {}) as attempt:
         attempt.write("big", bytes(4 << 20))
@@ -97,7 +97,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
 def test_a_file_of_another_folder_is_taken_as_it_is(root: Folder) -> None:
     other = root.child("other")
     other.create("deep/a", b"x" * 100)
-    root.take(other, "deep/a")
+    root.link_or_copy(other, "deep/a")
     other.delete()
     assert root.files() == ["deep/a"]
     assert root.read_bytes("deep/a") == b"x" * 100

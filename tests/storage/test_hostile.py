@@ -23,16 +23,16 @@ from tests.storage.test_shards import write_tar
 
 MEASURED = """
 import resource, sys
-from storage.errors import StorageError
-from storage.frames import read_frame
-from storage.manifest import Artefact
-from storage.root import Root
-from storage.shards import index_shards
+from secateur.errors import StorageError
+from secateur.storage.frames import read_frame
+from secateur.storage.outputs import Output
+from secateur.storage.folder import Folder
+from secateur.storage.shards import list_shards
 kind, place = sys.argv[1:]
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()
 try:
-    print(len(index_shards([place]) if kind == "shard" else read_frame(Artefact(Root(place)), "frame.parquet")))
+    print(len(list_shards([place]) if kind == "shard" else read_frame(Output(Folder(place)), "frame.parquet")))
 except StorageError as error:
     print(error)
 print(peak() - before)

@@ -19,14 +19,14 @@ from secateur.storage.outputs import Output
 WHOLE = {"size": 1, "sha256": "0" * 64}
 RACER = """
 import pathlib, sys, time
-from storage.manifest import Artefact
-from storage.root import Root
+from secateur.storage.outputs import Output
+from secateur.storage.folder import Folder
 base, name, meeting, turns = sys.argv[1:]
 for number in range(int(turns)):
     (pathlib.Path(meeting) / f"{number}-{name}").write_text("")
     while len(list(pathlib.Path(meeting).glob(f"{number}-*"))) < 2:
         time.sleep(0.0005)
-    artefact = Artefact(Root(f"{base}/a{number}"))
+    artefact = Output(Folder(f"{base}/a{number}"))
     with artefact.attempt("race", {}) as attempt:
         attempt.write("who", name.encode() * 2000)
     print(artefact.read("who")[:1].decode(), end="")
