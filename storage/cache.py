@@ -1,8 +1,8 @@
-"""Room `storage`: a bounded folder of files fetched from a store, which all processes of a machine share.
+"""A bounded cache of files downloaded from a store, shared by all processes of a machine.
 
-Files are named by the sha256 of their content, so that one which isn't what its name says is fetched anew. Where the
-folder is and how much it may hold are matters of the machine, so the environment says them: `SECATEUR_CACHE` (default
-`~/.cache/secateur`) and `SECATEUR_CACHE_BYTES` (default 50 GB).
+Each file is named by the SHA-256 of its content, so a damaged file is noticed and downloaded again.
+The location and the size limit depend on the machine, so they are environment variables:
+`SECATEUR_CACHE` (default `~/.cache/secateur`) and `SECATEUR_CACHE_BYTES` (default 50 GB).
 """
 
 from __future__ import annotations
@@ -17,101 +17,109 @@ from pathlib import Path
 
 from secateur.errors import StorageError
 
-BYTES = 50_000_000_000
+DEFAULT_BYTES = 50_000_000_000
+DRAFT_PREFIX = "draft-"
+
+Download = Callable[[str], None]
+FileIdentity = tuple[int, int, int, int, str]
 
 
 class ContentMismatch(Exception):
-    """A file's content is not what was committed."""
+    """A file's content differs from the committed content."""
 
 
 class FileCache:
-    """The cache that the environment names.
+    """The cache that the environment variables describe.
 
     Raises:
-        StorageError: the environment's limit is no number.
+        StorageError: the size limit in the environment is not a number.
     """
 
     def __init__(self) -> None:
         home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         self.folder = Path(os.environ.get("SECATEUR_CACHE") or f"{home}/secateur")
-        limit = os.environ.get("SECATEUR_CACHE_BYTES") or str(BYTES)
+        limit = os.environ.get("SECATEUR_CACHE_BYTES") or str(DEFAULT_BYTES)
         if not limit.isdigit():
             raise StorageError(f"SECATEUR_CACHE_BYTES is {limit!r}; give a number of bytes")
         self.limit = int(limit)
 
     @contextmanager
-    def open_cached(self, size: int, sha256: str, fetch: Callable[[str], None]) -> Iterator[Path]:
-        """A file with this content, which no process evicts within the block; what is mapped in it stays mapped after.
+    def open_cached(self, size: int, sha256: str, download: Download) -> Iterator[Path]:
+        """Provide a file with this content. No process evicts it within the block.
+
+        A memory map that is made within the block stays valid afterwards.
 
         Args:
-            fetch: writes the file to a path.
+            size: bytes of the content.
+            sha256: SHA-256 of the content, in hexadecimal digits.
+            download: writes the content to the path that it is given.
 
         Raises:
             StorageError: the file is larger than the cache.
-            NotCommitted: what was fetched has another content.
+            ContentMismatch: the downloaded content is different.
         """
         if size > self.limit:
             raise StorageError(
-                f"a file of {size} bytes is more than the local cache {self.folder} may hold ({self.limit}); set "
-                f"SECATEUR_CACHE_BYTES higher"
+                f"a file of {size} bytes is more than the local cache {self.folder} may hold "
+                f"({self.limit}); set SECATEUR_CACHE_BYTES higher"
             )
         path = self.folder / sha256
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._locked(fcntl.LOCK_SH):
-            whole = self._whole(path, size, sha256)
-        if not whole:
-            self._fetch(path, size, sha256, fetch)
+            cached = _has_content(path, size, sha256)
+        if not cached:
+            self._add(path, size, sha256, download)
         with self._locked(fcntl.LOCK_SH):
-            if not path.exists():  # evicted in between by a process in need
-                self._take(path, size, sha256, fetch)
+            # Another process that needed space may have evicted the file in between.
+            if not path.exists():
+                self._download(path, size, sha256, download)
+            # Eviction goes by the time of the last use.
             os.utime(path)
             yield path
 
-    def _fetch(self, path: Path, size: int, sha256: str, fetch: Callable[[str], None]) -> None:
+    def _add(self, path: Path, size: int, sha256: str, download: Download) -> None:
+        """Download a file, and evict others to stay within the limit."""
         with self._locked(fcntl.LOCK_EX):
             self._evict(size, path)
-        self._take(path, size, sha256, fetch)
+        self._download(path, size, sha256, download)
+        # Other processes may have downloaded at the same time.
         with self._locked(fcntl.LOCK_EX):
-            self._evict(0, path)  # others may have fetched at the same time
+            self._evict(0, path)
 
-    def _take(self, path: Path, size: int, sha256: str, fetch: Callable[[str], None]) -> None:
-        """Fetches into a draft, and gives it its name once it is what it should be. A draft is locked while somebody
-        writes it, so that one whose writer was killed is known, and makes room."""
-        draft = self.folder / f"draft-{uuid.uuid4().hex}"
-        with ExitStack() as held:
-            with self._locked(fcntl.LOCK_SH):  # nobody evicts before the draft is locked
-                fcntl.flock(held.enter_context(open(draft, "xb")), fcntl.LOCK_EX)
+    def _download(self, path: Path, size: int, sha256: str, download: Download) -> None:
+        """Download to a draft, and rename it once its content is checked."""
+        # The lock on the draft lasts while its writer lives. So the draft of a killed process is
+        # recognized, and evicted.
+        draft = self.folder / f"{DRAFT_PREFIX}{uuid.uuid4().hex}"
+        with ExitStack() as stack:
+            # Under the shared lock, no process evicts the draft before it is locked itself.
+            with self._locked(fcntl.LOCK_SH):
+                fcntl.flock(stack.enter_context(open(draft, "xb")), fcntl.LOCK_EX)
             try:
-                fetch(str(draft))
+                download(str(draft))
                 if file_digest(draft) != (size, sha256):
                     raise ContentMismatch
-                _whole_before.add(_identity(draft, sha256))
+                _checked_files.add(_file_identity(draft, sha256))
                 os.replace(draft, path)
             finally:
                 with suppress(FileNotFoundError):
                     os.unlink(draft)
 
-    def _evict(self, wanted: int, spared: Path) -> None:
-        """Removes the files unused for longest until `wanted` more bytes fit."""
-        found = []
+    def _evict(self, needed: int, spared: Path) -> None:
+        """Remove the least recently used files until `needed` more bytes fit."""
+        entries = []
         for path in self.folder.iterdir():
-            with suppress(FileNotFoundError):  # a draft that was given its name meanwhile
-                found.append((path.stat(), path))
-        found.sort(key=lambda f: f[0].st_mtime)
-        excess = sum(stat.st_size for stat, _ in found) + wanted - self.limit
-        for stat, path in found:
+            # A draft may be renamed while this loop runs.
+            with suppress(FileNotFoundError):
+                entries.append((path.stat(), path))
+        entries.sort(key=lambda entry: entry[0].st_mtime)
+        excess = sum(stat.st_size for stat, _ in entries) + needed - self.limit
+        for stat, path in entries:
             if excess <= 0:
                 return
-            if path not in (spared, self._lock) and not _in_use(path):
+            if path not in (spared, self._lock) and not _is_being_written(path):
                 path.unlink(missing_ok=True)
                 excess -= stat.st_size
-
-    def _whole(self, path: Path, size: int, sha256: str) -> bool:
-        try:
-            check_file(path, size, sha256)
-        except (ContentMismatch, FileNotFoundError):
-            return False
-        return True
 
     @property
     def _lock(self) -> Path:
@@ -124,9 +132,9 @@ class FileCache:
             yield
 
 
-def _in_use(path: Path) -> bool:
-    """Whether a file is a draft that somebody writes."""
-    if not path.name.startswith("draft-"):
+def _is_being_written(path: Path) -> bool:
+    """Check whether a file is a draft whose writer still lives."""
+    if not path.name.startswith(DRAFT_PREFIX):
         return False
     with suppress(FileNotFoundError), open(path, "rb") as file:
         try:
@@ -136,30 +144,41 @@ def _in_use(path: Path) -> bool:
     return False
 
 
+def _has_content(path: Path, size: int, sha256: str) -> bool:
+    """Check whether a local file exists with this content."""
+    try:
+        check_file(path, size, sha256)
+    except (ContentMismatch, FileNotFoundError):
+        return False
+    return True
+
+
 def check_file(path: Path, size: int, sha256: str) -> None:
-    """Rereads a local file, once a process while its size and time of change stay.
+    """Check the content of a local file by reading it.
+
+    A process reads each file once, and again if its size or modification time has changed.
 
     Raises:
-        NotCommitted: its content is another.
-        FileNotFoundError: it isn't there.
+        ContentMismatch: the content is different.
+        FileNotFoundError: the file does not exist.
     """
-    identity = _identity(path, sha256)
-    if identity in _whole_before:
+    identity = _file_identity(path, sha256)
+    if identity in _checked_files:
         return
     if file_digest(path) != (size, sha256):
         raise ContentMismatch
-    _whole_before.add(identity)
+    _checked_files.add(identity)
 
 
 def file_digest(path: Path) -> tuple[int, str]:
-    """Size and sha256 of a local file."""
+    """Return the size in bytes and the SHA-256 of a local file."""
     with open(path, "rb") as file:
         return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _identity(path: Path, sha256: str) -> tuple[int, int, int, int, str]:
+def _file_identity(path: Path, sha256: str) -> FileIdentity:
     stat = path.stat()
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, sha256
 
 
-_whole_before: set[tuple[int, int, int, int, str]] = set()
+_checked_files: set[FileIdentity] = set()

@@ -1,4 +1,4 @@
-"""Room `storage`: FAISS indexes of a stage's vectors, by inner product; ids are rows of `scores.parquet`."""
+"""FAISS indexes of a stage's vectors by inner product. Their ids are rows of `scores.parquet`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 import faiss
 import numpy as np
@@ -13,100 +14,139 @@ import numpy as np
 from secateur.errors import StorageError
 from secateur.storage.outputs import Attempt, Output
 
-# What a plan's `index` stands for; all are scans, so that results are exact after rescoring.
+# FAISS's names for the values of a plan's `index`. All of them scan every vector, so that results
+# are exact after rescoring.
 INDEX_KINDS = {"flat": "Flat", "fp16": "SQfp16", "sq8": "SQ8"}
 INDEX_FILE = "index.faiss"
-# FAISS's own layout: kind, width, vectors, two unused, trained, metric; then of a quantiser its type, how it found its ranges,
-# width, bytes a vector, and how many numbers its ranges are.
-HEADER, QUANTISER = struct.Struct("<4siqqq?i"), struct.Struct("<iifQQQ")
 
-Rows = Callable[[np.ndarray], np.ndarray]
+# FAISS's file layout. The header: kind, width, number of vectors, two unused fields, whether the
+# index is trained, metric.
+HEADER = struct.Struct("<4siqqq?i")
+# Then, of a quantizer: its type, how it found its ranges (two fields), width, bytes per vector,
+# number of floats that its ranges take.
+QUANTIZER = struct.Struct("<iifQQQ")
+# The bytes per coefficient of each known quantizer.
+QUANTIZED_BYTES = {faiss.ScalarQuantizer.QT_8bit: 1, faiss.ScalarQuantizer.QT_fp16: 2}
+
+# A quantized index rescores this many candidates for k results.
+CANDIDATES_PER_RESULT = 4
+EXTRA_CANDIDATES = 200
+
+VectorReader = Callable[[np.ndarray], np.ndarray]
 
 
 def build_index(chunks: Iterable[np.ndarray], kind: str, width: int) -> faiss.Index:
-    """An index of vectors.
+    """Build an index of vectors.
 
     Args:
-        chunks: arrays `n width`, all held while it is built: give views of mapped files.
-        kind: one of `KINDS`. A quantised index chooses candidates, which `search_index` must score anew: sq8 spreads 256
-            steps over the range of each number, and fp16 holds the vectors scaled, for small ones would lose digits.
+        chunks: arrays of shape `n width`. All are kept until the index is built, so give views of
+            mapped files.
+        kind: a key of `INDEX_KINDS`. A quantized index only chooses candidates, which
+            `search_index` must rescore: sq8 divides the range of each coefficient into 256 steps,
+            and fp16 scales vectors before storing them, because small values would lose precision.
+        width: coefficients per vector.
     """
-    held = list(chunks)
+    arrays = list(chunks)
     index = faiss.index_factory(width, INDEX_KINDS[kind], faiss.METRIC_INNER_PRODUCT)
     if not index.is_trained:
-        index.train(_ranges(held, width))
-    scale = np.float32(_scale(held) if kind == "fp16" else 1)
-    for chunk in held:
-        index.add(np.ascontiguousarray(chunk, dtype=np.float32) * scale)
+        index.train(_coefficient_ranges(arrays, width))
+    scale = np.float32(_half_precision_scale(arrays) if kind == "fp16" else 1)
+    for array in arrays:
+        index.add(np.ascontiguousarray(array, dtype=np.float32) * scale)
     return index
 
 
-def _ranges(chunks: list[np.ndarray], width: int) -> np.ndarray:
-    """`2 width`: the least and the greatest of each number, which is all that the quantiser learns from."""
-    if not any(len(chunk) for chunk in chunks):
+def _coefficient_ranges(arrays: list[np.ndarray], width: int) -> np.ndarray:
+    """Return the minimum and maximum of each coefficient, of shape `2 width`.
+
+    The quantizer learns nothing else from training vectors, so these two suffice.
+    """
+    filled = [array for array in arrays if len(array)]
+    if not filled:
         return np.zeros((2, width), np.float32)
-    least = np.min([chunk.min(0) for chunk in chunks if len(chunk)], 0)
-    greatest = np.max([chunk.max(0) for chunk in chunks if len(chunk)], 0)
-    return np.stack([least, greatest]).astype(np.float32)
+    minimum = np.min([array.min(0) for array in filled], 0)
+    maximum = np.max([array.max(0) for array in filled], 0)
+    return np.stack([minimum, maximum]).astype(np.float32)
 
 
-def _scale(chunks: list[np.ndarray]) -> float:
-    """The power of two that brings the largest magnitude just under the largest half-precision number."""
-    largest = max((float(np.abs(chunk).max()) for chunk in chunks if chunk.size), default=0.0)
-    return 2.0 ** (15 - int(np.frexp(largest)[1])) if largest > 0 else 1.0
+def _half_precision_scale(arrays: list[np.ndarray]) -> float:
+    """Return the power of two that brings the largest magnitude just below 2**15.
+
+    The largest half-precision number is 65504, just below 2**16.
+    """
+    largest = max((float(np.abs(array).max()) for array in arrays if array.size), default=0.0)
+    # This is also false for NaN.
+    if largest > 0:
+        _, exponent = np.frexp(largest)
+        return 2.0 ** (15 - int(exponent))
+    return 1.0
 
 
 def write_index(attempt: Attempt, index: faiss.Index) -> None:
-    """Writes an index."""
+    """Write an index."""
     with attempt.open(INDEX_FILE) as file:
         faiss.write_index(index, faiss.PyCallbackIOWriter(lambda data: file.write(data)))
 
 
-def read_index(artefact: Output) -> faiss.Index:
-    """Reads an index, mapped from its file where it is local.
+def read_index(output: Output) -> faiss.Index:
+    """Return an index, mapped from the local file or its cached copy.
 
     Raises:
         StorageError: the file is damaged.
     """
     try:
-        with artefact.local(INDEX_FILE) as path:
+        with output.local(INDEX_FILE) as path:
             _check_layout(path)
             return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
     except (RuntimeError, struct.error) as error:
         raise StorageError(
-            f"{artefact.url(INDEX_FILE)} is damaged; restore it or run that step again"
+            f"{output.url(INDEX_FILE)} is damaged; restore it or run that step again"
         ) from error
 
 
 def _check_layout(path: Path) -> None:
-    """Holds what the file declares against its length, for FAISS maps it and reads on beyond the end.
+    """Compare the sizes that a file declares with its length.
+
+    FAISS maps the file without this check, and would read beyond its end.
 
     Raises:
-        RuntimeError, struct.error: it is none of `KINDS`, or of another length.
+        RuntimeError, struct.error: the file is no index of `INDEX_KINDS`, or has another length.
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
         kind, width, total, *_ = HEADER.unpack(file.read(HEADER.size))
+        if width <= 0 or total < 0:
+            raise RuntimeError("its header declares an impossible size")
         if kind == b"IxSQ":
-            quantiser, _, _, again, per_vector, ranges = QUANTISER.unpack(file.read(QUANTISER.size))
-            per_number = {faiss.ScalarQuantizer.QT_8bit: 1, faiss.ScalarQuantizer.QT_fp16: 2}.get(
-                quantiser
-            )
-            whole = per_number is not None and again == width and per_vector == width * per_number
-            whole = whole and ranges == (2 * width if per_number == 1 else 0)
-            file.seek(4 * ranges, os.SEEK_CUR)
-            unit, each = 1, per_vector
+            # The codes are counted in bytes.
+            unit = 1
+            per_vector = _check_quantizer(file, width)
+        elif kind == b"IxFI":
+            # The coefficients are counted in float32 numbers.
+            unit = 4
+            per_vector = width
         else:
-            whole, unit, each = kind == b"IxFI", 4, width
-        (numbers,) = struct.unpack("<Q", file.read(8))
-        if not (
-            whole
-            and width > 0
-            and total >= 0
-            and numbers == total * each
-            and size == file.tell() + unit * numbers
-        ):
+            raise RuntimeError("it is of an unknown kind")
+        (count,) = struct.unpack("<Q", file.read(8))
+        if count != total * per_vector or size != file.tell() + unit * count:
             raise RuntimeError("its length is not what its header declares")
+
+
+def _check_quantizer(file: BinaryIO, width: int) -> int:
+    """Check a quantizer's header, skip its ranges, and return the bytes per vector."""
+    quantizer, _, _, own_width, per_vector, ranges = QUANTIZER.unpack(file.read(QUANTIZER.size))
+    per_coefficient = QUANTIZED_BYTES.get(quantizer)
+    # Half precision needs no ranges.
+    expected_ranges = 2 * width if per_coefficient == 1 else 0
+    if (
+        per_coefficient is None
+        or own_width != width
+        or per_vector != width * per_coefficient
+        or ranges != expected_ranges
+    ):
+        raise RuntimeError("its quantizer does not match its header")
+    file.seek(4 * ranges, os.SEEK_CUR)
+    return int(per_vector)
 
 
 def search_index(
@@ -114,45 +154,54 @@ def search_index(
     queries: np.ndarray,
     k: int,
     ids: np.ndarray | None = None,
-    exact: Rows | None = None,
+    exact: VectorReader | None = None,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The k vectors with the largest inner product for each query.
+    """Return the k vectors with the largest inner product for each query.
 
     Args:
-        queries: `m width`.
-        ids: the ids among which to search; all if None.
-        exact: gives the vectors of some ids; a quantised index needs it: its best 4 k + 200 are scored anew with them.
+        index: the index to search.
+        queries: array of shape `m width`.
+        k: number of results per query.
+        ids: search only among these ids. All are searched if None.
+        exact: returns the vectors of some ids. A quantized index needs it, to rescore its best
+            4 k + 200 candidates.
 
     Returns:
-        For each query its scores and ids, best first; fewer than k where there are fewer.
+        The scores and ids of each query, best first. There are fewer than k if fewer are searched.
     """
     assert exact is not None or isinstance(index, faiss.IndexFlat), (
-        "a quantised index only chooses candidates"
+        "a quantized index only chooses candidates"
     )
     queries = np.ascontiguousarray(queries, dtype=np.float32)
-    wide = k if exact is None else 4 * k + 200
-    wide = min(wide, index.ntotal if ids is None else len(ids))
-    if wide == 0:
+    count = k if exact is None else CANDIDATES_PER_RESULT * k + EXTRA_CANDIDATES
+    count = min(count, index.ntotal if ids is None else len(ids))
+    # FAISS rejects a search for no results.
+    if count == 0:
         return [(np.empty(0, np.float32), np.empty(0, np.int64)) for _ in queries]
-    parameters = None if ids is None else faiss.SearchParameters(sel=_selector(ids, index.ntotal))
-    scores, found = index.search(queries, wide, params=parameters)
-    return [
-        _best(s[f >= 0], f[f >= 0], q, k, exact)
-        for s, f, q in zip(scores, found, queries, strict=True)
-    ]
+    parameters = None
+    if ids is not None:
+        parameters = faiss.SearchParameters(sel=_selector(ids, index.ntotal))
+    all_scores, all_ids = index.search(queries, count, params=parameters)
+    results = []
+    for query, scores, found_ids in zip(queries, all_scores, all_ids, strict=True):
+        # FAISS pads short results with the id -1.
+        valid = found_ids >= 0
+        results.append(_best_results(scores[valid], found_ids[valid], query, k, exact))
+    return results
 
 
 def _selector(ids: np.ndarray, total: int) -> faiss.IDSelector:
-    """Admits `ids`, by one bit an id: a set would take a hash a vector."""
-    chosen = np.zeros(total, bool)
-    chosen[ids] = True
-    return faiss.IDSelectorBitmap(np.packbits(chosen, bitorder="little"))
+    """Return a selector that admits `ids`, as a bitmap of one bit per id."""
+    # FAISS's selector by a set would compute a hash for every vector.
+    admitted = np.zeros(total, bool)
+    admitted[ids] = True
+    return faiss.IDSelectorBitmap(np.packbits(admitted, bitorder="little"))
 
 
-def _best(
-    scores: np.ndarray, ids: np.ndarray, query: np.ndarray, k: int, exact: Rows | None
+def _best_results(
+    scores: np.ndarray, ids: np.ndarray, query: np.ndarray, k: int, exact: VectorReader | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One query's k best, scored anew where the index is not exact; ties go to the smaller id."""
+    """Return the k best results of one query, rescored if needed. Ties go to the smaller id."""
     if exact is not None and len(ids):
         scores = exact(ids) @ query
     order = np.lexsort((ids, -scores))[:k]

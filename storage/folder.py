@@ -1,4 +1,4 @@
-"""Room `storage`: folders, local or remote, through fsspec."""
+"""Folders on a local disk or in an S3 store, through fsspec."""
 
 from __future__ import annotations
 
@@ -32,17 +32,31 @@ REMEDIES = {
     errno.EISDIR: "it is a folder; name a file",
     errno.ENOTDIR: "a part of its path is a file; choose another path",
 }
-PASSING = {  # s3fs gives a store's own failures as EREMOTEIO, EBUSY, EIO, or without a number
-    None, errno.EIO, errno.EBUSY, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED,
-    errno.ECONNABORTED, errno.EPIPE, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EREMOTEIO,
-}  # fmt: skip
+OTHER_REMEDY = "check the disk or the connection and run the same command again"
+# Errors that may pass. s3fs reports a store's own failures as EREMOTEIO, EBUSY or EIO, or without
+# a number.
+TRANSIENT = {
+    None,
+    errno.EIO,
+    errno.EBUSY,
+    errno.EAGAIN,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.ECONNRESET,
+    errno.ECONNREFUSED,
+    errno.ECONNABORTED,
+    errno.EPIPE,
+    errno.EHOSTUNREACH,
+    errno.ENETUNREACH,
+    errno.EREMOTEIO,
+}
 
 
 class Folder:
-    """A folder at a local path or a URL (`s3://bucket/prefix`); it need not exist yet.
+    """A folder at a local path or a URL (`s3://bucket/prefix`). It need not exist yet.
 
     Raises:
-        StorageError: the URL holds credentials.
+        StorageError: the URL contains credentials.
     """
 
     def __init__(self, url: str) -> None:
@@ -53,72 +67,80 @@ class Folder:
             show_retries()
 
     def child(self, *parts: str) -> Folder:
-        """A folder within."""
+        """Return a folder within this one."""
         return Folder("/".join((self.url, *parts)))
 
     @property
     def is_local(self) -> bool:
         """Whether files can be opened in place."""
-        return isinstance(self._fs, LocalFileSystem)
+        return isinstance(self._filesystem, LocalFileSystem)
 
     def url_of(self, name: str) -> str:
-        """Path or URL of a file within."""
+        """Return the path or URL of a file."""
         return f"{self.url}/{name}"
+
+    def local_path(self, name: str) -> Path:
+        """Return the path of a file on this machine. The folder must be local."""
+        return Path(self._path_of(name))
 
     @contextmanager
     def open(self, name: str, mode: str = "rb") -> Iterator[IO[bytes]]:
-        """Opens a file within; folders are made as needed.
+        """Open a file. Folders are created as needed.
 
         Raises:
-            StorageError: it cannot be read or written (missing, full, forbidden).
+            StorageError: the file cannot be read or written (missing, disk full, forbidden).
         """
         with wrap_io_errors(self.url_of(name), "read" if "r" in mode else "written"):
             if not self.is_local:
-                with self._fs.open(self._at(name), mode) as file:
+                with self._filesystem.open(self._path_of(name), mode) as file:
                     yield cast(IO[bytes], file)
                 return
             if "r" not in mode:
-                os.makedirs(os.path.dirname(self._at(name)), exist_ok=True)
-            with cast(IO[bytes], open(self._at(name), mode)) as file:
+                os.makedirs(os.path.dirname(self._path_of(name)), exist_ok=True)
+            with cast(IO[bytes], open(self._path_of(name), mode)) as file:
                 yield file
 
     def read_bytes(self, name: str) -> bytes:
-        """A whole file."""
+        """Return the content of a file."""
         with self.open(name) as file:
             return file.read()
 
     def exists(self, name: str) -> bool:
-        """Whether a file is there now; nothing is remembered."""
+        """Check whether a file exists now."""
         if self.is_local:
-            return os.path.exists(self._at(name))
+            return os.path.exists(self._path_of(name))
         with wrap_io_errors(self.url_of(name), "looked for"):
-            self._fs.invalidate_cache()
-            return bool(self._fs.exists(self._at(name)))
+            # s3fs caches listings, but other processes write meanwhile.
+            self._filesystem.invalidate_cache()
+            return bool(self._filesystem.exists(self._path_of(name)))
 
     def create(self, name: str, data: bytes) -> None:
-        """Writes a file, whole or not at all, unless it is there already.
+        """Write a whole file, or nothing if the file exists already.
 
         Raises:
             FileExistsError: another writer was first.
         """
         with wrap_io_errors(self.url_of(name), "written"):
             if self.is_local:
-                self._link(self._at(name), data)
+                _create_local(self._path_of(name), data)
                 return
             try:
-                self._fs.pipe_file(self._at(name), data, mode="create")
+                # A conditional put: the store creates the object only if there is none.
+                self._filesystem.pipe_file(self._path_of(name), data, mode="create")
             except OSError as error:
-                if _refused(error):
+                if _is_refused_put(error):
                     raise FileExistsError(self.url_of(name)) from error
                 raise
 
     def supports_conditional_put(self) -> bool:
-        """Whether the disk or store refuses to create what is there already, tried with a small file: some stores ignore
-        conditional puts without a word, and then nothing tells the second of two writers that it came second."""
+        """Check with a small file that an existing file is not created again.
+
+        Some stores silently ignore the condition of a put. With such a store, the second of two
+        writers cannot notice that it came second.
+        """
         name = f"probe-{uuid.uuid4().hex}"
-        with suppress(
-            FileExistsError
-        ):  # the answer was lost, and a second try found what the first had made
+        # A lost answer makes the client try again, and the second try finds its own file.
+        with suppress(FileExistsError):
             self.create(name, b"first")
         try:
             self.create(name, b"second")
@@ -129,92 +151,102 @@ class Folder:
         return False
 
     def files(self) -> list[str]:
-        """Every file within, however deep, relative, sorted."""
-        return sorted(self._found())
+        """Return the relative names of all files within, at any depth, sorted."""
+        return sorted(self._list_files())
 
     def sizes(self) -> dict[str, int]:
-        """The size of every file within, in bytes."""
-        return {name: int(found["size"]) for name, found in self._found().items()}
+        """Return the size in bytes of every file within, by name."""
+        return {name: int(entry["size"]) for name, entry in self._list_files().items()}
 
     def link_or_copy(self, source: Folder, name: str) -> None:
-        """Puts a file of another folder of the same disk or store into this one under its name, its bytes unmoved: linked
-        on the disk, copied by the store itself elsewhere."""
+        """Add a file of another folder of the same disk or store, under the same name.
+
+        The bytes are not moved through this process: a disk links the file, a store copies it.
+        """
         with wrap_io_errors(self.url_of(name), "written"):
             if self.is_local:
-                os.makedirs(os.path.dirname(self._at(name)), exist_ok=True)
-                os.link(source._at(name), self._at(name))
+                os.makedirs(os.path.dirname(self._path_of(name)), exist_ok=True)
+                os.link(source._path_of(name), self._path_of(name))
             else:
-                self._fs.copy(source._at(name), self._at(name))
-
-    def remove(self, name: str) -> None:
-        """Removes a file within, if it is there."""
-        with wrap_io_errors(self.url_of(name), "removed"), suppress(FileNotFoundError):
-            self._fs.rm_file(self._at(name))
-
-    def delete(self) -> None:
-        """Removes the folder and all in it."""
-        with wrap_io_errors(self.url, "removed"), suppress(FileNotFoundError):
-            self._fs.invalidate_cache()
-            self._fs.rm(self._path, recursive=True)
-
-    def fsync(self, names: Iterable[str]) -> None:
-        """Waits until written files, and the folders that name them, are on the disk itself, to outlive a power cut; a
-        store answers for its own."""
-        if self.is_local:
-            paths = [self.local_path(name) for name in names]
-            with wrap_io_errors(self.url, "written"), ThreadPoolExecutor(4) as pool:
-                list(pool.map(_sync, paths))
-                list(pool.map(_sync_folder, {folder for path in paths for folder in path.parents}))
-
-    def local_path(self, name: str) -> Path:
-        """Where a file within is on this machine; only a local folder can say."""
-        return Path(self._at(name))
+                self._filesystem.copy(source._path_of(name), self._path_of(name))
 
     def download(self, name: str, path: str) -> None:
-        """Copies a file within to a local path."""
+        """Copy a file to a local path."""
         with wrap_io_errors(self.url_of(name), "read"):
-            self._fs.get_file(self._at(name), path)
+            self._filesystem.get_file(self._path_of(name), path)
 
-    def _found(self) -> dict[str, dict[str, Any]]:
+    def remove(self, name: str) -> None:
+        """Remove a file, if it exists."""
+        with wrap_io_errors(self.url_of(name), "removed"), suppress(FileNotFoundError):
+            self._filesystem.rm_file(self._path_of(name))
+
+    def delete(self) -> None:
+        """Remove the folder with everything in it."""
+        with wrap_io_errors(self.url, "removed"), suppress(FileNotFoundError):
+            self._filesystem.invalidate_cache()
+            self._filesystem.rm(self._path, recursive=True)
+
+    def fsync(self, names: Iterable[str]) -> None:
+        """Wait until written files would survive a power cut.
+
+        The files and all folders above them are flushed to the disk. For a store this does nothing:
+        it confirms a file only once it has stored it.
+        """
+        if not self.is_local:
+            return
+        paths = [self.local_path(name) for name in names]
+        # A file's name is part of its folder, and survives only if the folder is flushed too.
+        folders = {folder for path in paths for folder in path.parents}
+        with wrap_io_errors(self.url, "written"), ThreadPoolExecutor(4) as pool:
+            list(pool.map(_fsync, paths))
+            list(pool.map(_fsync_folder, folders))
+
+    def _list_files(self) -> dict[str, dict[str, Any]]:
+        """Return fsspec's entry of every file within, by relative name."""
         if self.is_local and not os.path.isdir(self._path):
             return {}
         with wrap_io_errors(self.url, "listed"):
-            self._fs.invalidate_cache()
-            found = cast(dict[str, dict[str, Any]], self._fs.find(self._path, detail=True))
-        within = self._at("")  # a store may list an emptied folder as a file of its own name
+            self._filesystem.invalidate_cache()
+            entries = self._filesystem.find(self._path, detail=True)
+        # A store may list an emptied folder as a file with the folder's own name.
+        prefix = self._path_of("")
         return {
-            n.removeprefix(within): facts
-            for n, facts in found.items()
-            if n.startswith(within) and n != within
+            path.removeprefix(prefix): entry
+            for path, entry in cast(dict[str, dict[str, Any]], entries).items()
+            if path.startswith(prefix) and path != prefix
         }
 
     @property
-    def _fs(self) -> AbstractFileSystem:
-        """This process's connection: fsspec keeps one a process, for it does not survive a fork."""
+    def _filesystem(self) -> AbstractFileSystem:
+        """The connection of this process."""
+        # Not kept on the object: a connection does not survive a fork, and fsspec keeps one per
+        # process.
         return url_to_fs(self.url)[0]
 
-    def _at(self, name: str) -> str:
+    def _path_of(self, name: str) -> str:
         return f"{self._path.rstrip('/')}/{name}"
 
-    @staticmethod
-    def _link(path: str, data: bytes) -> None:
-        """A file that appears at once, by a hard link to one written beside it."""
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        draft = f"{path}.{uuid.uuid4().hex}"
-        try:
-            with open(draft, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.link(draft, path)
-            _sync_folder(Path(path).parent)
-        finally:
-            with suppress(FileNotFoundError):
-                os.unlink(draft)
+
+def _create_local(path: str, data: bytes) -> None:
+    """Create a whole file, or raise FileExistsError."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    draft = f"{path}.{uuid.uuid4().hex}"
+    try:
+        with open(draft, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        # A hard link appears with the whole content in one step, and fails if the name exists. A
+        # rename would replace an existing file.
+        os.link(draft, path)
+        _fsync_folder(Path(path).parent)
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(draft)
 
 
-def _sync(path: Path) -> None:
-    """Waits until a file or folder is on the disk itself."""
+def _fsync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -222,49 +254,53 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _sync_folder(path: Path) -> None:
-    """The same of a folder, which may be another user's, or on a file system that cannot."""
+def _fsync_folder(path: Path) -> None:
+    """Flush a folder to the disk, if possible."""
+    # It may belong to another user, or its file system may not support this.
     with suppress(OSError):
-        _sync(path)
+        _fsync(path)
 
 
 @contextmanager
-def wrap_io_errors(what: str, verb: str) -> Iterator[None]:
-    """Turns the operating system's or the store's errors about a file into one sentence."""
+def wrap_io_errors(subject: str, verb: str) -> Iterator[None]:
+    """Turn an error of the operating system or store into a StorageError of one sentence.
+
+    Args:
+        subject: the file or folder, as the sentence names it.
+        verb: the failed action as a participle, such as `read`.
+    """
     try:
         yield
     except (FileExistsError, StorageError):
         raise
     except FileNotFoundError as error:
         raise StorageError(
-            f"{what} does not exist; check the path and that the run got so far"
+            f"{subject} does not exist; check the path and that the run got so far"
         ) from error
     except (OSError, BotoCoreError) as error:
-        number, reason = getattr(error, "errno", None), getattr(error, "strerror", None) or error
-        remedy = REMEDIES.get(
-            number or 0, "check the disk or the connection and run the same command again"
-        )
-        told = " ".join(redact_credentials(str(reason)).split())
-        cause = (
-            error if redact_credentials(str(error)) == str(error) else None
-        )  # its text would stand in a traceback
-        raise _kind(error, number)(f"{what} cannot be {verb}: {told}; {remedy}") from cause
+        number = getattr(error, "errno", None)
+        reason = str(getattr(error, "strerror", None) or error)
+        reason = " ".join(redact_credentials(reason).split())
+        remedy = REMEDIES.get(number or 0, OTHER_REMEDY)
+        message = f"{subject} cannot be {verb}: {reason}; {remedy}"
+        # A traceback would print the cause, with its credentials.
+        cause = error if redact_credentials(str(error)) == str(error) else None
+        raise _error_class(error, number)(message) from cause
 
 
-def _kind(error: BaseException, number: int | None) -> type[StorageError]:
-    """Whether the cause can pass by itself: it is the connection's or the store's, not the request's."""
+def _error_class(error: BaseException, number: int | None) -> type[StorageError]:
+    """Return UnavailableError if the cause may pass, because it is not in the request itself."""
     if isinstance(error, BotoCoreError):
-        return (
-            UnavailableError
-            if isinstance(error, (ConnectionError, HTTPClientError))
-            else StorageError
-        )
-    forbidden = isinstance(error, PermissionError)  # s3fs gives no number with it
-    return UnavailableError if number in PASSING and not forbidden else StorageError
+        transient = isinstance(error, (ConnectionError, HTTPClientError))
+    else:
+        # s3fs reports a refused key as a PermissionError without a number.
+        transient = number in TRANSIENT and not isinstance(error, PermissionError)
+    return UnavailableError if transient else StorageError
 
 
-def _refused(error: BaseException) -> bool:
-    """Whether a store refused a conditional write because the object exists; servers say so in their own ways."""
+def _is_refused_put(error: BaseException) -> bool:
+    """Check whether a store refused a conditional put because the object exists."""
+    # Stores report this in different ways.
     cause: Any = error.__cause__
     code = getattr(cause, "response", {}).get("Error", {}).get("Code")
     return isinstance(error, FileExistsError) or code == "PreconditionFailed"

@@ -1,4 +1,4 @@
-"""Room `storage`: a file's writing end that counts and hashes what passes, while the disk writes."""
+"""A file writer that counts and hashes the written bytes, while the disk writes them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import IO
 
+# Smaller pieces are hashed by the calling thread: handing them over would cost more.
 LARGE = 1 << 18
 WRITEBACK = 8 << 20
 
@@ -16,67 +17,73 @@ Data = bytes | memoryview
 
 
 class HashingWriter:
-    """What is written is hashed by a thread beside, where it is large, while this one writes.
+    """A writer that hashes large pieces in another thread while this thread writes them.
 
     Attributes:
         size: bytes written.
-        digest: their sha256, whole once `hashed` is left.
+        digest: their SHA-256, complete once `hash_while_writing` is left.
     """
 
-    def __init__(self, file: IO[bytes], beside: ThreadPoolExecutor) -> None:
-        self._file, self._beside, self.size, self.digest, self._pushed = (
-            file,
-            beside,
-            0,
-            hashlib.sha256(),
-            0,
-        )
+    def __init__(self, file: IO[bytes], executor: ThreadPoolExecutor) -> None:
+        self.size = 0
+        self.digest = hashlib.sha256()
+        self._file = file
+        self._executor = executor
+        self._written_back = 0
 
     def write(self, data: Data) -> int:
+        """Write data, and return its size in bytes."""
         size = memoryview(data).nbytes
         if size >= LARGE:
-            self.send([data]).result()
+            self.write_pieces([data]).result()
             return size
         self.size += size
         self.digest.update(data)
         return self._file.write(data)
 
-    def send(self, pieces: Sequence[Data]) -> Future[None]:
-        """Writes pieces, of which the memory may be used for something else once the future is done."""
-        hashing = self._beside.submit(self._update, pieces)
+    def write_pieces(self, pieces: Sequence[Data]) -> Future[None]:
+        """Write pieces, and return a future of their hashing.
+
+        The memory of the pieces may be reused once the future is done.
+        """
+        hashing = self._executor.submit(self._update_digest, pieces)
         for piece in pieces:
             self._file.write(piece)
             self.size += memoryview(piece).nbytes
-        if self.size - self._pushed >= WRITEBACK:
-            self._push()
+        if self.size - self._written_back >= WRITEBACK:
+            self._start_writeback()
         return hashing
 
     def flush(self) -> None:
+        """Flush the file."""
         self._file.flush()
 
     def writable(self) -> bool:
+        """Return True, as a file open for writing does."""
         return True
 
     @property
     def closed(self) -> bool:
+        """Whether the file is closed."""
         return self._file.closed
 
-    def _update(self, pieces: Sequence[Data]) -> None:
+    def _update_digest(self, pieces: Sequence[Data]) -> None:
         for piece in pieces:
             self.digest.update(piece)
 
-    def _push(self) -> None:
-        """Has the disk begin with what was written, so that little is left to wait for in the end (`Root.settle`). On Linux
-        this advice does so, and lets nothing go that isn't on the disk yet; other systems and stores have no such thing."""
+    def _start_writeback(self) -> None:
+        """Make the disk start to write, so that `Folder.fsync` has little left to wait for."""
+        start = self._written_back
+        # On Linux this advice starts the writing, and drops no page that is not on the disk yet.
+        # Other systems and stores have no such call.
         with suppress(OSError, AttributeError):
-            os.posix_fadvise(
-                self._file.fileno(), self._pushed, self.size - self._pushed, os.POSIX_FADV_DONTNEED
-            )
-        self._pushed = self.size
+            os.posix_fadvise(self._file.fileno(), start, self.size - start, os.POSIX_FADV_DONTNEED)
+        self._written_back = self.size
 
 
 @contextmanager
 def hash_while_writing(file: IO[bytes]) -> Iterator[HashingWriter]:
-    """The hashing end of a file; all is hashed once the block is left."""
-    with ThreadPoolExecutor(1) as beside:
-        yield HashingWriter(file, beside)
+    """Provide the hashing writer of a file. The digest is complete after the block."""
+    # One thread keeps the pieces in order. Leaving the executor waits for it.
+    with ThreadPoolExecutor(1) as executor:
+        yield HashingWriter(file, executor)

@@ -1,4 +1,4 @@
-"""Room `storage`: rereading all that a folder's manifests promise, and finding what none of them names."""
+"""Verification of all files that a folder's manifests list, and removal of files that none lists."""
 
 from __future__ import annotations
 
@@ -17,84 +17,102 @@ CHUNK = 4 << 20
 
 @dataclass(frozen=True)
 class Finding:
-    """A file that isn't as a manifest says; `what` is `missing`, `changed`, `damaged` (a manifest) or `extra`."""
+    """A file that differs from the manifests.
+
+    Attributes:
+        what: `missing`, `changed`, `damaged` (a manifest) or `extra` (in no manifest).
+        file: its name within the verified folder.
+    """
 
     what: str
     file: str
 
 
 def verify_folder(root: Folder) -> Iterator[Finding]:
-    """Rereads every file of every artefact below a folder, and names what differs from the manifests, and what is in
-    none of them."""
-    for artefact in list_outputs(root):
-        place = artefact.root.url.removeprefix(root.url).strip("/")
+    """Read every file of every output below a folder, and yield the differences from the manifests.
+
+    Files that are in no manifest are yielded too.
+    """
+    for output in list_outputs(root):
+        place = _relative_place(root, output)
         try:
-            files, attempt = artefact.manifest.files, artefact.manifest.attempt
+            manifest = output.manifest
         except StorageError:
             yield Finding("damaged", f"{place}/{MANIFEST_FILE}")
             continue
-        for name in files:
-            if what := check_output_file(artefact, name):
-                yield Finding(what, f"{place}/{attempt}/{name}")
+        for name in manifest.files:
+            if problem := check_output_file(output, name):
+                yield Finding(problem, f"{place}/{manifest.attempt}/{name}")
     for name in find_stray_files(root):
         yield Finding("extra", name)
 
 
-def check_output_file(artefact: Output, name: str) -> str | None:
-    """Rereads a file of an artefact: `missing` or `changed`, or None where it is as the manifest says."""
-    promised, file = artefact.manifest.files[name], f"{artefact.manifest.attempt}/{name}"
-    if not artefact.root.exists(file):
+def check_output_file(output: Output, name: str) -> str | None:
+    """Read a file of an output, and return `missing`, `changed`, or None if it is intact."""
+    entry = output.manifest.files[name]
+    files = output.files()
+    if not files.exists(name):
         return "missing"
-    whole = _digest(artefact.root, file) == (promised["size"], promised["sha256"])
-    return None if whole else "changed"
+    intact = _file_digest(files, name) == (entry["size"], entry["sha256"])
+    return None if intact else "changed"
 
 
 def find_stray_files(root: Folder) -> list[str]:
-    """Files below a folder that no manifest names: what attempts that never committed have left.
+    """Return the files below a folder that no manifest lists. Uncommitted attempts leave them.
 
-    Files of an artefact whose manifest is damaged count as named, for nobody can tell.
+    The files of an output whose manifest is damaged count as listed, because it cannot be known.
     """
-    found = (
-        root.files()
-    )  # before the manifests: what is committed meanwhile is named by one of them
-    kept: set[str] = set()
-    unsure: list[str] = []
-    for artefact in list_outputs(root):
-        place = artefact.root.url.removeprefix(root.url).strip("/")
-        kept.add(f"{place}/{MANIFEST_FILE}")
+    # Files are listed before manifests: a file that is committed in between is in a manifest then.
+    files = root.files()
+    listed: set[str] = set()
+    unknown: list[str] = []
+    for output in list_outputs(root):
+        place = _relative_place(root, output)
+        listed.add(f"{place}/{MANIFEST_FILE}")
         try:
-            kept |= {
-                f"{place}/{artefact.manifest.attempt}/{name}" for name in artefact.manifest.files
-            }
+            listed |= _committed_files(place, output)
         except StorageError:
-            unsure.append(f"{place}/")
-    return [name for name in found if name not in kept and not name.startswith(tuple(unsure))]
+            unknown.append(f"{place}/")
+    return [name for name in files if name not in listed and not name.startswith(tuple(unknown))]
 
 
 def remove_stray_files(root: Folder) -> list[str]:
-    """Removes what `stray` finds. An attempt that runs meanwhile loses its files: it ends with an error, or, where it
-    commits at that very moment, its manifest is taken back.
+    """Remove the files that `find_stray_files` returns.
+
+    An attempt that runs at the same time loses its files, and ends with an error. If it commits at
+    this very moment, its manifest is removed again.
 
     Returns:
-        What was removed.
+        The removed files.
     """
-    found = find_stray_files(root)
-    for name in found:
+    removed = find_stray_files(root)
+    if not removed:
+        return []
+    for name in removed:
         root.remove(name)
-    for artefact in list_outputs(root) if found else []:
-        place = artefact.root.url.removeprefix(root.url).strip("/")
+    for output in list_outputs(root):
         with suppress(StorageError):
-            if any(
-                f"{place}/{artefact.manifest.attempt}/{name}" in found
-                for name in artefact.manifest.files
-            ):
-                artefact.root.remove(MANIFEST_FILE)
-    return found
+            if not _committed_files(_relative_place(root, output), output).isdisjoint(removed):
+                output.root.remove(MANIFEST_FILE)
+    return removed
 
 
-def _digest(root: Folder, name: str) -> tuple[int, str]:
-    digest, size = hashlib.sha256(), 0
-    with root.open(name) as file:
+def _relative_place(root: Folder, output: Output) -> str:
+    """Return the path of an output within a folder."""
+    return output.root.url.removeprefix(root.url).strip("/")
+
+
+def _committed_files(place: str, output: Output) -> set[str]:
+    """Return the names of an output's files within the folder that holds `place`."""
+    manifest = output.manifest
+    return {f"{place}/{manifest.attempt}/{name}" for name in manifest.files}
+
+
+def _file_digest(folder: Folder, name: str) -> tuple[int, str]:
+    """Return the size in bytes and the SHA-256 of a file."""
+    digest = hashlib.sha256()
+    size = 0
+    with folder.open(name) as file:
         while data := file.read(CHUNK):
             digest.update(data)
             size += len(data)

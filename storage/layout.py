@@ -1,10 +1,11 @@
-"""Room `storage`: where the artefacts of a run are.
+"""The folders of a run, and the output that each of them holds.
 
 <root>/<run>/plan, basis, figures
-<root>/<run>/stages/00/samples, windows, start, ledger/seg-00000, trained, local/seg-00000, embeddings, index, targets,
-scores, profile, replay/<target>/seg-00000, gradients/00000, removals/<step>-<sample>, audit/<removals>, trial/<name>, decided/<name>,
-rewritten/<name>/00000, prune/<name>
-<root>/<run>-compare/seed-<seed>/<arm>, a run; and report/<name>
+<root>/<run>/stages/00/samples, windows, start, ledger/seg-00000, trained, local/seg-00000,
+embeddings, index, targets, scores, report, profile, replay/<target>/seg-00000, gradients/00000,
+removals/<step>-<sample>, audit/<removals>, trial/<name>, decided/<name>, rewritten/<name>/00000,
+prune/<name>
+<root>/<run>-compare/seed-<seed>/<arm>, each of which is a run, and report/<name>
 """
 
 from __future__ import annotations
@@ -12,76 +13,87 @@ from __future__ import annotations
 from secateur.storage.folder import Folder
 from secateur.storage.outputs import Output
 
+PLAN_PRUNING = "plan"  # the name of the pruning by the plan's own policy
+
 
 class StageFolder:
-    """One stage's artefacts."""
+    """The outputs of one stage."""
 
     def __init__(self, root: Folder) -> None:
         self.root = root
-        self.samples = self._artefact("samples")
-        self.windows = self._artefact("windows")
-        self.start = self._artefact("start")
-        self.trained = self._artefact("trained")
-        self.embeddings = self._artefact("embeddings")
-        self.index = self._artefact("index")
-        self.targets = self._artefact("targets")
-        self.scores = self._artefact("scores")
-        self.report = self._artefact("report")
-        self.profile = self._artefact("profile")
+        self.samples = self._output("samples")
+        self.windows = self._output("windows")
+        self.start = self._output("start")
+        self.trained = self._output("trained")
+        self.embeddings = self._output("embeddings")
+        self.index = self._output("index")
+        self.targets = self._output("targets")
+        self.scores = self._output("scores")
+        self.report = self._output("report")
+        self.profile = self._output("profile")
 
     def segment(self, number: int) -> Output:
-        """Ledger of a segment and the checkpoint at its end, committed together."""
-        return self._artefact(f"ledger/seg-{number:05d}")
+        """Return the ledger of a segment and the checkpoint at its end, committed together."""
+        return self._output(f"ledger/seg-{number:05d}")
 
     def segments(self) -> list[Output]:
-        """The committed segments, in order, up to the first that is missing."""
-        found: list[Output] = []
-        while (segment := self.segment(len(found))).committed:
-            found.append(segment)
-        return found
+        """Return the committed segments in order, up to the first that is missing."""
+        segments: list[Output] = []
+        while (segment := self.segment(len(segments))).committed:
+            segments.append(segment)
+        return segments
 
     def local(self, number: int) -> Output:
-        """A segment's embeddings as of its own end, and its transition; gone once the stage's are composed."""
-        return self._artefact(f"local/seg-{number:05d}")
+        """Return the embeddings of a segment as seen from its own end, and its transition.
+
+        They are removed once the embeddings of the whole stage are composed from them.
+        """
+        return self._output(f"local/seg-{number:05d}")
 
     def replay(self, target: str, number: int) -> Output:
-        """A segment's scores by replay for a target, and the adjoint at its start."""
-        return self._artefact(f"replay/{target}/seg-{number:05d}")
+        """Return the scores of a segment by replay for a target, and the adjoint at its start."""
+        return self._output(f"replay/{target}/seg-{number:05d}")
 
     def gradients(self, number: int) -> Output:
-        """The targets' gradients at the start of a segment, or with the number of segments at the stage's end."""
-        return self._artefact(f"gradients/{number:05d}")
+        """Return the targets' gradients at the start of a segment.
+
+        The number of segments stands for the stage's end.
+        """
+        return self._output(f"gradients/{number:05d}")
 
     def removal(self, step: int, sample: int) -> Output:
-        """What leaving a sample out of a step did, for an audit."""
-        return self._artefact(f"removals/{step:07d}-{sample}")
+        """Return the effect of leaving a sample out of a step, for an audit."""
+        return self._output(f"removals/{step:07d}-{sample}")
 
     def audit(self, removals: int) -> Output:
-        """An audit of so many removals."""
-        return self._artefact(f"audit/{removals}")
+        """Return the audit with this number of removals."""
+        return self._output(f"audit/{removals}")
 
     def trial(self, name: str) -> Output:
-        """The trial of a pruning, under the pruning's name."""
-        return self._artefact(f"trial/{name}")
+        """Return the trial of a pruning, by the name of the pruning."""
+        return self._output(f"trial/{name}")
 
     def decided(self, name: str) -> Output:
-        """What a pruning keeps and drops; gone once its shards are written."""
-        return self._artefact(f"decided/{name}")
+        """Return the decisions of a pruning. They are removed once its shards are written."""
+        return self._output(f"decided/{name}")
 
     def rewritten(self, name: str, number: int) -> Output:
-        """One shard of a pruning, by its place among the stage's shards; gone once they are together."""
-        return self._artefact(f"rewritten/{name}/{number:05d}")
+        """Return one shard of a pruning, by its position among the stage's shards.
+
+        It is removed once all shards are collected in the pruning's output.
+        """
+        return self._output(f"rewritten/{name}/{number:05d}")
 
     def prune(self, name: str) -> Output:
-        """Decisions and pruned shards under one policy; `plan` is the plan's own."""
-        return self._artefact(f"prune/{name}")
+        """Return the decisions and shards of a pruning by name, see `PLAN_PRUNING`."""
+        return self._output(f"prune/{name}")
 
-    def _artefact(self, path: str) -> Output:
+    def _output(self, path: str) -> Output:
         return Output(self.root.child(*path.split("/")))
 
 
 class RunFolder:
-    """A run's artefacts."""
+    """The outputs of a run."""
 
     def __init__(self, url: str) -> None:
         self.root = Folder(url)
@@ -91,7 +103,7 @@ class RunFolder:
         self.figures = Output(self.root.child("figures"))
 
     def stage(self, number: int) -> StageFolder:
-        """A stage's artefacts."""
+        """Return the outputs of a stage."""
         return StageFolder(self.root.child("stages", f"{number:02d}"))
 
 
@@ -102,9 +114,9 @@ class ComparisonFolder:
         self.root = Folder(f"{root.rstrip('/')}/{run}-compare")
 
     def seed(self, number: int) -> Folder:
-        """The folder that holds a seed's runs, one an arm."""
+        """Return the folder of a seed, which holds one run per arm."""
         return self.root.child(f"seed-{number}")
 
     def report(self, name: str) -> Output:
-        """Table, plot and figures."""
+        """Return a report: table, plot and figures."""
         return Output(self.root.child("report", name))

@@ -1,6 +1,7 @@
-"""Room `storage`: the ledger, one file a segment, and the checkpoint at the segment's end beside it.
+"""The ledger: the record of contributions, one file per segment, with the checkpoint at its end.
 
-The file's tensors are the fields of a segment's record as the recorder gave them, with `first_step` among them.
+The tensors of a file are the fields of the segment's record as the recorder wrote them, and
+`first_step`.
 """
 
 from __future__ import annotations
@@ -16,21 +17,22 @@ CHECKPOINT = "checkpoint.safetensors"
 
 
 def write_ledger(attempt: Attempt, tensors: dict[str, Tensor], first_step: int) -> None:
-    """Writes a segment's record."""
+    """Write the record of a segment."""
     write_tensors(attempt, LEDGER, tensors | {"first_step": torch.tensor(first_step)}, {})
 
 
-def read_ledger(artefact: Output) -> tuple[dict[str, Tensor], int]:
-    """A segment's record, mapped from its file, and its first step."""
-    tensors = read_tensors(artefact, LEDGER)
-    return tensors, int(tensors.pop("first_step"))
+def read_ledger(output: Output) -> tuple[dict[str, Tensor], int]:
+    """Return the record of a segment, mapped from its file, and its first step."""
+    tensors = read_tensors(output, LEDGER)
+    first_step = int(tensors.pop("first_step"))
+    return tensors, first_step
 
 
 def write_checkpoint(attempt: Attempt, tensors: dict[str, Tensor]) -> None:
-    """Writes weights, buffers and optimizer state."""
+    """Write weights, buffers and optimizer state."""
     write_tensors(attempt, CHECKPOINT, tensors, {})
 
 
-def read_checkpoint(artefact: Output) -> dict[str, Tensor]:
-    """Weights, buffers and optimizer state."""
-    return read_tensors(artefact, CHECKPOINT)
+def read_checkpoint(output: Output) -> dict[str, Tensor]:
+    """Return weights, buffers and optimizer state."""
+    return read_tensors(output, CHECKPOINT)

@@ -70,7 +70,9 @@ def parse_manifest(data: bytes, url: str) -> Manifest:
         valid = _is_valid(manifest)
     # Deeply nested JSON raises RecursionError. JSON of another shape raises the other errors.
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise StorageError(f"{url} is damaged ({error}); remove its folder and run again") from error
+        raise StorageError(
+            f"{url} is damaged ({error}); remove its folder and run again"
+        ) from error
     if not valid:
         raise StorageError(
             f"{url} is not of format {FORMAT}, or names files outside its folder; remove its folder"

@@ -1,4 +1,4 @@
-"""Room `storage`: writing pruned shards, by copying the bytes of the members that stay."""
+"""Pruned shards, written by copying the bytes of the members that stay."""
 
 from __future__ import annotations
 
@@ -18,18 +18,27 @@ from secateur.storage.outputs import Attempt
 from secateur.storage.sample_hashes import shard_changed_error
 from secateur.storage.tars import member_end, open_shard
 
-BLOCK, BLOCKS = 1 << 20, 4  # more, or larger ones, would not stay in a processor's own cache
+# Larger buffers, or more of them, would not stay in a processor's own cache.
+BUFFER_SIZE = 1 << 20
+BUFFERS = 4
+
+# The first byte of a dropped member's header, and the byte after its padding.
+Gap = tuple[int, int]
 
 
 def rewrite_shards(
     attempt: Attempt, urls: Sequence[str], frame: pl.DataFrame, keep: np.ndarray
 ) -> list[str]:
-    """Copies each shard without the samples that are dropped; nothing is decoded, and order, keys, headers and
-    members that belong to no sample stay as they are. A shard with no sample left isn't written.
+    """Copy each shard without its dropped samples.
+
+    Nothing is decoded. Order, keys, headers and members that belong to no sample do not change. A
+    shard of which no sample is kept is not written.
 
     Args:
-        frame: the shards' samples, as `index_shards` lists them.
-        keep: one flag a row of `frame`.
+        attempt: the output to write to.
+        urls: paths or URLs of the shards.
+        frame: the shards' samples, as `list_shards` returns them.
+        keep: one flag per row of `frame`.
 
     Returns:
         Names of the written shards, in order.
@@ -37,76 +46,93 @@ def rewrite_shards(
     Raises:
         StorageError: a shard has changed since it was listed.
     """
-    written = []
+    names: list[str] = []
     for number in range(len(urls)):
-        written += rewrite_shard(attempt, urls, number, frame, keep)
-    return written
+        names += rewrite_shard(attempt, urls, number, frame, keep)
+    return names
 
 
 def rewrite_shard(
     attempt: Attempt, urls: Sequence[str], number: int, frame: pl.DataFrame, keep: np.ndarray
 ) -> list[str]:
-    """The shard `urls[number]` of `rewrite_shards` alone; its name, or nothing where it is not written."""
+    """Copy only the shard `urls[number]`, see `rewrite_shards`.
+
+    Returns:
+        The name of the written shard. Empty if no sample is kept.
+    """
     start, stop = np.searchsorted(frame["shard"].to_numpy(), [number, number + 1]).tolist()
-    listed, kept, name = frame[start:stop], keep[start:stop], _names(urls)[number]
-    if not kept.any():
+    shard_keep = keep[start:stop]
+    if not shard_keep.any():
         return []
+    name = _shard_names(urls)[number]
     with open_shard(urls[number]) as source, attempt.open(name) as target:
-        _copy(source, urls[number], target, listed, kept)
+        _copy(source, urls[number], target, frame[start:stop], shard_keep)
     return [name]
 
 
 def _copy(
-    source: IO[bytes], url: str, target: HashingWriter, listed: pl.DataFrame, keep: np.ndarray
+    source: IO[bytes], url: str, target: HashingWriter, samples: pl.DataFrame, keep: np.ndarray
 ) -> None:
-    """Writes the bytes of a shard outside its dropped members; the whole is held against what was listed. A block of memory
-    is read into again once what was written of it has been hashed, so that reading, writing and hashing go on together."""
-    holes = deque((b, member_end(o, s)) for b, o, s in _members(listed.filter(pl.Series(~keep))))
-    digest, position, blocks = (
-        xxhash.xxh3_128(),
-        0,
-        deque(memoryview(bytearray(BLOCK)) for _ in range(BLOCKS)),
-    )
-    hashing: deque[Future[None]] = deque()
-    while size := _read(source, blocks[0], url):
-        data = blocks[0][:size]
+    """Write the bytes of a shard outside its dropped members, and compare its hash with the listed.
+
+    Reading, writing and hashing overlap.
+    """
+    gaps = deque(_member_gaps(samples.filter(pl.Series(~keep))))
+    buffers = deque(memoryview(bytearray(BUFFER_SIZE)) for _ in range(BUFFERS))
+    pending: deque[Future[None]] = deque()
+    digest = xxhash.xxh3_128()
+    position = 0
+    while size := _read(source, buffers[0], url):
+        data = buffers[0][:size]
         digest.update(data)
-        hashing.append(target.send(list(_outside(data, position, holes))))
+        pending.append(target.write_pieces(list(_outside_gaps(data, position, gaps))))
         position += size
-        blocks.rotate(-1)
-        if len(hashing) == BLOCKS:
-            hashing.popleft().result()
-    if digest.digest() != listed["shard_xxh3"][0]:
+        buffers.rotate(-1)
+        # The next buffer is filled only once its former content has been hashed.
+        if len(pending) == BUFFERS:
+            pending.popleft().result()
+    if digest.digest() != samples["shard_xxh3"][0]:
         raise shard_changed_error(url)
 
 
-def _outside(data: memoryview, start: int, holes: deque[tuple[int, int]]) -> Iterator[memoryview]:
-    """What lies outside the holes of the bytes that begin at `start`; holes that end within are taken off."""
-    position, stop = start, start + len(data)
-    while holes and holes[0][0] < stop:
-        begin, end = holes[0]
+def _outside_gaps(data: memoryview, start: int, gaps: deque[Gap]) -> Iterator[memoryview]:
+    """Yield the parts of `data` outside the gaps, and remove the gaps that end within it.
+
+    Args:
+        data: consecutive bytes of the shard.
+        start: position of the first of them in the shard.
+        gaps: the gaps that end after `start`, in order.
+    """
+    position = start
+    stop = start + len(data)
+    while gaps and gaps[0][0] < stop:
+        begin, end = gaps[0]
         if begin > position:
             yield data[position - start : begin - start]
         position = min(end, stop)
         if end > stop:
             return
-        holes.popleft()
+        gaps.popleft()
     if position < stop:
         yield data[position - start :]
 
 
-def _members(listed: pl.DataFrame) -> list[tuple[int, int, int]]:
-    """Beginning, payload and size of the members of some samples, in the order of the shard."""
-    return listed.select("begins", "offsets", "sizes").explode("begins", "offsets", "sizes").rows()
+def _member_gaps(samples: pl.DataFrame) -> Iterator[Gap]:
+    """Yield the bytes that the members of some samples take, in the order of the shard."""
+    columns = ("begins", "offsets", "sizes")
+    for begin, offset, size in samples.select(columns).explode(columns).iter_rows():
+        yield begin, member_end(offset, size)
 
 
 def _read(source: IO[bytes], buffer: memoryview, url: str) -> int:
+    """Fill a buffer, and return the number of bytes read."""
     with wrap_io_errors(f"shard {url}", "read"):
-        return int(source.readinto(buffer))  # type: ignore[attr-defined]  # every binary file has it
+        return int(source.readinto(buffer))  # type: ignore[attr-defined]  # all binary files have it
 
 
-def _names(urls: Sequence[str]) -> list[str]:
-    """Names of the rewritten shards: the same base names, numbered apart where two are alike."""
+def _shard_names(urls: Sequence[str]) -> list[str]:
+    """Return the base names of the shards, preceded by numbers if two of them are equal."""
     bases = [posixpath.basename(url) for url in urls]
-    alike = len(set(bases)) < len(bases)
-    return [f"shards/{i:05d}-{base}" if alike else f"shards/{base}" for i, base in enumerate(bases)]
+    if len(set(bases)) == len(bases):
+        return [f"shards/{base}" for base in bases]
+    return [f"shards/{number:05d}-{base}" for number, base in enumerate(bases)]

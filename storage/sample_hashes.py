@@ -1,9 +1,10 @@
-"""Room `storage`: the bytes of a sample in its shard, and their hashes, by which a change after listing is seen."""
+"""Hashes of shards and of the samples in them, which reveal any change after the listing."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import polars as pl
 import xxhash
@@ -11,53 +12,98 @@ import xxhash
 from secateur.errors import StorageError
 from secateur.storage.tars import BUFFER, open_shard
 
+# The first byte of a sample's first header in its shard, and the byte after its last payload.
 Span = tuple[int, int]
 
 
+@dataclass(frozen=True)
+class ShardHashes:
+    """The hashes of a shard.
+
+    Attributes:
+        xxh3: XXH3 (128 bits) of the whole shard.
+        samples: the SHA-256 of each sample.
+        sha256: the SHA-256 of the whole shard in hexadecimal digits, if it was asked for.
+    """
+
+    xxh3: bytes
+    samples: list[bytes]
+    sha256: str | None
+
+
 def sample_spans(frame: pl.DataFrame) -> list[Span]:
-    """Of each listed sample, where its first member's header begins and its last member's payload ends."""
+    """Return the span of each listed sample."""
     ends = pl.col("offsets").list.last() + pl.col("sizes").list.last()
     return frame.select(pl.col("begins").list.first(), ends).rows()
 
 
-def hash_shard(url: str, of: Sequence[Span]) -> tuple[bytes, list[bytes]]:
-    """The XXH3 (128 bits) of a whole shard, and the sha256 of each of its spans, in one pass by chunks of a megabyte.
+def hash_shard(url: str, spans: Sequence[Span], with_sha256: bool = False) -> ShardHashes:
+    """Hash a shard and its samples in one pass, in chunks of one mebibyte.
+
+    Args:
+        url: path or URL of the shard.
+        spans: the samples' spans, in the order of the shard.
+        with_sha256: also compute the SHA-256 of the whole shard.
 
     Raises:
-        StorageError: the shard is shorter than the spans say.
+        StorageError: the shard ends before the last span.
     """
-    whole, digest, start = xxhash.xxh3_128(), hashlib.sha256(), 0
-    found: list[bytes] = []
+    xxh3 = xxhash.xxh3_128()
+    sha256 = hashlib.sha256() if with_sha256 else None
+    samples = _SpanHasher(spans)
     with open_shard(url) as file:
         while data := file.read(BUFFER):
-            whole.update(data)
-            view, stop = memoryview(data), start + len(data)
-            while len(found) < len(of):
-                begin, end = of[len(found)]
-                digest.update(view[max(begin - start, 0) : max(end - start, 0)])
-                if end > stop:
-                    break
-                found.append(digest.digest())
-                digest = hashlib.sha256()
-            start = stop
-    if len(found) < len(of):
+            xxh3.update(data)
+            if sha256 is not None:
+                sha256.update(data)
+            samples.update(data)
+    if len(samples.hashes) < len(spans):
         raise shard_changed_error(url)
-    return whole.digest(), found
+    return ShardHashes(xxh3.digest(), samples.hashes, sha256.hexdigest() if sha256 else None)
+
+
+class _SpanHasher:
+    """The SHA-256 of each span of a shard, from consecutive chunks of the shard."""
+
+    def __init__(self, spans: Sequence[Span]) -> None:
+        self.hashes: list[bytes] = []
+        self._spans = spans
+        self._digest = hashlib.sha256()
+        self._position = 0
+
+    def update(self, data: bytes) -> None:
+        """Hash the next chunk."""
+        view = memoryview(data)
+        start = self._position
+        self._position += len(data)
+        while len(self.hashes) < len(self._spans):
+            begin, end = self._spans[len(self.hashes)]
+            self._digest.update(view[max(begin - start, 0) : max(end - start, 0)])
+            if end > self._position:
+                return
+            self.hashes.append(self._digest.digest())
+            self._digest = hashlib.sha256()
 
 
 def check_sample_hash(url: str, key: str, data: bytes, sha256: bytes) -> None:
-    """Holds a sample's bytes against what was listed.
+    """Compare the bytes of a sample with its listed SHA-256.
 
     Raises:
-        StorageError: they are others.
+        StorageError: they differ.
     """
     if hashlib.sha256(data).digest() != sha256:
         raise shard_changed_error(url, key)
 
 
 def shard_changed_error(url: str, key: str | None = None) -> StorageError:
-    """What to say of a shard that isn't what was listed."""
+    """Return the error for a shard that has changed since it was listed.
+
+    Args:
+        url: path or URL of the shard.
+        key: the sample that differs, if it is known.
+    """
     sample = f"; its sample {key} is another" if key is not None else ""
     return StorageError(
-        f"shard {url} has changed since it was listed{sample}; restore it, or start a run of another name on the new data"
+        f"shard {url} has changed since it was listed{sample}; restore it, or start a run of "
+        f"another name on the new data"
     )

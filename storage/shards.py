@@ -1,4 +1,4 @@
-"""Room `storage`: WebDataset shards: finding them, listing their samples, reading any sample's bytes."""
+"""WebDataset shards: expanding their URLs, listing their samples, reading the bytes of any sample."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import os
 import re
 import unicodedata
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from typing import IO, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import IO, Any, NamedTuple
 
 import polars as pl
 from fsspec.core import url_to_fs
@@ -15,7 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
-from secateur.errors import StorageError
+from secateur.errors import StorageError, UnavailableError
 from secateur.storage.folder import wrap_io_errors
 from secateur.storage.sample_hashes import (
     check_sample_hash,
@@ -23,10 +23,12 @@ from secateur.storage.sample_hashes import (
     sample_spans,
     shard_changed_error,
 )
-from secateur.storage.tars import iter_members, shard_version
+from secateur.storage.schemas import SAMPLES, Schema
+from secateur.storage.tars import iter_members, shard_exists, shard_version
 from secateur.storage.urls import check_url
 
-MEMBERS: dict[str, Any] = {
+# A row per member, from which the rows of `SAMPLES` are grouped.
+MEMBERS: Schema = {
     "sample": pl.UInt32,
     "key": pl.String,
     "shard": pl.UInt32,
@@ -35,139 +37,253 @@ MEMBERS: dict[str, Any] = {
     "offsets": pl.UInt64,
     "sizes": pl.UInt64,
 }
-HASHES = {"sha256": pl.Binary, "shard_xxh3": pl.Binary}
-META = re.compile(r"__[^/]*__($|/)")  # WebDataset's own side files
+HASHES: Schema = {name: SAMPLES[name] for name in ("sha256", "shard_xxh3")}
+SIDE_FILE = re.compile(r"__[^/]*__($|/)")  # WebDataset's own, which belong to no sample
 RESERVED = {"__key__", "__url__"}
-OPEN_FILES = 128
+MAX_OPEN_FILES = 128
+MISLEADING = ("Cc", "Cs", "Zl", "Zp")  # Unicode's control characters, surrogates, line separators
+
+
+class WrongShardError(StorageError):
+    """A shard that is not the one that was expected.
+
+    Attributes:
+        url: path or URL of the shard.
+        problem: `missing` or `changed`.
+    """
+
+    def __init__(self, url: str, problem: str) -> None:
+        super().__init__(f"shard {url} is {problem}; restore it")
+        self.url = url
+        self.problem = problem
+
+
+class ByteRange(NamedTuple):
+    """Consecutive bytes of a shard.
+
+    Attributes:
+        shard: the shard's position among the shards.
+        start: the first byte.
+        stop: the byte after the last.
+    """
+
+    shard: int
+    start: int
+    stop: int
+
+
+class Member(NamedTuple):
+    """A member of a shard that belongs to a sample.
+
+    Attributes:
+        begins_sample: whether it is the first member of its sample.
+        key: the sample's key.
+        name: its extension.
+        begin: the first byte of its header.
+        offset: the first byte of its payload.
+        size: bytes of its payload.
+    """
+
+    begins_sample: bool
+    key: str
+    name: str
+    begin: int
+    offset: int
+    size: int
 
 
 def expand_shard_urls(shards: str | Sequence[str]) -> list[str]:
-    """Paths or URLs from WebDataset's brace notation.
+    """Return the paths or URLs that WebDataset's brace notation stands for.
 
     Raises:
-        StorageError: one of them does not exist.
+        StorageError: there are none, or one of them does not exist.
     """
     patterns = [shards] if isinstance(shards, str) else list(shards)
     urls = [url for pattern in patterns for url in expand_urls(pattern)]
     for url in urls:
         check_url(url)
-        with wrap_io_errors(f"shard {url}", "looked for"):
-            filesystem, path = url_to_fs(url)
-            if not filesystem.exists(path):
-                raise StorageError(f"shard {url} does not exist; check `shards` in the plan")
+        if not shard_exists(url):
+            raise StorageError(f"shard {url} does not exist; check `shards` in the plan")
     if not urls:
         raise StorageError("`shards` names no shard; give a path or a brace pattern")
     return urls
 
 
-def list_shards(urls: Sequence[str], skip: Callable[[str], None] | None = None) -> pl.DataFrame:
-    """One row a sample, in shard order: its `key`, `shard` (position in `urls`), and of each member its extension
-    (`names`), where its header begins (`begins`), where its payload is (`offsets`) and its size in bytes (`sizes`); of
-    all its bytes, headers included, the `sha256`, and of its whole shard the `shard_xxh3` (XXH3, 128 bits: it finds what
-    went wrong by itself, at a tenth of the cost; what a sample is trained on is held by the sha256).
+def list_shards(
+    urls: Sequence[str],
+    skip: Callable[[str], None] | None = None,
+    expected_sha256: Mapping[str, str] | None = None,
+) -> pl.DataFrame:
+    """Return one row per sample in the order of the shards, as `schemas.SAMPLES` describes.
+
+    A first pass reads the tar headers, a second pass hashes all bytes. A sample is protected by its
+    SHA-256. The XXH3 of the whole shard finds accidental damage at a tenth of the cost.
 
     Args:
-        skip: where given, a shard that is no whole tar is left out, all of it, and told to this in one sentence.
+        urls: paths or URLs of the shards.
+        skip: called with one sentence for each damaged shard, which is then left out entirely. A
+            damaged shard is an error if this is None.
+        expected_sha256: SHA-256 of whole shards in hexadecimal digits, by path or URL. They are
+            compared in the pass that hashes the samples.
 
     Raises:
-        StorageError: a shard is no tar, is truncated or compressed, or a key is there twice.
+        WrongShardError: a shard differs from its expected SHA-256, or does not exist.
+        StorageError: a shard is no tar, is truncated or compressed, or a key occurs twice.
     """
+    expected = expected_sha256 or {}
+    for url in urls:
+        if url in expected and not shard_exists(url):
+            raise WrongShardError(url, "missing")
+    versions = [shard_version(url) for url in urls]
+    frame = _list_samples(urls, skip, expected)
+    _check_unique_keys(urls, frame, expected)
+    return frame.hstack(_hash_samples(urls, frame, versions, expected))
+
+
+def _list_samples(
+    urls: Sequence[str], skip: Callable[[str], None] | None, expected: Mapping[str, str]
+) -> pl.DataFrame:
+    """Return the rows of `SAMPLES` without the hashes."""
     columns: list[list[Any]] = [[] for _ in MEMBERS]
-    sample, stamps = -1, [shard_version(url) for url in urls]
+    sample = -1
     for shard, url in enumerate(urls):
-        for new, key, *place in _whole(url, skip):
-            sample += new
-            for column, value in zip(columns, (sample, key, shard, *place), strict=True):
+        for member in _list_members(url, skip, expected):
+            sample += member.begins_sample
+            values = (sample, member.key, shard, *member[2:])
+            for column, value in zip(columns, values, strict=True):
                 column.append(value)
-    listed = pl.DataFrame(dict(zip(MEMBERS, columns, strict=True)), schema=MEMBERS)
-    once, *lists = pl.col("key", "shard").first(), pl.col("names", "begins", "offsets", "sizes")
-    frame = listed.group_by("sample", maintain_order=True).agg(once, *lists)
-    repeated = frame.filter(pl.col("key").is_duplicated())
-    if len(repeated):
-        raise StorageError(_repetition(urls, frame, repeated))
-    hashes: dict[str, list[bytes]] = {name: [] for name in HASHES}
-    for rows in frame.partition_by("shard", maintain_order=True):
-        shard = rows["shard"][0]
-        whole, each = hash_shard(urls[shard], sample_spans(rows))
-        if shard_version(urls[shard]) != stamps[shard]:
-            raise shard_changed_error(urls[shard])
-        hashes["sha256"] += each
-        hashes["shard_xxh3"] += [whole] * len(each)
-    return frame.hstack(pl.DataFrame(hashes, schema=HASHES))
+    members = pl.DataFrame(dict(zip(MEMBERS, columns, strict=True)), schema=MEMBERS)
+    return members.group_by("sample", maintain_order=True).agg(
+        pl.col("key", "shard").first(), pl.col("names", "begins", "offsets", "sizes")
+    )
 
 
-def _whole(
-    url: str, skip: Callable[[str], None] | None
-) -> list[tuple[bool, str, str, int, int, int]]:
-    """What `_grouped` gives of a whole shard, and nothing of a damaged one that may be skipped."""
+def _list_members(
+    url: str, skip: Callable[[str], None] | None, expected: Mapping[str, str]
+) -> list[Member]:
+    """Return the members of a whole shard, or none if it is damaged and may be skipped."""
     try:
-        return list(_grouped(url))
+        return list(_iter_sample_members(url))
+    except UnavailableError:
+        # The store may answer later, so the shard must not be left out.
+        raise
     except StorageError as error:
+        _check_whole_shard(url, expected)
         if skip is None:
             raise
         skip(str(error))
         return []
 
 
-def _repetition(urls: Sequence[str], frame: pl.DataFrame, repeated: pl.DataFrame) -> str:
-    """Which key is there twice, and where."""
-    places = repeated.filter(pl.col("key") == repeated["key"][0]).head(2)
-    first = frame.group_by("shard").agg(pl.col("sample").min().alias("first"))
-    counted = places.join(first, "shard", maintain_order="left").select(
-        "shard", pl.col("sample") - pl.col("first")
-    )
-    one, other = (f"sample {number} of {urls[shard]}" for shard, number in counted.iter_rows())
-    return (
-        f"key {places['key'][0]} is there twice, as {one} and as {other}, with {repeated['key'].n_unique()} keys repeated in "
-        f"all; give every sample a key of its own and write its members side by side"
-    )
+def _iter_sample_members(url: str) -> Iterator[Member]:
+    """Yield each member that belongs to a sample.
 
-
-def _grouped(url: str) -> Iterator[tuple[bool, str, str, int, int, int]]:
-    """Each member that belongs to a sample: whether it begins one, key, extension, and its place. Consecutive members
-    that share a key are a sample, as WebDataset groups them."""
-    last = None
+    Consecutive members with the same key form a sample, as WebDataset groups them.
+    """
+    last_key = None
     names: set[str] = set()
-    for member in iter_members(url):
-        _check_name(url, member.name)
-        key, extension = base_plus_ext(member.name)
-        if not key or META.match(member.name):
+    for info in iter_members(url):
+        _check_member_name(url, info.name)
+        key, extension = base_plus_ext(info.name)
+        if not key or SIDE_FILE.match(info.name):
             continue
-        name, new = extension.lower(), key != last
-        if new:
-            last, names = key, set(RESERVED)
+        name = extension.lower()
+        begins_sample = key != last_key
+        if begins_sample:
+            last_key = key
+            names = set(RESERVED)
         if name in names:
             raise StorageError(
-                f"sample {key} of {url} has a member .{name} twice, or of a name that WebDataset keeps for itself; rename it"
+                f"sample {key} of {url} has a member .{name} twice, or of a name that WebDataset "
+                f"keeps for itself; rename it"
             )
         names.add(name)
-        yield new, key, name, member.offset, member.offset_data, member.size
+        yield Member(begins_sample, key, name, info.offset, info.offset_data, info.size)
 
 
-def _check_name(url: str, name: str) -> None:
-    """Keys are names in reports and tables, and other programs unpack shards: what could mislead them is refused."""
+def _check_member_name(url: str, name: str) -> None:
+    """Check that a member's name cannot mislead a reader or another program.
+
+    Keys are printed in reports and tables, and other programs unpack shards.
+    """
     if name.startswith("/") or ".." in name.split("/"):
         raise StorageError(
             f"shard {url} has a member whose name leads out of it ({name!a}); rename it"
         )
-    if not name.isprintable() and any(
-        unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name
-    ):
+    # `isprintable` is quick, but it also rejects harmless characters such as rare spaces.
+    if not name.isprintable() and any(unicodedata.category(c) in MISLEADING for c in name):
         raise StorageError(
-            f"shard {url} has a member whose name is not UTF-8, or holds control characters ({name!a}); rename it"
+            f"shard {url} has a member whose name is not UTF-8, or holds control characters "
+            f"({name!a}); rename it"
         )
 
 
+def _check_unique_keys(
+    urls: Sequence[str], frame: pl.DataFrame, expected: Mapping[str, str]
+) -> None:
+    """Check that no key occurs twice, and name both places of the first that does."""
+    repeated = frame.filter(pl.col("key").is_duplicated())
+    if not len(repeated):
+        return
+    for shard in repeated["shard"].unique(maintain_order=True):
+        _check_whole_shard(urls[shard], expected)
+    places = repeated.filter(pl.col("key") == repeated["key"][0]).head(2)
+    first_samples = frame.group_by("shard").agg(pl.col("sample").min().alias("first"))
+    numbered = places.join(first_samples, "shard", maintain_order="left").select(
+        "shard", pl.col("sample") - pl.col("first")
+    )
+    one, other = (f"sample {number} of {urls[shard]}" for shard, number in numbered.iter_rows())
+    raise StorageError(
+        f"key {places['key'][0]} is there twice, as {one} and as {other}, with "
+        f"{repeated['key'].n_unique()} keys repeated in all; give every sample a key of its own "
+        f"and write its members side by side"
+    )
+
+
+def _hash_samples(
+    urls: Sequence[str], frame: pl.DataFrame, versions: Sequence[str], expected: Mapping[str, str]
+) -> pl.DataFrame:
+    """Return the columns `HASHES` of the samples, and compare the hashes of expected shards."""
+    columns: dict[str, list[bytes]] = {name: [] for name in HASHES}
+    by_shard = frame.partition_by("shard", maintain_order=True, as_dict=True)
+    for shard, url in enumerate(urls):
+        rows = by_shard.get((shard,))
+        if rows is None:
+            # A changed shard may have become a tar without samples.
+            _check_whole_shard(url, expected)
+            continue
+        hashes = hash_shard(url, sample_spans(rows), with_sha256=url in expected)
+        if url in expected and hashes.sha256 != expected[url]:
+            raise WrongShardError(url, "changed")
+        # Without this check, the byte offsets could be those of an earlier version.
+        if shard_version(url) != versions[shard]:
+            raise shard_changed_error(url)
+        columns["sha256"] += hashes.samples
+        columns["shard_xxh3"] += [hashes.xxh3] * len(rows)
+    return pl.DataFrame(columns, schema=HASHES)
+
+
+def _check_whole_shard(url: str, expected: Mapping[str, str]) -> None:
+    """Compare a shard with its expected SHA-256, if it has one.
+
+    Raises:
+        WrongShardError: they differ.
+    """
+    if url in expected and hash_shard(url, [], with_sha256=True).sha256 != expected[url]:
+        raise WrongShardError(url, "changed")
+
+
 class Samples:
-    """Listed samples, read by row in any order by any thread; shards stay open between reads. It can be pickled, to go
-    to a spawned process."""
+    """Listed samples, which any thread may read in any order. Shards stay open between reads.
+
+    The object can be pickled, and so be sent to a spawned process.
+    """
 
     def __init__(self, urls: Sequence[str], frame: pl.DataFrame) -> None:
-        self.urls, self.frame = list(urls), frame
-        self._local = [
-            path if isinstance(fs, LocalFileSystem) else None for fs, path in map(url_to_fs, urls)
-        ]
-        self._files: OrderedDict[int, IO[bytes]] = OrderedDict()
+        self.urls = list(urls)
+        self.frame = frame
+        self._local_paths = [_local_path(url) for url in urls]
+        self._open_files: OrderedDict[int, IO[bytes]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self.frame)
@@ -176,58 +292,77 @@ class Samples:
         return Samples, (self.urls, self.frame)
 
     def read(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        """The samples at `rows`: `__key__`, and the bytes of each member by extension.
+        """Return the samples at `rows`: `__key__`, and the bytes of each member by its extension.
 
         Raises:
             StorageError: a shard cannot be read, or has changed since it was listed.
         """
         listed = list(self.frame[list(rows)].iter_rows(named=True))
-        places = [
-            (row["shard"], row["begins"][0], row["offsets"][-1] + row["sizes"][-1])
+        ranges = [
+            ByteRange(row["shard"], row["begins"][0], row["offsets"][-1] + row["sizes"][-1])
             for row in listed
         ]
-        read = []
-        for row, (shard, start, _), data in zip(listed, places, self._fetch(places), strict=True):
-            check_sample_hash(self.urls[shard], row["key"], data, row["sha256"])
+        samples = []
+        for row, place, data in zip(listed, ranges, self._read_ranges(ranges), strict=True):
+            check_sample_hash(self.urls[place.shard], row["key"], data, row["sha256"])
             sample: dict[str, Any] = {"__key__": row["key"]}
             for name, offset, size in zip(row["names"], row["offsets"], row["sizes"], strict=True):
-                sample[name] = data[offset - start : offset - start + size]
-            read.append(sample)
-        return read
+                begin = offset - place.start
+                sample[name] = data[begin : begin + size]
+            samples.append(sample)
+        return samples
 
     def keys(self, rows: Sequence[int]) -> list[str]:
-        """The keys of some rows."""
+        """Return the keys of the samples at `rows`."""
         return self.frame["key"][list(rows)].to_list()
 
     def shard_url(self, key: str) -> str:
-        """Path or URL of the shard that holds a key."""
-        return self.urls[self.frame.filter(pl.col("key") == key)["shard"][0]]
+        """Return the path or URL of the shard that contains a key."""
+        shard: int = self.frame.filter(pl.col("key") == key)["shard"][0]
+        return self.urls[shard]
 
-    def _fetch(self, sample_spans: list[tuple[int, int, int]]) -> list[bytes]:
-        """Byte ranges of shards: local ones from files kept open, remote ones all at once."""
-        found: dict[int, bytes] = {}
-        remote = [
-            place for place, (shard, _, _) in enumerate(sample_spans) if self._local[shard] is None
+    def _read_ranges(self, ranges: Sequence[ByteRange]) -> list[bytes]:
+        """Read byte ranges: local ones from open files, remote ones all in one request."""
+        remote = [place for place in ranges if self._local_paths[place.shard] is None]
+        remote_data = iter(self._read_remote(remote))
+        return [
+            self._read_local(place) if self._local_paths[place.shard] else next(remote_data)
+            for place in ranges
         ]
-        for place, (shard, start, stop) in enumerate(sample_spans):
-            if (path := self._local[shard]) is not None:
-                with wrap_io_errors(f"shard {self.urls[shard]}", "read"):
-                    found[place] = os.pread(self._file(shard, path).fileno(), stop - start, start)
-        if remote:
-            shards, starts, stops = zip(*(sample_spans[place] for place in remote), strict=True)
-            with wrap_io_errors(f"shard {self.urls[shards[0]]} or one read with it", "read"):
-                filesystem = url_to_fs(self.urls[shards[0]])[0]
-                paths = [url_to_fs(self.urls[shard])[1] for shard in shards]
-                data = filesystem.cat_ranges(paths, list(starts), list(stops), on_error="raise")
-                found.update(zip(remote, data, strict=True))
-        return [found[place] for place in range(len(sample_spans))]
 
-    def _file(self, shard: int, path: str) -> IO[bytes]:
-        """A shard's open file. Positions are given with each read, so threads and forks may share it; the one opened
-        first closes when nobody reads it any more."""
-        file = self._files.get(shard)
+    def _read_local(self, place: ByteRange) -> bytes:
+        with wrap_io_errors(f"shard {self.urls[place.shard]}", "read"):
+            file = self._open_file(place.shard)
+            # The position is given with each read, so threads and forks may share the file.
+            return os.pread(file.fileno(), place.stop - place.start, place.start)
+
+    def _read_remote(self, ranges: Sequence[ByteRange]) -> list[bytes]:
+        if not ranges:
+            return []
+        urls = [self.urls[place.shard] for place in ranges]
+        with wrap_io_errors(f"shard {urls[0]} or one read with it", "read"):
+            filesystem = url_to_fs(urls[0])[0]
+            paths = [url_to_fs(url)[1] for url in urls]
+            starts = [place.start for place in ranges]
+            stops = [place.stop for place in ranges]
+            return list(filesystem.cat_ranges(paths, starts, stops, on_error="raise"))
+
+    def _open_file(self, shard: int) -> IO[bytes]:
+        """Return the open file of a local shard."""
+        file = self._open_files.get(shard)
         if file is None:
-            file = self._files[shard] = open(path, "rb", buffering=0)  # noqa: SIM115  # stays open
-            if len(self._files) > OPEN_FILES:
-                self._files.popitem(last=False)
+            path = self._local_paths[shard]
+            assert path is not None
+            file = open(path, "rb", buffering=0)  # noqa: SIM115  # stays open
+            self._open_files[shard] = file
+            if len(self._open_files) > MAX_OPEN_FILES:
+                # It is not closed here, because another thread may be reading it. Python closes it
+                # after the last use.
+                self._open_files.popitem(last=False)
         return file
+
+
+def _local_path(url: str) -> str | None:
+    """Return the path of a local shard, or None for a remote one."""
+    filesystem, path = url_to_fs(url)
+    return path if isinstance(filesystem, LocalFileSystem) else None

@@ -1,4 +1,4 @@
-"""Room `storage`: walking a shard's tar to its very end, so that no loss goes unseen."""
+"""Tar files of shards, read to their very end so that no loss stays unnoticed."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from secateur.storage.folder import wrap_io_errors
 
 BLOCK = tarfile.BLOCKSIZE
 BUFFER = 1 << 20
-HEADER = 1 << 20  # the most that one header may take
+MAX_HEADER = 1 << 20  # bytes that one header may take
 
 
 @contextmanager
 def open_shard(url: str) -> Iterator[IO[bytes]]:
-    """A shard's bytes, from the start.
+    """Open a shard for reading.
 
     Raises:
-        StorageError: it cannot be read.
+        StorageError: the shard cannot be read.
     """
     with wrap_io_errors(f"shard {url}", "read"):
         filesystem, path = url_to_fs(url)
@@ -33,8 +33,19 @@ def open_shard(url: str) -> Iterator[IO[bytes]]:
             yield cast(IO[bytes], file)
 
 
+def shard_exists(url: str) -> bool:
+    """Check whether a shard exists."""
+    with wrap_io_errors(f"shard {url}", "looked for"):
+        filesystem, path = url_to_fs(url)
+        filesystem.invalidate_cache()
+        return bool(filesystem.exists(path))
+
+
 def shard_version(url: str) -> str:
-    """What tells one version of a shard from the next: size, time and place of a file, the store's own tag of an object."""
+    """Return a text that changes with the shard.
+
+    It depends on size, time and inode of a file, or on the store's own tag (ETag) of an object.
+    """
     with wrap_io_errors(f"shard {url}", "read"):
         filesystem, path = url_to_fs(url)
         filesystem.invalidate_cache()
@@ -42,10 +53,11 @@ def shard_version(url: str) -> str:
 
 
 def iter_members(url: str) -> Iterator[tarfile.TarInfo]:
-    """The regular files of a tar. Each has `offset` (of its first header), `offset_data` and `size`.
+    """Yield the regular files of a tar, with `offset` (of the first header), `offset_data`, `size`.
 
     Raises:
-        StorageError: it is truncated, compressed, damaged or no tar, or has a member that is neither file nor folder.
+        StorageError: the tar is truncated, compressed, damaged or no tar, or it has a member that
+            is neither a file nor a folder.
     """
     with open_shard(url) as file:
         try:
@@ -54,21 +66,29 @@ def iter_members(url: str) -> Iterator[tarfile.TarInfo]:
             raise
         except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
             raise StorageError(
-                f"shard {url} is truncated, damaged, compressed or no tar ({error}); write it anew, uncompressed"
+                f"shard {url} is truncated, damaged, compressed or no tar ({error}); "
+                f"write it anew, uncompressed"
             ) from error
 
 
 def member_end(offset: int, size: int) -> int:
-    """Where a member ends, padding included."""
+    """Return the byte after a member, including its padding.
+
+    Args:
+        offset: the first byte of the payload.
+        size: bytes of the payload.
+    """
     return offset + (size + BLOCK - 1) // BLOCK * BLOCK
 
 
 def _walk(file: IO[bytes], url: str) -> Iterator[tarfile.TarInfo]:
-    end, size = 0, file.seek(0, os.SEEK_END)
+    end = 0
+    size = file.seek(0, os.SEEK_END)
     file.seek(0)
-    with tarfile.open(fileobj=cast(IO[bytes], _Headers(file)), mode="r:") as archive:
+    with tarfile.open(fileobj=cast(IO[bytes], _HeaderFile(file)), mode="r:") as archive:
         for member in archive:
-            archive.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
+            # tarfile would keep all members in memory.
+            archive.members = []  # type: ignore[attr-defined]
             if member.offset < end:
                 raise tarfile.ReadError(
                     f"a member begins at byte {member.offset}, within the one before"
@@ -78,8 +98,8 @@ def _walk(file: IO[bytes], url: str) -> Iterator[tarfile.TarInfo]:
                 raise tarfile.ReadError(f"it ends within the member at byte {member.offset}")
             if member.sparse is not None or not (member.isfile() or member.isdir()):
                 raise StorageError(
-                    f"shard {url} has a member {member.name!a} that is no regular file (a link, a device or a sparse file); "
-                    f"write it anew without"
+                    f"shard {url} has a member {member.name!a} that is no regular file "
+                    f"(a link, a device or a sparse file); write it anew without that member"
                 )
             if member.isfile():
                 yield member
@@ -87,7 +107,9 @@ def _walk(file: IO[bytes], url: str) -> Iterator[tarfile.TarInfo]:
 
 
 def _check_end(file: IO[bytes], end: int) -> None:
-    """tarfile takes a header that it can't read for the end, and stops at the first end of archives put together."""
+    """Check that the archive ends with zeros only, from byte `end` on."""
+    # tarfile takes an unreadable header for the end of the archive. It also stops at the first end
+    # of several concatenated archives. Both would silently lose samples.
     file.seek(end)
     if file.read(BLOCK) != bytes(BLOCK):
         raise tarfile.ReadError(f"no end of archive at byte {end}")
@@ -96,13 +118,17 @@ def _check_end(file: IO[bytes], end: int) -> None:
             raise tarfile.ReadError(f"there is more after the end of archive at byte {end}")
 
 
-class _Headers:
-    """A file of which only headers are read: tarfile would take memory for whatever size a header declares."""
+class _HeaderFile:
+    """A file of which only headers are read, with a limit on the size of a header."""
+
+    # tarfile would allocate any size that a header declares.
 
     def __init__(self, file: IO[bytes]) -> None:
-        self._file, self.seek, self.tell = file, file.seek, file.tell
+        self.seek = file.seek
+        self.tell = file.tell
+        self._file = file
 
     def read(self, size: int) -> bytes:
-        if size > HEADER:
+        if size > MAX_HEADER:
             raise tarfile.ReadError(f"a header of {size} bytes at byte {self.tell()}")
         return self._file.read(size)

@@ -1,4 +1,4 @@
-"""Room `storage`: named tensors as safetensors files."""
+"""Named tensors as safetensors files."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from secateur.storage.outputs import Attempt, Output
 def write_tensors(
     attempt: Attempt, name: str, tensors: Mapping[str, Tensor], metadata: dict[str, str]
 ) -> None:
-    """Writes named tensors and some text as one file."""
-    contiguous = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
+    """Write named tensors, and text as metadata, to one file."""
+    contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     attempt.write(name, save(contiguous, metadata or None))
 
 
-def read_tensors(artefact: Output, name: str) -> dict[str, Tensor]:
-    """Reads named tensors; they are mapped from the file where it is local.
+def read_tensors(output: Output, name: str) -> dict[str, Tensor]:
+    """Return the tensors of a file, mapped into memory from the local file or its cached copy.
 
     Raises:
         StorageError: the file is damaged.
     """
     try:
-        with artefact.local(name) as path:
+        with output.local(name) as path:
             return load_file(path)
     except (safetensors.SafetensorError, OSError) as error:
         raise StorageError(
-            f"{artefact.url(name)} is damaged ({error}); restore it or run that step again"
+            f"{output.url(name)} is damaged ({error}); restore it or run that step again"
         ) from error

@@ -1,4 +1,4 @@
-"""Room `storage`: URLs, and the credentials that must not be in them: what a plan names is written into manifests and reports."""
+"""Protection of credentials in URLs: the URLs of a plan are written to manifests and reports."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ SIGNED = re.compile(
 
 
 def redact_credentials(text: str) -> str:
-    """A text in which the credentials of URLs are `***`."""
+    """Return a text with the credentials of its URLs replaced by `***`."""
     return SIGNED.sub(r"?\1=***", USER.sub("***@", text))
 
 
 def check_url(url: str) -> None:
-    """Refuses a path or URL that holds credentials.
+    """Check that a path or URL contains no credentials.
 
     Raises:
-        StorageError: it does; the sentence does not repeat them.
+        StorageError: it does. The message does not repeat them.
     """
-    if redact_credentials(url) != url:
+    redacted = redact_credentials(url)
+    if redacted != url:
         raise StorageError(
-            f"{redact_credentials(url)} holds credentials, which would be written into the run; give them in the environment "
-            f"(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE) and leave them out of the URL"
+            f"{redacted} holds credentials, which would be written into the run; give them in the "
+            f"environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE) and leave them "
+            f"out of the URL"
         )

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from secateur.errors import StorageError
 from secateur.storage import shards
+from secateur.storage.sample_hashes import ShardHashes, Span
 from secateur.storage.shards import Samples, expand_shard_urls, list_shards
 
 # WebDataset's grammar of names: a key without dots (folders may hold them), then an extension that may hold more dots.
@@ -179,13 +180,13 @@ def test_a_shard_that_changes_while_it_is_listed_is_named(
 ) -> None:
     """Between the pass over its headers and the one over its bytes: the places of one version, the hashes of another."""
     url = write_tar(tmp_path / "a.tar", [("0.a", b"x" * 1500), ("1.a", b"y" * 1500)])
-    whole = shards.hash_shard
+    hash_shard = shards.hash_shard
 
-    def replaced_before(url: str, of: list[tuple[int, int]]) -> tuple[bytes, list[bytes]]:
+    def replace_and_hash(url: str, spans: list[Span], with_sha256: bool) -> ShardHashes:
         write_tar(Path(url), [("0.a", b"z" * 1500), ("1.a", b"y" * 1500)])
-        return whole(url, of)
+        return hash_shard(url, spans, with_sha256)
 
-    monkeypatch.setattr(shards, "hash_shard", replaced_before)
+    monkeypatch.setattr(shards, "hash_shard", replace_and_hash)
     with pytest.raises(StorageError, match=r"a\.tar has changed since it was listed"):
         list_shards([url])
 
