@@ -1,4 +1,4 @@
-"""Room `flows`: the command line. Results go to stdout, progress and errors to stderr; bad input exits with 2."""
+"""The command line. Results go to stdout, progress and errors to stderr; bad input exits with 2."""
 
 from __future__ import annotations
 
@@ -7,36 +7,39 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from secateur.errors import PlanError, SecateurError, StorageError
-from secateur.tasks.plan import POLICY_NAMES, Policy
-from secateur.tasks.plan.plan_file import plan_schema, read_plan
+from secateur.errors import PlanError, SecateurError
 
-# What imports Prefect is imported within the commands: it reads its settings once, as it is imported.
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+    from secateur.tasks.plan import Policy
+
+# Everything heavy is imported within the commands, so that --help answers at once. Prefect must be
+# imported late for another reason too: it reads its settings once, when it is imported.
 QUIET = {
-    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # a flow that fails would print its traceback; the sentence says it
+    # Prefect would print the traceback of a failed flow; we print one sentence.
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
-    "PREFECT_INTERNAL_LOGGING_LEVEL": "CRITICAL",  # what could not be told to a server is no matter of the user's
+    # Messages that could not be delivered to a server do not concern the user.
+    "PREFECT_INTERNAL_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
 }
-
-INTERRUPTED, TERMINATED = (
-    130,
-    143,
-)  # how typer ends after Ctrl-C, and what a scheduler that ends us politely expects
+PRELOADED = ("secateur.flows.audit", "secateur.flows.curate")
+# Exit codes after Ctrl-C (as typer exits) and after SIGTERM (as schedulers expect).
+INTERRUPTED, TERMINATED = 130, 143
 
 app = typer.Typer(
     name="secateur",
-    help="Prunes training data between the stages of a training run, by what each sample did to the model.",
+    help="Prune training data between the stages of a training run, by what each sample did to "
+    "the model.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -48,11 +51,11 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON document")]
 
 @app.command()
 def run(plan: PlanFile, as_json: Json = False) -> None:
-    """Trains a plan's stages and prunes the data between them; a rerun carries on where it was."""
-    from secateur.tasks.engine.prefect_server import prefect_server
+    """Train a plan's stages and prune the data between them. Run it again to continue."""
+    from secateur.tasks.plan.plan_file import read_plan
 
-    spec = read_plan(str(plan))
-    with prefect_server():
+    spec = read_plan(plan)
+    with _server():
         from secateur.flows import tables
         from secateur.flows.curate import curate
 
@@ -62,12 +65,13 @@ def run(plan: PlanFile, as_json: Json = False) -> None:
 
 @app.command()
 def plan(plan: PlanFile, as_json: Json = False) -> None:
-    """Says what a plan would do and cost: stages, samples, layers, bytes; trains nothing."""
+    """Show what a plan would do and cost: stages, samples, layers, bytes. Nothing is trained."""
     from secateur.flows import tables
+    from secateur.tasks.plan.plan_file import read_plan
     from secateur.tasks.reporting.dry_run import estimate_run
 
-    found = estimate_run(read_plan(str(plan)))
-    _show(found, as_json, lambda: tables.print_estimate(found))
+    estimate = estimate_run(read_plan(plan))
+    _show(estimate, as_json, lambda: tables.print_estimate(estimate))
 
 
 @app.command()
@@ -75,21 +79,22 @@ def query(
     run: RunUrl,
     target: Annotated[str | None, typer.Option(help="a target of the plan")] = None,
     sample: Annotated[
-        str | None, typer.Option(help="the key of a target's or a training sample")
+        str | None, typer.Option(help="the key of a target sample or training sample")
     ] = None,
     top: Annotated[int, typer.Option(help="how many samples")] = 10,
     harmful: Annotated[
-        bool, typer.Option("--harmful", help="those that raised the loss most")
+        bool, typer.Option("--harmful", help="the samples that most raised the loss")
     ] = False,
     stage: Annotated[int | None, typer.Option(help="one stage only")] = None,
     window: Annotated[int | None, typer.Option(help="one window of each stage only")] = None,
     as_json: Json = False,
 ) -> None:
-    """The training samples that most lowered (or raised) a loss at the run's end."""
+    """Find the training samples that most lowered (or raised) a loss at the run's end."""
     from secateur.flows import tables
+    from secateur.tasks.run import Run
     from secateur.tasks.valuation.query import find_influential
 
-    hits = find_influential.fn(run, target, sample, top, harmful, stage, window)
+    hits = find_influential(Run.open(run), target, sample, top, harmful, stage, window)
     _show(hits, as_json, lambda: tables.print_hits(hits))
 
 
@@ -97,7 +102,9 @@ def query(
 def prune(
     run: RunUrl,
     stage: Annotated[int, typer.Option(help="the stage to prune")],
-    policy: Annotated[str | None, typer.Option(help=f"one of {', '.join(POLICY_NAMES)}")] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="a policy, such as top, threshold or balanced")
+    ] = None,
     keep: Annotated[float | None, typer.Option(help="fraction to keep")] = None,
     at_least: Annotated[float | None, typer.Option(help="lowest score to keep (threshold)")] = None,
     by: Annotated[
@@ -108,20 +115,22 @@ def prune(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Prunes one stage of an existing run, by the plan's policy or by another beside it."""
-    from secateur.tasks.engine.prefect_server import prefect_server
+    """Prune one stage of an existing run, by the plan's policy or by another one."""
+    options = {"policy": policy, "keep": keep, "at_least": at_least, "by": by, "prefer": prefer}
+    settings = {name: value for name, value in options.items() if value is not None}
+    # The run is opened first, because its plan may name the plug-in that has the policy.
+    from secateur.tasks.run import Run
 
-    settings = {"policy": policy, "keep": keep, "at_least": at_least, "by": by, "prefer": prefer}
-    given = {name: value for name, value in settings.items() if value is not None}
-    chosen = _policy(given) if given else None
-    with prefect_server():
+    Run.open(run)
+    chosen = _read_policy(settings) if settings else None
+    with _server():
         from secateur.flows import tables
         from secateur.flows.prune import prune as prune_flow
 
-        found = prune_flow(run, stage, chosen)
-    if found is None:
+        result = prune_flow(run, stage, chosen)
+    if result is None:
         raise PlanError(f"stage {stage} of the plan has no `prune`; name one with --policy")
-    _show(found, as_json, lambda: tables.print_pruning(found))
+    _show(result, as_json, lambda: tables.print_pruning(result))
 
 
 @app.command()
@@ -129,22 +138,22 @@ def audit(
     run: RunUrl,
     stage: Annotated[int, typer.Option(help="the stage to audit")],
     removals: Annotated[
-        int | None, typer.Option(min=4, help="samples left out, one at a time; the plan's number")
+        int | None,
+        typer.Option(min=4, help="samples left out, one at a time; by default the plan's number"),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Retrains a stage without a few samples, one at a time, and says how far its scores can be trusted."""
-    from secateur.tasks.engine.prefect_server import prefect_server
-
-    with prefect_server():
+    """Retrain a stage without a few samples, one at a time, to check how far scores can be trusted."""
+    with _server():
         from secateur.flows import tables
         from secateur.flows.audit import audit as audit_flow
         from secateur.tasks.reporting.dry_run import estimate_audit_cost
+        from secateur.tasks.run import Run
 
-        cost = estimate_audit_cost(run, stage, removals)
-        print(f"the audit will cost about {cost:.1f} trainings of stage {stage}", file=sys.stderr)
-        found = audit_flow(run, stage, removals)
-    _show(found, as_json, lambda: tables.print_audits([found]))
+        cost = estimate_audit_cost(Run.open(run), stage, removals)
+        print(f"the audit costs about {cost:.1f} trainings of stage {stage}", file=sys.stderr)
+        result = audit_flow(run, stage, removals)
+    _show(result, as_json, lambda: tables.print_audits([result]))
 
 
 @app.command()
@@ -154,27 +163,27 @@ def compare(
     arm: Annotated[
         list[str] | None,
         typer.Option(
-            help="a further arm, again for each: a policy's name, or name=key:value,key:value"
+            help="a further arm, may be repeated: a policy's name, or name=key:value,key:value"
         ),
     ] = None,
     arms: Annotated[
         Path | None, typer.Option(help="further arms: a YAML file of `name: {key: value}`")
     ] = None,
-    judge: Annotated[str | None, typer.Option(help="the target that judges")] = None,
+    judge: Annotated[str | None, typer.Option(help="the target to evaluate on")] = None,
     as_json: Json = False,
 ) -> None:
-    """Says whether pruning pays: the plan beside random pruning and none, over several seeds."""
-    from secateur.tasks.engine.prefect_server import prefect_server
+    """Check whether pruning pays: compare with random pruning and none, over several seeds."""
+    from secateur.tasks.plan.plan_file import read_plan
 
-    spec = read_plan(str(plan))
-    with prefect_server():
+    spec = read_plan(plan)
+    with _server():
         from secateur.flows import tables
         from secateur.flows.compare import compare as compare_flow
         from secateur.tasks.comparison.arms import read_arms
 
         further = read_arms(arm or [], str(arms) if arms else None)
-        found = compare_flow(spec, seeds, further, judge)
-    _show(found, as_json, lambda: tables.print_comparison(found))
+        result = compare_flow(spec, seeds, further, judge)
+    _show(result, as_json, lambda: tables.print_comparison(result))
 
 
 @app.command()
@@ -182,124 +191,146 @@ def windows(
     run: RunUrl,
     stage: Annotated[int | None, typer.Option(help="one stage only")] = None,
     budget: Annotated[
-        float, typer.Option(help="share of a stage's steps that windows may hold at most")
+        float, typer.Option(help="largest share of a stage's steps in its windows")
     ] = 0.4,
     as_json: Json = False,
 ) -> None:
-    """When in training the samples' influence is high, and the windows that suggests for a stage like it."""
+    """Show when in training influence is high, and suggest windows for a similar stage."""
     from secateur.flows import tables
     from secateur.tasks.analysis.windows import suggest_windows
+    from secateur.tasks.run import Run
 
-    found = suggest_windows.fn(run, stage, budget)
-    _show(found, as_json, lambda: tables.print_windows(found))
+    suggestions = suggest_windows(Run.open(run), stage, budget)
+    _show(suggestions, as_json, lambda: tables.print_windows(suggestions))
 
 
 @app.command()
 def verify(run: RunUrl, as_json: Json = False) -> None:
-    """Rereads all that a run has committed, and names what is missing, changed, damaged or extra (exit code 2)."""
-    from secateur.storage.integrity import verify_folder as verify_root
-    from secateur.tasks.run.run import Run
+    """Reread everything a run has committed, and name what is missing, changed or extra."""
+    from dataclasses import asdict
 
-    found = [asdict(finding) for finding in verify_root(Run.open(run).folder.root)]
-    _show(
-        found,
-        as_json,
-        lambda: _lines([f"{f['what']:8}{f['file']}" for f in found], "all is as it was committed"),
-    )
-    if found:
+    from secateur.storage.integrity import verify_folder
+    from secateur.tasks.run import Run
+
+    findings = [asdict(finding) for finding in verify_folder(Run.open(run).folder.root)]
+    lines = [f"{finding['what']:8}{finding['file']}" for finding in findings]
+    _show(findings, as_json, lambda: _print_lines(lines, "every file is as it was committed"))
+    if findings:
         raise SystemExit(2)
 
 
 @app.command()
 def gc(
     run: RunUrl,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="list them only")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only list the files")] = False,
     as_json: Json = False,
 ) -> None:
-    """Removes what attempts that never committed have left in a run's folder; do so while nothing runs there."""
+    """Remove the files of interrupted attempts from a run's folder. Nothing else may run there."""
     from secateur.storage.integrity import find_stray_files, remove_stray_files
-    from secateur.tasks.run.run import Run
+    from secateur.tasks.run import Run
 
     root = Run.open(run).folder.root
-    found = find_stray_files(root) if dry_run else remove_stray_files(root)
+    names = find_stray_files(root) if dry_run else remove_stray_files(root)
     verb = "would be removed" if dry_run else "removed"
-    _show(
-        found, as_json, lambda: _lines([f"{verb}: {name}" for name in found], "nothing to remove")
-    )
+    lines = [f"{verb}: {name}" for name in names]
+    _show(names, as_json, lambda: _print_lines(lines, "nothing to remove"))
 
 
 @app.command()
 def schema() -> None:
-    """Prints the JSON schema of a plan, for editors."""
+    """Print the JSON schema of a plan, for editors."""
+    from secateur.tasks.plan.plan_file import plan_schema
+
     sys.stdout.write(plan_schema())
 
 
 def main() -> None:
     """The console command `secateur`."""
-    sys.path.insert(0, os.getcwd())  # factories named in a plan live where the user works
+    # The factories that a plan names are in the folder where the user works.
+    sys.path.insert(0, os.getcwd())
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    logging.getLogger("EventsWorker").setLevel(
-        logging.CRITICAL
-    )  # Prefect's, which its own settings do not reach
-    signal.signal(signal.SIGTERM, _terminated)
-    with _explained():
+    # Prefect's settings do not reach this logger of its own.
+    logging.getLogger("EventsWorker").setLevel(logging.CRITICAL)
+    signal.signal(signal.SIGTERM, _terminate)
+    with _errors_as_sentences():
         app(standalone_mode=True)
 
 
-def _terminated(*_: object) -> None:
-    """By default nothing would be tidied up. Within a flow Prefect ends the flow run first, and then sends the signal again."""
+def _server() -> Any:
+    """The Prefect server that a command uses."""
+    from secateur.tasks.engine.prefect_server import prefect_server
+
+    return prefect_server(PRELOADED)
+
+
+def _terminate(*_: object) -> None:
+    """End like an interruption. Python's default would not clean anything up.
+
+    Within a flow, Prefect ends the flow run first and then sends the signal again.
+    """
     raise SystemExit(TERMINATED)
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
-    """One sentence and exit code 2 for what a user can get wrong; how to go on after an interruption."""
+def _errors_as_sentences() -> Iterator[None]:
+    """Print one sentence and exit with 2 for what a user can get wrong."""
     try:
         yield
-    except (PlanError, StorageError, SecateurError) as error:
+    except SecateurError as error:
         print(f"secateur: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except SystemExit as end:
         if end.code in (INTERRUPTED, TERMINATED):
             print(
-                "secateur: interrupted; the same command carries on from the last whole segment",
+                "secateur: interrupted; the same command continues after the last whole segment",
                 file=sys.stderr,
             )
         raise
 
 
-def _policy(settings: dict[str, Any]) -> Policy:
+def _read_policy(settings: dict[str, Any]) -> Policy:
+    """The policy that the options of `secateur prune` describe."""
+    from pydantic import TypeAdapter, ValidationError
+
+    from secateur.tasks.plan import POLICIES
+
     try:
-        policy: Policy = TypeAdapter(Policy).validate_python(settings)
+        adapter = TypeAdapter[Any](Annotated[Any, POLICIES])
+        policy: Policy = adapter.validate_python(settings)
     except ValidationError as error:
-        raise PlanError(_option_sentence(error, settings)) from error
+        names = ", ".join(POLICIES.names())
+        raise PlanError(_option_sentence(error, settings, names)) from error
     return policy
 
 
-def _lines(lines: list[str], otherwise: str) -> None:
-    print("\n".join(lines) or otherwise)
-
-
-def _option_sentence(error: ValidationError, settings: dict[str, Any]) -> str:
+def _option_sentence(error: ValidationError, settings: dict[str, Any], names: str) -> str:
     """What is wrong with the options of `secateur prune`."""
-    first, policy = error.errors()[0], settings.get("policy")
-    option = "--" + str(first["loc"][-1] if first["loc"] else "policy").replace("_", "-")
+    first = error.errors()[0]
+    policy = settings.get("policy")
+    key = str(first["loc"][-1] if first["loc"] else "policy")
+    option = f"--{key.replace('_', '-')}"
     if first["type"] == "missing":
         return f"--policy {policy} needs {option}"
     if first["type"] == "extra_forbidden":
         return f"--policy {policy} takes no {option}; leave it out"
     if option == "--policy":
-        return f"--policy is {policy or 'missing'}; give one of {', '.join(POLICY_NAMES)}"
+        return f"--policy is {policy or 'missing'}; give one of {names}"
     return f"{option}: {first['msg'].lower()}"
 
 
-def _show(value: BaseModel | list[Any], as_json: bool, table: Any) -> None:
-    """One JSON document, or the table."""
-    if as_json:
-        print(json.dumps(TypeAdapter(Any).dump_python(value, mode="json"), indent=1))
-    else:
-        table()
+def _print_lines(lines: list[str], otherwise: str) -> None:
+    print("\n".join(lines) or otherwise)
+
+
+def _show(value: Any, as_json: bool, print_table: Callable[[], None]) -> None:
+    """Print one JSON document, or the table."""
+    if not as_json:
+        print_table()
+        return
+    from pydantic import TypeAdapter
+
+    print(json.dumps(TypeAdapter(Any).dump_python(value, mode="json"), indent=1))
 
 
 if __name__ == "__main__":

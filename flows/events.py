@@ -1,20 +1,18 @@
-"""Room `flows`: the events that tell others how far a run is, and what their payloads hold (docs/events.md)."""
+"""The events that report how far a run is, and their payloads (docs/events.md)."""
 
 from __future__ import annotations
 
 from uuid import NAMESPACE_URL, uuid5
 
-from prefect.events import emit_event
 from pydantic import BaseModel, Field
 
 from secateur.flows.run_lock import absolute_url
 from secateur.storage.outputs import Output
-from secateur.tasks.analysis.audit import Fidelity, is_audited, read_audit
 from secateur.tasks.engine.prefect_server import has_lasting_server
-from secateur.tasks.pruning.prune import DECISIONS
-from secateur.tasks.pruning.prune import read_prune_result as record_of
-from secateur.tasks.run.run import Run
-from secateur.tasks.training.train import SECATEUR
+from secateur.tasks.results.audit_results import Fidelity, audit_output, read_audit
+from secateur.tasks.results.pruning_results import DECISIONS, read_prune_result
+from secateur.tasks.results.training_results import SECATEUR
+from secateur.tasks.run import Run
 
 PREFIX = "secateur"
 
@@ -97,92 +95,106 @@ NAMES: dict[type[RunEvent], str] = {
 
 
 def emit_trained(run_url: str, stage: int) -> None:
-    """Tells that a stage is trained. `prune` waits for it where another trainer did so; `curate` goes on by itself."""
-    run = _opened(run_url)
-    artefact = run.folder.stage(stage).trained
-    own = artefact.manifest.facts["by"] == SECATEUR
-    _tell(
-        run,
-        StageTrained(run=run.url, **artefact.manifest.facts),
-        artefact,
-        "curate" if own else "run",
-    )
+    """Report that a stage is trained.
+
+    `prune` waits for this if another trainer trained the stage. `curate` continues by itself.
+    """
+    run = _open_run(run_url)
+    output = run.folder.stage(stage).trained
+    by_curate = output.manifest.facts["by"] == SECATEUR
+    payload = StageTrained(run=run.url, **output.manifest.facts)
+    _emit(run, payload, output, "curate" if by_curate else "run")
 
 
 def emit_embedded(run_url: str, stage: int) -> None:
-    """Tells that a stage has its embeddings."""
-    run = _opened(run_url)
-    artefact = run.folder.stage(stage).embeddings
-    _tell(
-        run,
-        StageEmbedded(run=run.url, stage=stage, embeddings=artefact.manifest.facts["rows"]),
-        artefact,
-    )
+    """Report that a stage has its embeddings."""
+    run = _open_run(run_url)
+    output = run.folder.stage(stage).embeddings
+    rows = output.manifest.facts["rows"]
+    _emit(run, StageEmbedded(run=run.url, stage=stage, embeddings=rows), output)
 
 
 def emit_indexed(run_url: str, stage: int) -> None:
-    """Tells that a stage can be queried."""
-    run = _opened(run_url)
-    artefact = run.folder.stage(stage).index
-    facts = artefact.manifest.facts
-    _tell(
-        run,
-        StageIndexed(run=run.url, stage=stage, kind=facts["kind"], vectors=facts["vectors"]),
-        artefact,
-    )
+    """Report that a stage can be queried."""
+    run = _open_run(run_url)
+    output = run.folder.stage(stage).index
+    facts = output.manifest.facts
+    payload = StageIndexed(run=run.url, stage=stage, kind=facts["kind"], vectors=facts["vectors"])
+    _emit(run, payload, output)
 
 
 def emit_pruned(run_url: str, stage: int, name: str) -> None:
-    """Tells that the next stage's shards are there."""
-    run = _opened(run_url)
-    artefact = run.folder.stage(stage).prune(name)
-    found = record_of(artefact, stage, name)
-    told = StagePruned(
+    """Report that the next stage's shards are written."""
+    run = _open_run(run_url)
+    output = run.folder.stage(stage).prune(name)
+    result = read_prune_result(run, stage, name)
+    payload = StagePruned(
         run=run.url,
-        folder=f"{artefact.url(DECISIONS).rpartition('/')[0]}/shards",
-        shards=len(found.shards),
-        **found.model_dump(exclude={"shards", "trust"}),
+        folder=f"{output.url(DECISIONS).rpartition('/')[0]}/shards",
+        shards=len(result.shards),
+        **result.model_dump(exclude={"shards", "trust"}),
     )
-    _tell(run, told, artefact)
+    _emit(run, payload, output)
 
 
 def emit_finished(run_url: str) -> None:
-    """Tells that a run is at its end."""
-    run = _opened(run_url)
-    _tell(run, RunFinished(run=run.url, stages=len(run.plan.stages)), run.folder.plan)
+    """Report that a run is finished."""
+    run = _open_run(run_url)
+    _emit(run, RunFinished(run=run.url, stages=len(run.plan.stages)), run.folder.plan)
 
 
 def emit_low_fidelity(run_url: str, stage: int) -> None:
-    """Tells that a stage's scores cannot be trusted, where its audit says so."""
-    run = _opened(run_url)
-    if not is_audited(run.plan, stage):
+    """Report that a stage's scores cannot be trusted, if its audit shows that."""
+    run = _open_run(run_url)
+    if not run.plan.audits(stage):
         return
-    found, least = read_audit(run, stage), run.plan.trust.min_fidelity
-    measured = found.fidelity[run.plan.estimate]
-    if is_low(measured, least):
-        told = FidelityLow(
-            run=run.url, stage=stage, target=found.target, estimate=run.plan.estimate, spearman=measured.spearman,
-            interval=measured.spearman_interval, least=least or 0.0,
-        )  # fmt: skip
-        _tell(run, told, run.folder.stage(stage).audit(found.removals))
+    audit = read_audit(run, stage)
+    least = run.plan.trust.min_fidelity
+    fidelity = audit.fidelity[run.plan.estimate]
+    if not is_low(fidelity, least):
+        return
+    payload = FidelityLow(
+        run=run.url,
+        stage=stage,
+        target=audit.target,
+        estimate=run.plan.estimate,
+        spearman=fidelity.spearman,
+        interval=fidelity.spearman_interval,
+        least=least or 0.0,
+    )
+    _emit(run, payload, audit_output(run, stage, audit.removals))
 
 
-def is_low(measured: Fidelity, least: float | None) -> bool:
-    """Whether scores agree less with retraining than the plan asks; where it asks nothing, not even surely at all."""
-    return measured.spearman < least if least is not None else measured.spearman_interval[0] <= 0
+def is_low(fidelity: Fidelity, least: float | None) -> bool:
+    """Return whether scores agree less with retraining than the plan asks.
+
+    If the plan asks nothing, whether agreement is not even surely above 0.
+    """
+    if least is not None:
+        return fidelity.spearman < least
+    return fidelity.spearman_interval[0] <= 0
 
 
-def _opened(run_url: str) -> Run:
-    """The run, at a URL that means the same to whoever listens."""
+def _open_run(run_url: str) -> Run:
+    """The run, with a URL that means the same to every listener."""
     return Run.open(absolute_url(Run.open(run_url)))
 
 
-def _tell(run: Run, payload: RunEvent, committed: Output, kind: str = "run") -> None:
-    """Emits an event about something committed. Whoever runs a flow again tells it again, since the one before may have been
-    killed before it could: the event's id is the commit's own, so that a server keeps one and a listener knows it."""
+def _emit(run: Run, payload: RunEvent, committed: Output, kind: str = "run") -> None:
+    """Emit an event about a committed output.
+
+    Delivery is at least once: a flow that runs again emits its events again, because it may have
+    been killed before it could. The event's id is derived from the commit, so it is stable, and
+    receivers can deduplicate.
+    """
     if not has_lasting_server():
-        return  # no server is configured, so nobody listens
+        return
+    from prefect.events import emit_event
+
     name = NAMES[type(payload)]
+    run_id = f"{PREFIX}.run.{run.plan.run}"
+    # The feed of a run also shows what `curate` reports about it.
+    related = [{"prefect.resource.id": run_id, "prefect.resource.role": "run"}]
     emit_event(
         name,
         resource={
@@ -190,12 +202,7 @@ def _tell(run: Run, payload: RunEvent, committed: Output, kind: str = "run") -> 
             "prefect.resource.name": run.plan.run,
             "prefect.resource.role": "run",
         },
-        related=[] if kind == "run" else [_related(run)],
+        related=[] if kind == "run" else related,
         payload=payload.model_dump(mode="json"),
         id=uuid5(NAMESPACE_URL, f"{run.url}/{name}/{committed.manifest.attempt}"),
     )
-
-
-def _related(run: Run) -> dict[str, str]:
-    """So that a run's own feed shows what `curate` tells too."""
-    return {"prefect.resource.id": f"{PREFIX}.run.{run.plan.run}", "prefect.resource.role": "run"}

@@ -1,11 +1,11 @@
-"""Room `flows`: the most influential samples, on demand."""
+"""Find the most influential samples, on demand."""
 
 from __future__ import annotations
 
 from prefect import flow
 
-from secateur.flows import run_artifacts
-from secateur.tasks.valuation.query import QueryHit, find_influential
+from secateur.flows import pipeline_tasks, run_artifacts
+from secateur.tasks.valuation.query import QueryHit
 
 
 @flow(name="query", flow_run_name="query {run}")
@@ -18,13 +18,14 @@ def query(
     stage: int | None = None,
     window: int | None = None,
 ) -> list[QueryHit]:
-    """The samples that most lowered (`harmful`: raised) the loss of a target or a sample at the run's end.
+    """Return the samples that most lowered the loss of a target or a sample at the run's end.
 
     Args:
         run: path or URL of the run's folder.
+        harmful: return the samples that most raised the loss.
         stage: search one stage only.
         window: search one window of each stage only.
     """
-    hits = find_influential(run, target, sample, top, harmful, stage, window)
+    hits = pipeline_tasks.find_influential(run, target, sample, top, harmful, stage, window)
     run_artifacts.post_query(run, hits)
     return hits

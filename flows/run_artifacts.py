@@ -12,14 +12,14 @@ from prefect.artifacts import (
     create_table_artifact,
 )
 
-from secateur.tasks.analysis.influence_profile import PICTURE
 from secateur.tasks.comparison.comparison_report import Comparison
 from secateur.tasks.engine.prefect_server import has_lasting_server
 from secateur.tasks.engine.ui_artifacts import artifact_key, post_artifact
 from secateur.tasks.reporting.html_report import HTML, read_top_samples
 from secateur.tasks.reporting.previews import Preview
 from secateur.tasks.reporting.summary import StageSummary, summarize_stage
-from secateur.tasks.run.run import Run
+from secateur.tasks.results.profile_results import PROFILE_PLOT
+from secateur.tasks.run import Run
 from secateur.tasks.valuation.query import QueryHit
 
 # Backslashes, for Prefect's UI shows the entities of HTML as they are written.
@@ -33,18 +33,18 @@ def post_stage(run_url: str, number: int) -> None:
     if not has_lasting_server():
         return
     run = Run.open(run_url)
-    artefact, name = run.folder.stage(number).report, f"stage-{number}"
+    name = f"stage-{number}"
     post_artifact(
         create_table_artifact, table=stage_rows(summarize_stage(run, number)), key=artifact_key(run, name),
         description=f"{escape_markdown(run.plan.run)}: what stage {number} came to",
     )  # fmt: skip
-    picture = base64.b64encode(run.folder.stage(number).profile.read(PICTURE)).decode()
+    picture = base64.b64encode(run.folder.stage(number).profile.read(PROFILE_PLOT)).decode()
     post_artifact(
         create_image_artifact, image_url=f"data:image/png;base64,{picture}", key=artifact_key(run, name, "profile"),
         description=f"{escape_markdown(run.plan.run)}: influence profile of stage {number}",
     )  # fmt: skip
     post_artifact(
-        create_markdown_artifact, markdown=top_samples_markdown(run, number, read_top_samples(artefact)),
+        create_markdown_artifact, markdown=top_samples_markdown(run, number, read_top_samples(run, number)),
         key=artifact_key(run, name, "samples"),
     )  # fmt: skip
     post_artifact(
@@ -119,7 +119,7 @@ def top_samples_markdown(run: Run, number: int, top: dict[str, list[Preview]]) -
     """The samples that were most helpful and most harmful, as markdown tables."""
     lines = [f"# {escape_markdown(run.plan.run)}, stage {number}"]
     for name, samples in top.items():
-        lines += ["", f"## Most {name} to {escape_markdown(run.plan.target)}", ""]
+        lines += ["", f"## Most {name} to {escape_markdown(run.plan.pruning_target)}", ""]
         lines += ["| score | sample | step | | |", "|---|---|---|---|---|"]
         for one in samples:
             picture = f"![]({one.picture})" if one.picture else ""

@@ -1,109 +1,120 @@
-"""Room `flows`: what happens to a trained stage, in the order in which its parts need one another."""
+"""The recipe of a stage: its tasks, in the order in which they need one another.
+
+`curate`, `prune`, `audit`, `compare`, the tests and the benchmarks all run a stage by these.
+"""
 
 from __future__ import annotations
 
-from secateur.flows import events, run_artifacts
-from secateur.flows.workers import Call, WorkerPool
-from secateur.tasks.analysis.audit import AuditResult, is_audited, write_audit
-from secateur.tasks.analysis.influence_profile import write_profile
-from secateur.tasks.analysis.retraining import remaining_removals, retrain_without
+from secateur.flows import events, pipeline_tasks, run_artifacts
+from secateur.flows.workers import Call, Workers
+from secateur.tasks.analysis.retraining import remaining_removals
 from secateur.tasks.engine.ui_artifacts import ProgressArtifact
 from secateur.tasks.plan import Policy
-from secateur.tasks.pruning.gates import run_trial
-from secateur.tasks.pruning.prune import (
-    PruneResult,
-    decide_stage,
-    pruning_name,
-    resolve_policy,
-    rewrite_shard,
-    write_pruned_stage,
-)
-from secateur.tasks.reporting.html_report import write_report
-from secateur.tasks.run.run import Run
-from secateur.tasks.training.train import end_checkpoint
-from secateur.tasks.valuation.embed import compose_stage, embed_segment
-from secateur.tasks.valuation.index import index_stage
-from secateur.tasks.valuation.replay import group_targets, replay_stage
-from secateur.tasks.valuation.score import write_scores
-from secateur.tasks.valuation.target_gradients import write_target_gradients
+from secateur.tasks.pruning.decide import resolve_policy
+from secateur.tasks.pruning.prune import pruning_name
+from secateur.tasks.results.audit_results import AuditResult
+from secateur.tasks.results.pruning_results import PruneResult
+from secateur.tasks.results.training_results import end_checkpoint
+from secateur.tasks.run import Run
+from secateur.tasks.valuation.replay import group_targets
 
 
-def score_stage(crew: WorkerPool, run_url: str, stage: int) -> None:
-    """Embeds, indexes and scores a trained stage, draws its influence profile, and audits it where the plan says so."""
+def train_stage(workers: Workers, run_url: str, stage: int) -> None:
+    """List a stage's samples, freeze its windows, and train it. Stage 0 also fits the basis."""
+    workers.call(pipeline_tasks.list_samples, run_url, stage)
+    workers.call(pipeline_tasks.freeze_windows, run_url, stage)
+    if stage == 0:
+        workers.call(pipeline_tasks.fit_basis, run_url)
+    workers.call(pipeline_tasks.train, run_url, stage)
+
+
+def score_stage(workers: Workers, run_url: str, stage: int) -> None:
+    """Embed, index and score a trained stage."""
     run = Run.open(run_url)
     folder = run.folder.stage(stage)
     if not folder.embeddings.committed:
         end_checkpoint(run, stage)
+        segments = range(len(folder.segments()))
         calls = [
-            Call(embed_segment, (run_url, stage, number))
-            for number in range(len(folder.segments()))
+            Call(pipeline_tasks.embed_segment, (run_url, stage, number)) for number in segments
         ]
-        live = ProgressArtifact(run, f"stage-{stage}-embedding", len(calls))
-        crew.map(calls, f"stage {stage}, embedding", live)
-    crew.call(compose_stage, run_url, stage)
+        progress = ProgressArtifact(run, f"stage-{stage}-embedding", len(calls))
+        workers.map(calls, f"stage {stage}, embedding", progress)
+    workers.call(pipeline_tasks.compose_embeddings, run_url, stage)
     events.emit_embedded(run_url, stage)
-    judged = [Call(index_stage, (run_url, stage)), Call(write_target_gradients, (run_url, stage))]
+    calls = [
+        Call(pipeline_tasks.index_embeddings, (run_url, stage)),
+        Call(pipeline_tasks.differentiate_targets, (run_url, stage)),
+    ]
     if run.plan.estimate == "replay":
-        judged += _replays(crew, run, stage)
-    crew.map(judged, f"stage {stage}, judging")
+        calls += _replay_calls(workers, run, stage)
+    workers.map(calls, f"stage {stage}, valuing")
     events.emit_indexed(run_url, stage)
-    crew.call(write_scores, run_url, stage)
-    crew.call(write_profile, run_url, stage)
-    if is_audited(run.plan, stage):
-        audit_stage(crew, run_url, stage)
+    workers.call(pipeline_tasks.score_uses, run_url, stage)
+
+
+def analyze_stage(workers: Workers, run_url: str, stage: int) -> None:
+    """Write the influence profile of a scored stage, and audit it if the plan says so."""
+    workers.call(pipeline_tasks.profile_influence, run_url, stage)
+    if Run.open(run_url).plan.audits(stage):
+        audit_stage(workers, run_url, stage)
         events.emit_low_fidelity(run_url, stage)
 
 
 def audit_stage(
-    crew: WorkerPool, run_url: str, stage: int, removals: int | None = None
+    workers: Workers, run_url: str, stage: int, removals: int | None = None
 ) -> AuditResult:
-    """Audits an appraised stage; its removals and replays side by side."""
-    left = [
-        Call(retrain_without, (run_url, stage, *use))
-        for use in remaining_removals(run_url, stage, removals)
-    ]
-    if left and crew.count != 1:
-        calls = [*_replays(crew, Run.open(run_url), stage), *left]
-        crew.map(calls, f"stage {stage}, retraining without a sample")
-    return crew.call(write_audit, run_url, stage, removals)
+    """Audit a scored stage. Its removals and replays run in parallel if there are workers."""
+    run = Run.open(run_url)
+    removals_left = remaining_removals(run, stage, removals)
+    if removals_left and workers.count != 1:
+        calls = _replay_calls(workers, run, stage)
+        calls += [
+            Call(pipeline_tasks.retrain_without, (run_url, stage, step, row))
+            for step, row in removals_left
+        ]
+        workers.map(calls, f"stage {stage}, retraining without a sample")
+    return workers.call(pipeline_tasks.audit_scores, run_url, stage, removals)
 
 
 def prune_stage(
-    crew: WorkerPool, run_url: str, stage: int, policy: Policy | None = None
+    workers: Workers, run_url: str, stage: int, policy: Policy | None = None
 ) -> PruneResult:
-    """Prunes an appraised stage by the plan's policy or another, after its trial where the plan asks for one."""
-    run, given = Run.open(run_url), policy.model_dump(mode="json") if policy else None
-    name = pruning_name(run, stage, given)
+    """Prune a scored stage by the plan's policy or another, after its trial if the plan has one."""
+    run = Run.open(run_url)
+    name = pruning_name(run, stage, policy)
     if run.plan.trust.trial:
-        crew.call(
-            run_trial,
-            run_url,
-            stage,
-            name,
-            resolve_policy(run, stage, given).model_dump(mode="json"),
-        )
-    if not run.folder.stage(stage).prune(name).committed and crew.count != 1:
-        shards = range(crew.call(decide_stage, run_url, stage, given))
-        crew.map(
-            [Call(rewrite_shard, (run_url, stage, name, n)) for n in shards],
-            f"stage {stage}, rewriting",
-        )
-    found = crew.call(write_pruned_stage, run_url, stage, given)
-    events.emit_pruned(run_url, stage, found.name)
-    return found
+        resolved = resolve_policy(run, stage, policy)
+        workers.call(pipeline_tasks.run_trial, run_url, stage, name, resolved)
+    if not run.folder.stage(stage).prune(name).committed and workers.count != 1:
+        shards = range(workers.call(pipeline_tasks.decide, run_url, stage, policy))
+        calls = [
+            Call(pipeline_tasks.rewrite_shard, (run_url, stage, name, shard)) for shard in shards
+        ]
+        workers.map(calls, f"stage {stage}, rewriting")
+    result = workers.call(pipeline_tasks.write_shards, run_url, stage, policy)
+    events.emit_pruned(run_url, stage, result.name)
+    return result
 
 
-def report_stage(crew: WorkerPool, run_url: str, stage: int) -> None:
-    """Writes the report of a stage that the plan's own policy has pruned, or that no policy prunes, and shows it."""
-    crew.call(write_report, run_url, stage)
+def report_stage(workers: Workers, run_url: str, stage: int) -> None:
+    """Write a stage's report, and show it in Prefect's UI.
+
+    The stage must be pruned by the plan's own policy, or have none.
+    """
+    workers.call(pipeline_tasks.write_report, run_url, stage)
     run_artifacts.post_stage(run_url, stage)
 
 
-def _replays(crew: WorkerPool, run: Run, stage: int) -> list[Call]:
-    """What is left to replay: one walk for each worker, or for each target where there are fewer."""
-    targets = [
-        name for name in run.plan.targets if not run.folder.stage(stage).replay(name, 0).committed
-    ]
-    walks = 1 if crew.spec.kind == "threads" else crew.count or len(targets)
+def _replay_calls(workers: Workers, run: Run, stage: int) -> list[Call]:
+    """The replays that are missing: one walk per worker, or per target if there are fewer.
+
+    Threads take turns at replays, so they share one walk.
+    """
+    folder = run.folder.stage(stage)
+    targets = [name for name in run.plan.targets if not folder.replay(name, 0).committed]
+    walks = workers.count or len(targets)
+    if workers.kind in ("threads", "inline"):
+        walks = 1
     groups = group_targets(targets, walks)
-    return [Call(replay_stage, (run.url, stage, group)) for group in groups]
+    return [Call(pipeline_tasks.replay_targets, (run.url, stage, group)) for group in groups]

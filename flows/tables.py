@@ -8,12 +8,12 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from secateur.tasks.analysis.audit import AuditResult
 from secateur.tasks.analysis.windows import WindowSuggestion
 from secateur.tasks.comparison.comparison_report import Comparison
-from secateur.tasks.pruning.prune import PruneResult
 from secateur.tasks.reporting.dry_run import RunEstimate
 from secateur.tasks.reporting.summary import StageSummary
+from secateur.tasks.results.audit_results import AuditResult
+from secateur.tasks.results.pruning_results import PruneResult
 from secateur.tasks.valuation.query import QueryHit
 
 

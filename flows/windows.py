@@ -1,18 +1,20 @@
-"""Room `flows`: when in training influence is high, and the windows that suggests, on demand."""
+"""Show when in training influence is high, and suggest windows, on demand."""
 
 from __future__ import annotations
 
 from prefect import flow
 
-from secateur.tasks.analysis.windows import WindowSuggestion, suggest_windows
+from secateur.flows import pipeline_tasks
+from secateur.tasks.analysis.windows import WindowSuggestion
 
 
 @flow(name="windows", flow_run_name="windows {run}")
 def windows(run: str, stage: int | None = None, budget: float = 0.4) -> list[WindowSuggestion]:
-    """The windows that the influence profiles of a run's stages, or of one, suggest for a stage like it.
+    """Return the windows that the influence profiles of a run's stages suggest.
 
     Args:
         run: path or URL of the run's folder.
-        budget: share of a stage's steps that its windows may hold at most.
+        stage: one stage only.
+        budget: largest share of a stage's steps in its windows.
     """
-    return suggest_windows(run, stage, budget)
+    return pipeline_tasks.suggest_windows(run, stage, budget)

@@ -1,4 +1,4 @@
-"""Room `flows`: who carries out a flow's tasks: this process, and where parts can run side by side, the plan's workers."""
+"""Run a flow's tasks: in this process, or in parallel on the plan's workers."""
 
 from __future__ import annotations
 
@@ -7,180 +7,225 @@ import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 from prefect import Task
 from prefect.task_engine import TaskRunTimeoutError
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
-from prefect.utilities.callables import get_call_parameters
 
 from secateur.errors import PlanError
-from secateur.tasks.engine.prefect_task import interrupt_threads, uses_random_numbers
+from secateur.tasks.engine.pipeline_task import PipelineTask
+from secateur.tasks.engine.prefect_internals import (
+    interrupt_threads,
+    start_runner,
+    stop_runner,
+    submit_task,
+    wait_for_future,
+)
 from secateur.tasks.engine.progress import track
 from secateur.tasks.engine.ui_artifacts import ProgressArtifact
 from secateur.tasks.plan import WorkersConfig
-
-SECONDS_A_TURN = 1.0
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 class Call(NamedTuple):
-    """A task and its arguments: URLs and small values."""
+    """A pipeline task and its arguments: the run's URL and small values."""
 
-    task: Task[..., Any]
+    task: PipelineTask[..., Any]
     arguments: tuple[Any, ...]
 
 
-class WorkerPool:
-    """A plan's workers; they are started when there is something for them to do, and serve one flow run."""
+class Workers(Protocol):
+    """What runs pipeline tasks for a flow."""
 
-    def __init__(self, spec: WorkersConfig) -> None:
-        self.spec = spec
+    @property
+    def count(self) -> int | None:
+        """How many tasks run at the same time; None if a cluster decides that."""
+        ...
+
+    @property
+    def kind(self) -> str:
+        """`threads`, `processes`, `dask`, `ray`, or `inline`."""
+        ...
+
+    def call(self, task: PipelineTask[P, R], run_url: str, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run a task and return its result."""
+        ...
+
+    def map(
+        self, calls: Sequence[Call], label: str, progress: ProgressArtifact | None = None
+    ) -> None:
+        """Run tasks that do not depend on one another. Their results are outputs of the run."""
+        ...
+
+
+class InlineWorkers:
+    """Runs every task as a plain function in this thread, without Prefect."""
+
+    count = 1
+    kind = "inline"
+
+    def call(self, task: PipelineTask[P, R], run_url: str, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run a task and return its result."""
+        return task.run_without_prefect(run_url, *args, **kwargs)
+
+    def map(
+        self, calls: Sequence[Call], label: str, progress: ProgressArtifact | None = None
+    ) -> None:
+        """Run tasks one after the other."""
+        for call in calls:
+            call.task.run_without_prefect(*call.arguments)
+
+
+class WorkerPool:
+    """A plan's workers, as Prefect tasks. They start when first needed, and serve one flow run."""
+
+    def __init__(self, config: WorkersConfig) -> None:
+        self.config = config
         self._runner: TaskRunner[Any] | None = None
 
     @property
     def count(self) -> int | None:
-        """How many work at once, where this process knows."""
-        return None if self.spec.address else self.spec.count or os.cpu_count() or 1
+        """How many tasks run at the same time; None if a cluster decides that."""
+        return None if self.config.address else self.config.count or os.cpu_count() or 1
 
-    def call(self, task: Task[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Runs a task here and now.
+    @property
+    def kind(self) -> str:
+        """`threads`, `processes`, `dask` or `ray`."""
+        return self.config.kind
+
+    def call(self, task: PipelineTask[P, R], run_url: str, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run a task in this process and return its result.
 
         Raises:
             PlanError: it took longer than the plan allows.
         """
-        with self._timed(task):
-            return self._limited(task)(*args, **kwargs)
+        with self._explain_timeout(task):
+            return self._with_timeout(task)(run_url, *args, **kwargs)
 
-    def map(self, calls: Sequence[Call], label: str, live: ProgressArtifact | None = None) -> None:
-        """Runs tasks that do not need one another, side by side where there are workers; their results are artefacts.
+    def map(
+        self, calls: Sequence[Call], label: str, progress: ProgressArtifact | None = None
+    ) -> None:
+        """Run tasks that do not depend on one another, in parallel if there are workers.
 
         Args:
-            live: shows how many are done.
+            progress: shows how many are finished.
 
         Raises:
-            PlanError: the workers need something that is not installed, or cannot be reached.
+            PlanError: the workers need a package that is not installed, or cannot be reached.
         """
-        beside = calls if len(calls) > 1 and self.count != 1 else []
-        if self.spec.kind == "threads":
-            beside = [call for call in beside if not uses_random_numbers(call.task)]
-        futures = [self._submit(call) for call in beside]
-        here = [call for call in calls if call not in beside]
+        parallel = [call for call in calls if self._runs_in_parallel(call, len(calls))]
+        futures = [self._submit(call) for call in parallel]
+        here = [call for call in calls if call not in parallel]
         for done, call in enumerate(here, 1):
             self.call(call.task, *call.arguments)
-            _show(live, done)
-        waited = zip(beside, futures, strict=True)
-        for done, (call, future) in enumerate(track(waited, label, len(beside)), len(here) + 1):
-            with self._timed(call.task):
-                _await(future)
-            _show(live, done)
+            if progress:
+                progress.update(done)
+        pairs = zip(parallel, futures, strict=True)
+        for done, (call, future) in enumerate(track(pairs, label, len(parallel)), len(here) + 1):
+            with self._explain_timeout(call.task):
+                wait_for_future(future)
+            if progress:
+                progress.update(done)
+
+    def shutdown(self, interrupted: bool = False) -> None:
+        """End the workers. After an interruption, running tasks are not waited for."""
+        if self._runner is None:
+            return
+        if interrupted and self.kind == "threads":
+            interrupt_threads()
+        if interrupted and self.kind == "processes":
+            for child in multiprocessing.active_children():
+                child.terminate()
+        stop_runner(self._runner)
+        self._runner = None
+
+    def _runs_in_parallel(self, call: Call, calls: int) -> bool:
+        if calls == 1 or self.count == 1:
+            return False
+        # All threads share one stream of random numbers, so tasks that draw from it take turns.
+        return not (self.kind == "threads" and call.task.uses_random_numbers)
 
     def _submit(self, call: Call) -> Any:
         if self._runner is None:
-            self._runner = self._started()
-        task = self._limited(call.task)
-        return self._runner.submit(task, get_call_parameters(task.fn, call.arguments, {}))
+            self._runner = self._start()
+        return submit_task(self._runner, self._with_timeout(call.task), call.arguments)
 
-    def _started(self) -> TaskRunner[Any]:
-        runner = _runner(self.spec, self.count)
+    def _start(self) -> TaskRunner[Any]:
+        runner = _make_runner(self.config, self.count)
         try:
-            runner.__enter__()
-            getattr(runner, "client", None)  # Dask's connects when it is asked for
+            start_runner(runner)
         except Exception as error:
-            if self.spec.address is None:
+            if self.config.address is None:
                 raise
             raise PlanError(
-                f"the {self.spec.kind} workers at {self.spec.address} cannot be reached ({error}); start them, or change `workers`"
+                f"the {self.kind} workers at {self.config.address} cannot be reached ({error}); "
+                f"start them, or change `workers`"
             ) from error
         return runner
 
-    def _limited(self, task: Task[P, R]) -> Task[P, R]:
-        return task.with_options(timeout_seconds=self.spec.timeout) if self.spec.timeout else task
+    def _with_timeout(self, task: PipelineTask[P, R]) -> Task[..., R]:
+        timeout = self.config.timeout
+        prefect_task = task.prefect_task
+        return prefect_task.with_options(timeout_seconds=timeout) if timeout else prefect_task
 
     @contextmanager
-    def _timed(self, task: Task[..., Any]) -> Iterator[None]:
+    def _explain_timeout(self, task: PipelineTask[..., Any]) -> Iterator[None]:
         try:
             yield
         except TaskRunTimeoutError:
             raise PlanError(
-                f"{task.name} took longer than the {self.spec.timeout:g} s of `workers.timeout`; raise it, or run the same "
-                f"command again, which carries on"
+                f"{task.name} took longer than the {self.config.timeout:g} s of "
+                f"`workers.timeout`; raise it, or run the same command again, which continues"
             ) from None
-
-    def shutdown(self, interrupted: bool = False) -> None:
-        """Ends the workers; an interruption does not wait for what is under way."""
-        if self._runner is None:
-            return
-        if interrupted and self.spec.kind == "threads":
-            interrupt_threads()
-        if interrupted and self.spec.kind == "processes":
-            for child in multiprocessing.active_children():
-                child.terminate()
-        self._runner.__exit__(None, None, None)
-        self._runner = None
-
-
-def _await(future: Any) -> None:
-    """Waits by turns, for a main thread that waits without an end does not hear an interruption."""
-    while True:
-        try:
-            future.result(timeout=SECONDS_A_TURN)
-            return
-        except TimeoutError:
-            if future.state.is_final():  # it has ended since, or the timeout is the task's own
-                future.result()
-                return
-
-
-def _show(live: ProgressArtifact | None, done: int) -> None:
-    if live is not None:
-        live.reach(done)
 
 
 @contextmanager
-def worker_pool(spec: WorkersConfig) -> Iterator[WorkerPool]:
-    """The workers of a flow run."""
-    found = WorkerPool(spec)
+def worker_pool(config: WorkersConfig) -> Iterator[WorkerPool]:
+    """The workers of a flow run, which end with the block."""
+    pool = WorkerPool(config)
     try:
-        yield found
+        yield pool
     except BaseException as error:
-        found.shutdown(interrupted=not isinstance(error, Exception))
+        pool.shutdown(interrupted=not isinstance(error, Exception))
         raise
-    found.shutdown()
+    pool.shutdown()
 
 
-def _runner(spec: WorkersConfig, count: int | None) -> TaskRunner[Any]:
+def _make_runner(config: WorkersConfig, count: int | None) -> TaskRunner[Any]:
     """Prefect's task runner for a plan's workers."""
-    if spec.kind == "threads":
+    if config.kind == "threads":
         return ThreadPoolTaskRunner(max_workers=count)
-    if spec.kind == "processes":
+    if config.kind == "processes":
         return ProcessPoolTaskRunner(max_workers=count)
-    if importlib.util.find_spec(f"prefect_{spec.kind}") is None:
+    if importlib.util.find_spec(f"prefect_{config.kind}") is None:
         raise PlanError(
-            f"`workers: {{kind: {spec.kind}}}` needs prefect-{spec.kind}; `pip install secateur[{spec.kind}]`"
+            f"`workers: {{kind: {config.kind}}}` needs prefect-{config.kind}; "
+            f"`pip install secateur[{config.kind}]`"
         )
-    return _dask(spec, count) if spec.kind == "dask" else _ray(spec, count)
+    return _dask_runner(config, count) if config.kind == "dask" else _ray_runner(config, count)
 
 
-def _dask(spec: WorkersConfig, count: int | None) -> TaskRunner[Any]:
-    from prefect_dask import DaskTaskRunner
+def _dask_runner(config: WorkersConfig, count: int | None) -> TaskRunner[Any]:
+    from prefect_dask.task_runners import DaskTaskRunner
 
-    if spec.address:
-        return DaskTaskRunner(address=spec.address)
-    own = {"n_workers": count, "threads_per_worker": 1, "dashboard_address": None}
-    return DaskTaskRunner(cluster_kwargs=own)
+    if config.address:
+        return DaskTaskRunner(address=config.address)
+    own_cluster = {"n_workers": count, "threads_per_worker": 1, "dashboard_address": None}
+    return DaskTaskRunner(cluster_kwargs=own_cluster)
 
 
-def _ray(spec: WorkersConfig, count: int | None) -> TaskRunner[Any]:
-    os.environ.setdefault(
-        "RAY_AUTH_MODE", "disabled"
-    )  # Ray wants a token otherwise, even of itself on one machine
+def _ray_runner(config: WorkersConfig, count: int | None) -> TaskRunner[Any]:
+    # Otherwise Ray asks for a token, even of itself on one machine.
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     from prefect_ray import RayTaskRunner
 
-    if spec.address:
-        return RayTaskRunner(address=spec.address)
-    return RayTaskRunner(
-        init_kwargs={"num_cpus": count, "include_dashboard": False, "log_to_driver": False}
-    )
+    runner: TaskRunner[Any]
+    if config.address:
+        runner = RayTaskRunner(address=config.address)
+    else:
+        own_cluster = {"num_cpus": count, "include_dashboard": False, "log_to_driver": False}
+        runner = RayTaskRunner(init_kwargs=own_cluster)
+    return runner

@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from secateur.errors import PlanError
 from secateur.flows.trainers.recording import Recording
 from secateur.influence.recorder import RecordedBatch
-from secateur.tasks.external.recording import steps_committed
+from secateur.tasks.external.recording import count_committed_steps
 from secateur.tasks.plan import Plan
 
 KEY = "__key__"
@@ -63,7 +63,7 @@ class RecordingCallback(TrainerCallback):
 
     def checkpoint(self, folder: str) -> str | None:
         """The last of the `Trainer`'s checkpoints in a folder from which the ledger can go on; None to begin anew."""
-        done = steps_committed(self._plan, self._stage)
+        done = count_committed_steps(self._plan, self._stage)
         found = [
             p
             for p in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
@@ -191,7 +191,7 @@ def _losses(logits: Tensor, labels: Tensor, loss: Tensor, total: Any) -> tuple[T
             return each.sum(1) / counts.clamp(min=1), counts
     raise PlanError(
         f"the model's loss ({float(loss):.4g}) is not the cross-entropy of its logits and labels, so the samples' own losses "
-        f"are not known; record it in a loop of your own, with `flows.trainers.Recording`"
+        f"are not known; record it in a loop of your own, with `secateur.Recording`"
     )
 
 

@@ -116,7 +116,7 @@ def _check_trainer(trainer: Trainer, module: LightningModule) -> None:
         raise PlanError("recording sees the samples of one process on one device; train on one")
     if not module.automatic_optimization or len(trainer.optimizers) != 1:
         raise PlanError(
-            "recording follows one optimizer under automatic optimization; for another loop use `flows.trainers.Recording`"
+            "recording follows one optimizer under automatic optimization; for another loop use `secateur.Recording`"
         )
     if trainer.precision == "16-mixed":
         raise PlanError(

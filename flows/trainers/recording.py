@@ -1,43 +1,49 @@
-"""Room `flows.trainers`: a recording that tells, once its stage is trained, so that Prefect prunes it."""
+"""A recording that reports when its stage is trained, so that Prefect prunes it."""
 
 from __future__ import annotations
 
-from prefect.client.orchestration import get_client
-from prefect.settings import get_current_settings
-
-from secateur.flows import events
 from secateur.tasks.engine.progress import print_status
-from secateur.tasks.external import recording
-from secateur.tasks.training.train import TrainingResult
+from secateur.tasks.external.recording import StageRecording
+from secateur.tasks.results.training_results import TrainingResult
 
 
-class Recording(recording.Recording):
-    __doc__ = recording.Recording.__doc__
+class Recording(StageRecording):
+    __doc__ = StageRecording.__doc__
 
     def finish(self) -> TrainingResult:
-        """Commits what is left, and emits `secateur.stage.trained`; training does not fail where nobody can be told."""
-        trained = super().finish()
-        if (why := _unreachable()) is None:
+        """Commit the remaining steps, and emit `secateur.stage.trained`.
+
+        Training does not fail if the event cannot be sent.
+        """
+        result = super().finish()
+        problem = _server_problem()
+        if problem is None:
+            from secateur.flows import events
+
             events.emit_trained(self.run.url, self.stage)
         else:
             print_status(
-                f"stage {self.stage} of {self.run.url} is trained; {why}, so nothing was triggered: "
-                f"`secateur prune {self.run.url} --stage {self.stage}` prunes it"
+                f"stage {self.stage} of {self.run.url} is trained; {problem}, so nothing was "
+                f"triggered: `secateur prune {self.run.url} --stage {self.stage}` prunes it"
             )
-        return trained
+        return result
 
 
-def _unreachable() -> str | None:
-    """Why no server can be told, if none can."""
-    if (url := get_current_settings().api.url) is None:
+def _server_problem() -> str | None:
+    """Why events cannot be sent, or None."""
+    # Imported here, because Prefect is slow to import and training does not need it.
+    from prefect.client.orchestration import get_client
+    from prefect.settings import get_current_settings
+
+    url = get_current_settings().api.url
+    if url is None:
         return "no Prefect server is configured"
+    problem: Exception | None
     try:
         with get_client(sync_client=True) as client:
             problem = client.api_healthcheck()
-    except Exception as error:  # whatever it is, training has not failed
+    except Exception as error:  # whatever it is, the stage is trained
         problem = error
-    return (
-        None
-        if problem is None
-        else f"the Prefect server {url} does not answer ({type(problem).__name__})"
-    )
+    if problem is None:
+        return None
+    return f"the Prefect server {url} does not answer ({type(problem).__name__})"

@@ -1,87 +1,99 @@
-"""Room `flows.trainers`: waiting for the shards of the next stage, which another process prunes."""
+"""Wait for the shards of the next stage, which another process prunes."""
 
 from __future__ import annotations
 
 import time
 
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
-from prefect.client.schemas.sorting import FlowRunSort
-from prefect.settings import get_current_settings
-
 from secateur.errors import PlanError
 from secateur.flows.run_lock import absolute_url
+from secateur.storage.layout import PLAN_PRUNING
 from secateur.tasks.data.samples import stage_shard_urls
 from secateur.tasks.engine.progress import SECONDS_BETWEEN_LINES, print_status
 from secateur.tasks.pruning.gates import refusal_reason
-from secateur.tasks.pruning.prune import PLAN_PRUNING
-from secateur.tasks.run.run import Run
+from secateur.tasks.run import Run
 
 
 def wait_for_shards(
     run: str, stage: int, timeout: float | None = None, poll: float = 2.0
 ) -> list[str]:
-    """Waits until a stage is pruned, saying so now and then.
+    """Wait until a stage is pruned, and print a line now and then.
 
     Args:
         run: path or URL of the run's folder.
-        timeout: seconds; None for as long as it takes.
-        poll: seconds between looks.
+        timeout: most seconds to wait; no limit if None.
+        poll: seconds between checks.
 
     Returns:
         Paths or URLs of the shards that the next stage trains on.
 
     Raises:
-        PlanError: the plan does not prune the stage, a trust gate forbids it, the flow run that should have pruned it has
-            failed, nothing was kept, or the time is up.
+        PlanError: the plan does not prune the stage, a trust gate forbids it, the flow run that
+            should have pruned it failed, no sample was kept, or the time is over.
     """
     opened = Run.open(run)
-    if not (0 <= stage < len(opened.plan.stages)) or opened.plan.stages[stage].prune is None:
+    if not 0 <= stage < len(opened.plan.stages) or opened.plan.stages[stage].prune is None:
         raise PlanError(
-            f"the plan of {opened.url} does not prune a stage {stage}, so no shards will come; see its `stages`"
+            f"the plan of {opened.url} does not prune a stage {stage}, so no shards will come; see "
+            f"its `stages`"
         )
-    start = shown = time.monotonic()
-    while not opened.folder.stage(stage).prune(PLAN_PRUNING).committed:
-        now, trained = time.monotonic(), opened.folder.stage(stage).trained.committed
-        state = "trained" if trained else "not trained yet"
-        late, due = (
-            timeout is not None and now - start >= timeout,
-            now - shown >= SECONDS_BETWEEN_LINES,
-        )
-        if why := refusal_reason(opened, stage, PLAN_PRUNING) or (
-            _failure(opened, stage) if trained and (late or due) else None
-        ):
-            raise PlanError(why)
-        if late:
+    folder = opened.folder.stage(stage)
+    start = last_line = time.monotonic()
+    while not folder.prune(PLAN_PRUNING).committed:
+        now = time.monotonic()
+        is_late = timeout is not None and now - start >= timeout
+        is_line_due = now - last_line >= SECONDS_BETWEEN_LINES
+        # Prefect is asked only now and then, because that is a request to its server.
+        _check_possible(opened, stage, ask_prefect=is_late or is_line_due)
+        state = "trained" if folder.trained.committed else "not trained yet"
+        if is_late:
             raise PlanError(
-                f"stage {stage} of {opened.url} is {state} and was not pruned in {timeout:g} s; look whether a Prefect worker "
-                f"serves the deployment of `prune`, or run `secateur prune {opened.url} --stage {stage}`"
+                f"stage {stage} of {opened.url} is {state} and was not pruned in {timeout:g} s; "
+                f"check whether a Prefect worker serves the deployment of `prune`, or run "
+                f"`secateur prune {opened.url} --stage {stage}`"
             )
-        if due:
-            shown = now
-            print_status(
-                f"stage {stage} of {opened.url} is {state}; waited {now - start:.0f} s for its shards"
-            )
+        if is_line_due:
+            last_line = now
+            waited = f"waited {now - start:.0f} s for its shards"
+            print_status(f"stage {stage} of {opened.url} is {state}; {waited}")
         time.sleep(poll)
     return stage_shard_urls(opened, stage + 1)
 
 
-def _failure(run: Run, stage: int) -> str | None:
-    """How the last flow run that was to prune a stage has failed; one that came before the stage was trained counts not."""
+def _check_possible(run: Run, stage: int, ask_prefect: bool) -> None:
+    """Raise if the stage will not be pruned, as far as that is known."""
+    problem = refusal_reason(run, stage, PLAN_PRUNING)
+    if problem is None and ask_prefect and run.folder.stage(stage).trained.committed:
+        problem = _flow_run_failure(run, stage)
+    if problem is not None:
+        raise PlanError(problem)
+
+
+def _flow_run_failure(run: Run, stage: int) -> str | None:
+    """How the last flow run that should prune the stage failed, or None."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
+    from prefect.client.schemas.sorting import FlowRunSort
+    from prefect.settings import get_current_settings
+
     if get_current_settings().api.url is None:
         return None
-    name = FlowRunFilter(name=FlowRunFilterName(any_=[f"prune {absolute_url(run)} stage {stage}"]))
+    name = FlowRunFilterName(any_=[f"prune {absolute_url(run)} stage {stage}"])
     with get_client(sync_client=True) as client:
-        found = client.read_flow_runs(
-            flow_run_filter=name, sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=1
+        flow_runs = client.read_flow_runs(
+            flow_run_filter=FlowRunFilter(name=name),
+            sort=FlowRunSort.EXPECTED_START_TIME_DESC,
+            limit=1,
         )
-    if (
-        not found
-        or found[0].state is None
-        or not (found[0].state.is_failed() or found[0].state.is_crashed())
-    ):
+    if not flow_runs:
         return None
-    message = str(found[0].state.message or found[0].state.name)
-    if "not wholly trained" in message:
+    state = flow_runs[0].state
+    if state is None or not (state.is_failed() or state.is_crashed()):
         return None
-    return f"stage {stage} of {run.url} is not pruned, flow run {found[0].id} has failed ({message}); mend that and retry it"
+    message = str(state.message or state.name)
+    # A flow run that came before the stage was trained says nothing about now.
+    if "not trained to its end" in message:
+        return None
+    return (
+        f"stage {stage} of {run.url} is not pruned, because flow run {flow_runs[0].id} failed "
+        f"({message}); fix that and retry it"
+    )

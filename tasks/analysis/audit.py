@@ -1,158 +1,118 @@
-"""Room `tasks`: an audit, true retraining of a stage without one sample at a time, held against its scores."""
+"""Audit a stage: retrain it without one sample at a time, and compare with the predicted scores."""
 
 from __future__ import annotations
 
 import numpy as np
 import polars as pl
 import torch
-from pydantic import BaseModel
 from scipy import stats
 
 from secateur.influence.pullback import query_at_stage_end
-from secateur.storage.frames import read_frame, write_frame
-from secateur.storage.outputs import Output
+from secateur.storage.frames import write_frame
+from secateur.storage.outputs import Attempt
 from secateur.tasks.analysis.plots import draw_audit
-from secateur.tasks.analysis.retraining import audit_settings, retraining_effects, sample_removals
-from secateur.tasks.data.batches import seed_for
-from secateur.tasks.engine.prefect_task import pipeline_task
-from secateur.tasks.plan import Plan
-from secateur.tasks.run.run import Run
-from secateur.tasks.training.train import check_replayable
-from secateur.tasks.valuation.embed import (
-    in_embeddings,
-    spans_of,
-    stage_embeddings,
-    stage_transition,
+from secateur.tasks.analysis.retraining import retraining_effects, sample_removals
+from secateur.tasks.data.seeds import seed_for
+from secateur.tasks.results.audit_results import (
+    AUDIT,
+    AUDIT_PLOT,
+    AuditResult,
+    Fidelity,
+    audit_output,
+    read_audit,
 )
-from secateur.tasks.valuation.replay import read_replay_scores, replay_stage
-from secateur.tasks.valuation.target_gradients import read_scoring_gradients
-
-FRAME = "audit.parquet"
-RESAMPLES = 2000
-
-
-class Fidelity(BaseModel):
-    """Correlation of one estimate with retraining; each interval holds 95% of the bootstrap."""
-
-    spearman: float
-    spearman_interval: tuple[float, float]
-    pearson: float
-    pearson_interval: tuple[float, float]
-
-
-class AuditResult(BaseModel):
-    """What an audit came to, for the target pruned for."""
-
-    stage: int
-    target: str
-    removals: int
-    seed: int
-    cost: float
-    fidelity: dict[str, Fidelity]
-    plot: str
-
-
-@pipeline_task(
-    "audit", makes=lambda run, stage, removals: _artefact(run, stage, removals), draws=True
+from secateur.tasks.results.training_results import check_replayable
+from secateur.tasks.results.valuation_results import (
+    coupled_spans,
+    read_embeddings,
+    read_replay_scores,
+    read_scoring_gradients,
+    read_transition,
+    to_embedding_space,
 )
-def write_audit(run_url: str, stage: int, removals: int | None = None) -> AuditResult:
-    """Retrains from the segment checkpoint to the stage's end without one use of a sample, for a sample of uses that
-    is stratified by step, and holds embedding and replay scores against what that does to the target's loss.
-
-    Args:
-        removals: instead of the plan's.
-
-    Raises:
-        PlanError: it would cost more than the plan allows, another trainer trained the stage, or training does not repeat
-            itself.
-    """
-    run = Run.open(run_url)
-    spec, folder = audit_settings(run.plan, removals), run.folder.stage(stage)
-    artefact = _artefact(run, stage, removals)
-    if not artefact.committed:
-        check_replayable(run, stage)
-        uses, cost = sample_removals(run, stage, spec)
-        replay_stage.fn(run_url, stage)
-        columns = {"truth": retraining_effects, "embedding": _embedded, "replay": _replayed}
-        frame = uses.with_columns(
-            pl.Series(name, make(run, stage, uses)) for name, make in columns.items()
-        )
-        rng = seed_for(run.plan.seed, "bootstrap", stage) % 2**32
-        fidelity = {
-            name: _fidelity(frame[name].to_numpy(), frame["truth"].to_numpy(), rng)
-            for name in ESTIMATES
-        }
-        with artefact.attempt("audit", {"scores": folder.scores.fingerprint}) as attempt:
-            write_frame(attempt, FRAME, frame)
-            attempt.write(
-                "audit.png", draw_audit(frame, fidelity, f"stage {stage}, target {run.plan.target}")
-            )
-            attempt.facts.update(
-                stage=stage, target=run.plan.target, removals=len(frame), seed=run.plan.seed, cost=cost,
-                fidelity={name: found.model_dump(mode="json") for name, found in fidelity.items()},
-            )  # fmt: skip
-    return read_audit(run, stage, spec.removals)
-
+from secateur.tasks.run import Run
+from secateur.tasks.valuation.replay import replay_stage
 
 ESTIMATES = ("embedding", "replay")
+RESAMPLES = 2000
+INTERVAL = (2.5, 97.5)  # percentiles
 
 
-def read_audit(run: Run, stage: int, removals: int | None = None) -> AuditResult:
-    """A finished audit."""
-    artefact = _artefact(run, stage, removals)
-    return AuditResult(plot=artefact.url("audit.png"), **artefact.manifest.facts)
+def write_audit(run: Run, stage: int, removals: int | None = None) -> AuditResult:
+    """Retrain a stage without one use of a sample at a time, and compare with its scores.
+
+    The uses are a sample that is stratified by step. Each retraining starts from the segment
+    checkpoint before the use and goes to the stage's end. Its change of the target's loss is
+    compared with the scores by embedding and by replay.
+
+    Args:
+        removals: how many uses to leave out, in place of the plan's number.
+
+    Raises:
+        PlanError: it would cost more than the plan allows, another trainer trained the stage, or
+            training does not repeat itself.
+    """
+    config = run.plan.audit_settings(removals)
+
+    def write(attempt: Attempt) -> None:
+        check_replayable(run, stage)
+        uses, cost = sample_removals(run, stage, config)
+        replay_stage(run, stage)
+        frame = uses.with_columns(
+            pl.Series("truth", retraining_effects(run, stage, uses)),
+            pl.Series("embedding", _embedding_scores(run, stage, uses)),
+            pl.Series("replay", _replay_scores(run, stage, uses)),
+        )
+        seed = seed_for(run.plan.seed, "bootstrap", stage) % 2**32
+        truth = frame["truth"].to_numpy()
+        fidelity = {name: _fidelity(frame[name].to_numpy(), truth, seed) for name in ESTIMATES}
+        title = f"stage {stage}, target {run.plan.pruning_target}"
+        write_frame(attempt, AUDIT, frame)
+        attempt.write(AUDIT_PLOT, draw_audit(frame, fidelity, title))
+        attempt.facts.update(
+            stage=stage,
+            target=run.plan.pruning_target,
+            removals=len(frame),
+            seed=run.plan.seed,
+            cost=cost,
+            fidelity={name: one.model_dump(mode="json") for name, one in fidelity.items()},
+        )
+
+    inputs = {"scores": run.folder.stage(stage).scores.fingerprint}
+    audit_output(run, stage, removals).write_once("audit", inputs, write)
+    return read_audit(run, stage, config.removals)
 
 
-def read_audit_frame(run: Run, stage: int) -> pl.DataFrame:
-    """The plan's audit, one row a removal: `key`, `step`, `truth`, `embedding`, `replay` among others."""
-    return read_frame(_artefact(run, stage), FRAME)
-
-
-def _artefact(run: Run, stage: int, removals: int | None = None) -> Output:
-    return run.folder.stage(stage).audit(audit_settings(run.plan, removals).removals)
-
-
-def is_audited(plan: Plan, stage: int) -> bool:
-    """Whether the plan has a stage audited, or a gate that needs it."""
-    listed = plan.audit is not None and (plan.audit.stages is None or stage in plan.audit.stages)
-    return listed or (plan.trust.min_fidelity is not None and plan.stages[stage].prune is not None)
-
-
-def _embedded(run: Run, stage: int, uses: pl.DataFrame) -> list[float]:
+def _embedding_scores(run: Run, stage: int, uses: pl.DataFrame) -> list[float]:
     """The embeddings' scores of some uses, for the target's mean loss at the stage's end."""
-    folder = run.folder.stage(stage)
-    gradient = read_scoring_gradients(run, stage, run.plan.target).mean(0, keepdim=True)
-    whole = torch.cat(
-        query_at_stage_end(gradient, spans_of(run), stage_transition(folder.embeddings)), 1
-    )
-    query = in_embeddings(run, stage, whole)[0]
-    products = torch.cat(
-        [part.double() @ query.double() for part in stage_embeddings(folder.embeddings)]
-    )
+    embeddings = run.folder.stage(stage).embeddings
+    gradients = read_scoring_gradients(run, stage, run.plan.pruning_target)
+    mean = gradients.mean(0, keepdim=True)
+    query = query_at_stage_end(mean, coupled_spans(run), read_transition(embeddings))
+    vector = to_embedding_space(run, stage, torch.cat(query, 1))[0].double()
+    products = torch.cat([part.double() @ vector for part in read_embeddings(embeddings)])
     return products[uses["row"].to_list()].tolist()
 
 
-def _replayed(run: Run, stage: int, uses: pl.DataFrame) -> list[float]:
+def _replay_scores(run: Run, stage: int, uses: pl.DataFrame) -> list[float]:
+    target = run.plan.pruning_target
     count = len(run.folder.stage(stage).segments())
-    scores = torch.cat(
-        [read_replay_scores(run, stage, number)[run.plan.target] for number in range(count)]
-    )
-    return scores[uses["row"].to_list()].tolist()
+    parts = [read_replay_scores(run, stage, number)[target] for number in range(count)]
+    return torch.cat(parts)[uses["row"].to_list()].tolist()
 
 
 def _fidelity(scores: np.ndarray, truth: np.ndarray, seed: int) -> Fidelity:
-    """Both correlations with percentile-bootstrap intervals."""
-    found: dict[str, float | tuple[float, float]] = {}
-    for name, measure in (("spearman", stats.spearmanr), ("pearson", stats.pearsonr)):
-        found[name] = float(measure(scores, truth).statistic)
+    """Both correlations, with percentile-bootstrap intervals over the removals."""
+    values: dict[str, float | tuple[float, float]] = {}
+    for name, correlation in (("spearman", stats.spearmanr), ("pearson", stats.pearsonr)):
+        values[name] = float(correlation(scores, truth).statistic)
         rng = np.random.default_rng(seed)
-        sample_removals = []
+        resampled = []
         for _ in range(RESAMPLES):
             rows = rng.integers(len(truth), size=len(truth))
-            if (
-                np.ptp(scores[rows]) > 0 and np.ptp(truth[rows]) > 0
-            ):  # a constant has no correlation
-                sample_removals.append(float(measure(scores[rows], truth[rows]).statistic))
-        low, high = np.percentile(sample_removals, [2.5, 97.5])
-        found[f"{name}_interval"] = (float(low), float(high))
-    return Fidelity.model_validate(found)
+            # A resample of one value only has no correlation.
+            if np.ptp(scores[rows]) > 0 and np.ptp(truth[rows]) > 0:
+                resampled.append(float(correlation(scores[rows], truth[rows]).statistic))
+        low, high = np.percentile(resampled, INTERVAL)
+        values[f"{name}_interval"] = (float(low), float(high))
+    return Fidelity.model_validate(values)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel
 from ruptures import KernelCPD
+
+from secateur.tasks.results.profile_results import Boundary, Phase, PhaseName, Phases
 
 BINS = 200  # a profile is cut into at most so many bins of consecutive steps
 PIECES = 6
@@ -19,60 +19,6 @@ BASIN_RATIO = (
 )
 RESAMPLES = 200
 COVERAGE = 0.95
-
-Name = Literal["warm-up", "basin", "ascent"]
-
-
-class Phase(BaseModel):
-    """A piece of a phase, steps of a level: the geometric mean of influence over learning rate. Phases that rise or fall
-    have several pieces."""
-
-    name: Name
-    start: int
-    stop: int
-    level: float
-
-
-class Boundary(BaseModel):
-    """The step at which a piece gives way to the next, and the 95% interval of that step."""
-
-    step: int
-    low: int
-    high: int
-
-
-class Phases(BaseModel):
-    """A stage's phases; none where its profile is flat, or was not recorded whole.
-
-    Attributes:
-        steps: of the stage; `recorded` of them are in the profile.
-        support: the share of resampled profiles in which the same phases are found.
-    """
-
-    steps: int
-    recorded: int
-    phases: list[Phase]
-    boundaries: list[Boundary]
-    support: float
-
-    @property
-    def whole(self) -> bool:
-        """Whether the profile covers the stage."""
-        return self.recorded >= self.steps
-
-    def ratio(self, name: Name) -> float | None:
-        """How many times the basin's level a phase's is, over all its steps."""
-        level, basin = self._level(name), self._level("basin")
-        return None if level is None or basin is None else level / basin
-
-    def _level(self, name: Name) -> float | None:
-        own = [phase for phase in self.phases if phase.name == name]
-        weights = [phase.stop - phase.start for phase in own]
-        return (
-            float(np.exp(np.average(np.log([p.level for p in own]), weights=weights)))
-            if own
-            else None
-        )
 
 
 def find_phases(steps: Sequence[int], influence: Sequence[float], length: int) -> Phases:
@@ -93,7 +39,7 @@ def find_phases(steps: Sequence[int], influence: Sequence[float], length: int) -
     usable = np.isfinite(values) & (values > 0)
     values, places = values[usable], recorded[usable]
     nothing = Phases(steps=length, recorded=len(recorded), phases=[], boundaries=[], support=1.0)
-    if not nothing.whole or len(values) < 2 * SHORTEST:
+    if not nothing.is_complete or len(values) < 2 * SHORTEST:
         return nothing
     groups = np.array_split(np.arange(len(values)), min(BINS, len(values)))
     series = np.log([values[group].mean() for group in groups])
@@ -162,7 +108,7 @@ def _resampled(series: np.ndarray, ends: list[int]) -> list[np.ndarray]:
     ]
 
 
-def _names(series: np.ndarray, ends: list[int]) -> list[Name]:
+def _names(series: np.ndarray, ends: list[int]) -> list[PhaseName]:
     """The phase of each piece; none where all of them are of the basin."""
     levels = [float(part.mean()) for part in np.split(series, ends[:-1])]
     first = last = int(np.argmin(levels))
@@ -178,6 +124,6 @@ def _names(series: np.ndarray, ends: list[int]) -> list[Name]:
     ]
 
 
-def _shown(series: np.ndarray, ends: list[int]) -> set[Name]:
+def _shown(series: np.ndarray, ends: list[int]) -> set[PhaseName]:
     """Which phases there are."""
     return set(_names(series, ends))

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from secateur.tasks.analysis.phases import Phases
+from secateur.tasks.results.profile_results import Phases
 
 COLOURS = {"warm-up": "C3", "basin": "0.5", "ascent": "C2"}
 

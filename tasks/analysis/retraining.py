@@ -1,146 +1,154 @@
-"""Room `tasks`: an audit's removals: which uses are left out, what that costs, and training again without each."""
+"""The removals of an audit: which uses are left out, what that costs, and retraining without each."""
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 import polars as pl
-from torch import Tensor
 
 from secateur.errors import PlanError
-from secateur.storage.shards import Samples
-from secateur.tasks.data.batches import BatchSchedule, seed_for
-from secateur.tasks.data.samples import list_target_samples, read_stage_samples, scoring_rows
-from secateur.tasks.engine.prefect_task import pipeline_task
+from secateur.storage.outputs import Attempt
+from secateur.tasks.data.batches import BatchSchedule
+from secateur.tasks.data.held_out import scoring_rows
+from secateur.tasks.data.samples import list_target_samples, read_stage_samples
+from secateur.tasks.data.seeds import seed_for
 from secateur.tasks.engine.progress import track
 from secateur.tasks.plan import AuditConfig, Plan
-from secateur.tasks.run.run import Run
+from secateur.tasks.results.audit_results import audit_output
+from secateur.tasks.results.training_results import check_replayable
+from secateur.tasks.results.valuation_results import read_scores
+from secateur.tasks.run import Run
 from secateur.tasks.training.loop import TrainingLoop
-from secateur.tasks.training.train import check_replayable, restore_segment_start
-from secateur.tasks.valuation.score import read_scores
+from secateur.tasks.training.segments import restore_segment_start, segment_bounds
 from secateur.tasks.valuation.target_gradients import target_loss
 
-REPLAY_COST = (
-    3.5  # trainings of a stage for one target, and for each further one; see benchmarks/cost.py
-)
-FURTHER_COST = 2.2
+# In trainings of the stage, measured by benchmarks/cost.py: one target, and each further one.
+REPLAY_COST = 3.5
+FURTHER_REPLAY_COST = 2.2
 
 
-@pipeline_task("retrain without a sample", draws=True)
-def retrain_without(run_url: str, stage: int, step: int, row: int) -> None:
-    """Trains from the segment checkpoint to the stage's end without the use of a sample in a step."""
-    run = Run.open(run_url)
+def retrain_without(run: Run, stage: int, step: int, row: int) -> None:
+    """Train to the stage's end without the use of a sample in a step, and store the target's loss.
+
+    Training starts from the segment checkpoint before the step.
+
+    Args:
+        row: the sample's row in the stage's sample list.
+    """
     if not run.folder.stage(stage).removal(step, row).committed:
-        _retrain(_Trainer(run, stage), step, row)
+        _Retraining(run, stage).remove(step, row)
 
 
-def remaining_removals(
-    run_url: str, stage: int, removals: int | None = None
-) -> list[tuple[int, int]]:
-    """The step and sample of every removal of an audit that is still to be made."""
-    run = Run.open(run_url)
-    folder, spec = run.folder.stage(stage), audit_settings(run.plan, removals)
-    if folder.audit(spec.removals).committed:
+def remaining_removals(run: Run, stage: int, removals: int | None = None) -> list[tuple[int, int]]:
+    """Return the step and the sample's row of each removal of an audit that is not made yet."""
+    if audit_output(run, stage, removals).committed:
         return []
     check_replayable(run, stage)
-    uses = sample_removals(run, stage, spec)[0].select("step", "sample").iter_rows()
-    return [(step, row) for step, row in uses if not folder.removal(step, row).committed]
+    uses, _ = sample_removals(run, stage, run.plan.audit_settings(removals))
+    folder = run.folder.stage(stage)
+    pairs = uses.select("step", "sample").iter_rows()
+    return [(step, row) for step, row in pairs if not folder.removal(step, row).committed]
 
 
 def retraining_effects(run: Run, stage: int, uses: pl.DataFrame) -> list[float]:
-    """What leaving each use out did to the target's loss at the stage's end; each removal is kept as it is made."""
-    trainer = _Trainer(run, stage)
-    restore_segment_start(
-        run, trainer.loop, stage, -(-trainer.loop.order.steps // run.plan.segment_steps)
-    )
-    base, found = trainer.loss(), []
+    """Return how leaving out each use changed the target's loss at the stage's end.
+
+    Each removal is stored once it is made, so an interrupted audit continues.
+    """
+    retraining = _Retraining(run, stage)
+    base = retraining.loss_with_all_samples()
+    effects = []
     label = f"stage {stage}, retraining without a sample"
-    for step, row in track(uses.select("step", "sample").iter_rows(), label, len(uses)):
-        artefact = run.folder.stage(stage).removal(step, row)
-        if not artefact.committed:
-            _retrain(trainer, step, row)
-        found.append(float(artefact.manifest.facts["loss"]) - base)
-    return found
+    pairs = uses.select("step", "sample").iter_rows()
+    for step, row in track(pairs, label, len(uses)):
+        output = run.folder.stage(stage).removal(step, row)
+        if not output.committed:
+            retraining.remove(step, row)
+        effects.append(float(output.manifest.facts["loss"]) - base)
+    return effects
 
 
-class _Trainer:
-    """A stage's loop, and the target that is looked at."""
+class _Retraining:
+    """A stage's loop, and the loss of the pruning target."""
 
     def __init__(self, run: Run, stage: int) -> None:
-        self.run, self.stage = run, stage
-        self.loop = TrainingLoop(run, stage, read_stage_samples(run, stage))
-        self.target: Samples = list_target_samples(run, run.plan.target)
-        self.rows: Tensor = scoring_rows(run.plan, run.plan.target, len(self.target))
+        self._run = run
+        self._stage = stage
+        self._target = list_target_samples(run, run.plan.pruning_target)
 
-    def loss(self) -> float:
-        """The target's."""
-        return target_loss(self.loop, self.target, self.rows)
+    @cached_property
+    def _loop(self) -> TrainingLoop:
+        return TrainingLoop(self._run, self._stage, read_stage_samples(self._run, self._stage))
 
+    def loss_with_all_samples(self) -> float:
+        """The target's loss at the stage's end, as it was trained."""
+        count = len(segment_bounds(self._loop.schedule))
+        restore_segment_start(self._run, self._loop, self._stage, count)
+        return self._loss()
 
-def _retrain(trainer: _Trainer, step: int, row: int) -> None:
-    run, loop, size = trainer.run, trainer.loop, trainer.run.plan.segment_steps
-    restore_segment_start(run, loop, trainer.stage, step // size)
-    loop.excluded = (step, row)
-    for again in range(step // size * size, loop.order.steps):
-        loop.step(again)
-    with run.folder.stage(trainer.stage).removal(step, row).attempt("removal", {}) as attempt:
-        attempt.facts["loss"] = trainer.loss()
+    def remove(self, step: int, row: int) -> None:
+        """Retrain without a use, and commit the loss."""
+        loop = self._loop
+        size = self._run.plan.segment_steps
+        segment = step // size
 
+        def write(attempt: Attempt) -> None:
+            restore_segment_start(self._run, loop, self._stage, segment)
+            loop.excluded = (step, row)
+            for later in range(segment * size, loop.schedule.steps):
+                loop.step(later)
+            attempt.facts["loss"] = self._loss()
 
-def audit_settings(plan: Plan, removals: int | None = None) -> AuditConfig:
-    """The plan's audit, or the default one."""
-    spec = plan.audit or AuditConfig()
-    return spec if removals is None else spec.model_copy(update={"removals": removals})
+        folder = self._run.folder.stage(self._stage)
+        folder.removal(step, row).write_once("removal", {}, write)
 
-
-def expected_audit_cost(plan: Plan, order: BatchSchedule, removals: int | None = None) -> float:
-    """What an audit of a stage costs, in trainings of the stage; expected over the draw of its removals."""
-    steps = [step for window in order.windows() for step in window]
-    sample_removals = (
-        np.linspace(0, len(steps) - 1, audit_settings(plan, removals).removals).round().astype(int)
-    )
-    return _cost(plan, order, [steps[i] for i in sample_removals])
-
-
-def _cost(plan: Plan, order: BatchSchedule, steps: list[int]) -> float:
-    size, total = plan.segment_steps, order.steps
-    return (
-        sum(1 - step // size * size / total for step in steps)
-        + REPLAY_COST
-        + FURTHER_COST * (len(plan.targets) - 1)
-    )
+    def _loss(self) -> float:
+        plan = self._run.plan
+        rows = scoring_rows(plan, plan.pruning_target, len(self._target))
+        return target_loss(self._loop, self._target, rows)
 
 
-def _check_budget(spec: AuditConfig, cost: float, stage: int) -> None:
-    if cost > spec.budget:
-        raise PlanError(
-            f"an audit of stage {stage} with {spec.removals} removals would cost {cost:.1f} trainings of the stage, and the "
-            f"plan allows {spec.budget:g}; ask for fewer removals, or raise audit.budget"
-        )
+def expected_audit_cost(plan: Plan, schedule: BatchSchedule, removals: int | None = None) -> float:
+    """Return the cost of an audit in trainings of the stage, expected over the draw of removals."""
+    steps = [step for window in schedule.windows() for step in window]
+    count = plan.audit_settings(removals).removals
+    places = np.linspace(0, len(steps) - 1, count).round().astype(int)
+    return _audit_cost(plan, schedule, [steps[place] for place in places])
 
 
-def sample_removals(run: Run, stage: int, spec: AuditConfig) -> tuple[pl.DataFrame, float]:
-    """One use from each of equal stretches of the stage's uses, in the order of their steps, and what leaving them out one
-    at a time costs, in trainings of the stage.
+def sample_removals(run: Run, stage: int, config: AuditConfig) -> tuple[pl.DataFrame, float]:
+    """Sample the uses that an audit leaves out: one of each equal stretch of the stage's uses.
+
+    Returns:
+        The uses in the order of their steps, with their `row` in the stage's scores. The cost of
+        leaving them out one at a time, in trainings of the stage.
 
     Raises:
         PlanError: there are fewer uses, or it would cost more than the plan allows.
     """
-    uses = (
-        read_scores(run, stage)
-        .select("sample", "key", "step", "window", "loss", "norm")
-        .with_row_index("row")
-    )
-    if len(uses) < spec.removals:
+    columns = ("sample", "key", "step", "window", "loss", "norm")
+    uses = read_scores(run, stage).select(columns).with_row_index("row")
+    if len(uses) < config.removals:
         raise PlanError(
-            f"stage {stage} of {run.url} has {len(uses)} recorded uses, fewer than {spec.removals} removals"
+            f"stage {stage} of {run.url} has {len(uses)} recorded uses, fewer than "
+            f"{config.removals} removals"
         )
     rng = np.random.default_rng(seed_for(run.plan.seed, "audit", stage))
-    strata = np.array_split(np.arange(len(uses)), spec.removals)
-    chosen = uses[[int(rng.choice(stratum)) for stratum in strata]]
-    cost = _cost(
-        run.plan,
-        BatchSchedule(run.plan, stage, len(read_stage_samples(run, stage))),
-        chosen["step"].to_list(),
-    )
-    _check_budget(spec, cost, stage)
-    return chosen, cost
+    strata = np.array_split(np.arange(len(uses)), config.removals)
+    sampled = uses[[int(rng.choice(stratum)) for stratum in strata]]
+    schedule = BatchSchedule(run.plan, stage, len(read_stage_samples(run, stage)))
+    cost = _audit_cost(run.plan, schedule, sampled["step"].to_list())
+    if cost > config.budget:
+        raise PlanError(
+            f"an audit of stage {stage} with {config.removals} removals would cost {cost:.1f} "
+            f"trainings of the stage, and the plan allows {config.budget:g}; ask for fewer "
+            f"removals, or raise audit.budget"
+        )
+    return sampled, cost
+
+
+def _audit_cost(plan: Plan, schedule: BatchSchedule, steps: list[int]) -> float:
+    size = plan.segment_steps
+    retraining = sum(1 - step // size * size / schedule.steps for step in steps)
+    return retraining + REPLAY_COST + FURTHER_REPLAY_COST * (len(plan.targets) - 1)

@@ -1,4 +1,4 @@
-"""Room `tasks`: windows from an influence profile: suggested to a user, and settled as a stage of the plan begins."""
+"""Windows from an influence profile: suggested to a user, or frozen when a stage begins."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from typing import Any
 from pydantic import BaseModel
 
 from secateur.errors import PlanError
-from secateur.tasks.analysis.influence_profile import PICTURE, read_phases, write_profile
-from secateur.tasks.analysis.phases import Phases
+from secateur.storage.outputs import Attempt
+from secateur.tasks.analysis.influence_profile import write_profile
 from secateur.tasks.data.batches import BatchSchedule
 from secateur.tasks.data.samples import read_stage_samples
-from secateur.tasks.engine.prefect_task import pipeline_task
 from secateur.tasks.plan import PREVIOUS, AutoWindowsConfig, Plan, WindowConfig
-from secateur.tasks.run.run import Run
+from secateur.tasks.results.profile_results import PROFILE_PLOT, Phases, read_phases
+from secateur.tasks.run import Run
 
 
 class WindowSuggestion(BaseModel):
-    """The windows that a stage's profile suggests for a stage like it.
+    """The windows that a stage's profile suggests for a similar stage.
 
     Attributes:
         windows: in fractions of the stage's steps.
-        share: of the steps, that they hold.
-        sentence: what the suggestion rests on.
+        share: of the steps in these windows.
+        sentence: the reason for the suggestion.
         picture: path or URL of the profile's plot.
     """
 
@@ -35,195 +35,215 @@ class WindowSuggestion(BaseModel):
     picture: str
 
 
-@pipeline_task("suggest windows")
 def suggest_windows(
-    run_url: str, stage: int | None = None, budget: float = 0.4
+    run: Run, stage: int | None = None, budget: float = 0.4
 ) -> list[WindowSuggestion]:
-    """The windows that the profiles of a run's scored stages, or one of them, suggest for the target pruned for.
+    """Return the windows that the profiles of a run's scored stages suggest.
 
     Args:
-        budget: share of a stage's steps that its windows may hold at most.
+        stage: one stage only.
+        budget: largest share of a stage's steps in its windows.
 
     Raises:
-        PlanError: the budget is no share, or no stage is scored.
+        PlanError: the budget is not a share, or no stage is scored.
     """
     if not 0 < budget <= 1:
         raise PlanError(
             f"the budget is {budget:g}; give a share of the steps, above 0 and at most 1"
         )
-    run = Run.open(run_url)
     stages = [n for n in range(len(run.plan.stages)) if run.folder.stage(n).scores.committed]
     if not stages:
-        raise PlanError(f"{run_url} has no scored stage yet; `secateur run` its plan first")
+        raise PlanError(f"{run.url} has no scored stage yet; `secateur run` its plan first")
     if stage is not None and stage not in stages:
-        raise PlanError(
-            f"stage {stage} of {run_url} is not scored; scored are {', '.join(map(str, stages))}"
-        )
+        scored = ", ".join(map(str, stages))
+        raise PlanError(f"stage {stage} of {run.url} is not scored; the scored stages are {scored}")
     return [_suggestion(run, number, budget) for number in stages if stage in (None, number)]
 
 
-@pipeline_task("settle windows")
-def freeze_windows(run_url: str, stage: int) -> list[dict[str, Any]]:
-    """Stores the windows that a stage takes from a profile, if it does, so that from now on they do not change.
+def freeze_windows(run: Run, stage: int) -> list[dict[str, Any]]:
+    """Store the windows that a stage takes from a profile, so that they never change afterwards.
 
-    As the first stage begins, the earlier runs that later stages name are looked at too.
+    When the first stage begins, the earlier runs that later stages name are checked too.
 
     Returns:
-        The windows, in steps of the stage; none where the plan gives them.
+        The windows, in steps of the stage. None if the plan lists them.
 
     Raises:
-        PlanError: the profile they are to be taken from is not there, or was not recorded whole.
+        PlanError: the profile is missing, or was not recorded in full.
     """
-    run = Run.open(run_url)
-    for later, spec in enumerate(run.plan.stages[1:] if stage == 0 else [], 1):
-        if isinstance(spec.windows, AutoWindowsConfig) and spec.windows.auto != PREVIOUS:
-            _source(run.plan, run, later, spec.windows)
-    artefact, auto = run.folder.stage(stage).windows, run.plan.stages[stage].windows
-    if isinstance(auto, AutoWindowsConfig):
-        phases, where = _source(run.plan, run, stage, auto)
+    if stage == 0:
+        _check_named_runs(run)
+    auto = run.plan.stages[stage].auto_windows
+    output = run.folder.stage(stage).windows
+    if auto:
+        phases, source = _profile_source(run.plan, run, stage, auto)
         steps = BatchSchedule(run.plan, stage, len(read_stage_samples(run, stage))).steps
-        found = [
-            {"start": r.start, "stop": r.stop, "unit": "steps"}
-            for r in allocate_windows(phases, auto.budget, steps)
+        windows = [
+            {"start": window.start, "stop": window.stop, "unit": "steps"}
+            for window in allocate_windows(phases, auto.budget, steps)
         ]
-        with artefact.attempt("windows", {}) as attempt:
-            attempt.facts.update(
-                windows=found,
-                source=where,
-                budget=auto.budget,
-                phases=phases.model_dump(mode="json"),
-            )
-    return list(artefact.manifest.facts["windows"]) if artefact.committed else []
+
+        def write(attempt: Attempt) -> None:
+            facts = phases.model_dump(mode="json")
+            attempt.facts.update(windows=windows, source=source, budget=auto.budget, phases=facts)
+
+        output.write_once("windows", {}, write)
+    return list(output.manifest.facts["windows"]) if output.committed else []
 
 
 def allocate_windows(phases: Phases, budget: float, steps: int) -> list[range]:
-    """The windows of a stage of `steps` steps: at most `budget` of them, spent where influence a step is largest.
+    """Return the windows of a stage of `steps` steps, where influence per step is largest.
 
-    The pieces of warm-up and ascent are taken in the order of their levels. The one that does not fit keeps the end that
-    is away from the basin: a warm-up its first steps, an ascent its last. Nothing is spent on the basin. Where there are no phases any
-    steps are as good as others, and the stage's last ones are taken.
+    The pieces of warm-up and ascent are taken in the order of their levels, until the windows hold
+    `budget` of the steps. A piece that does not fit keeps the end away from the basin: a warm-up
+    its first steps, an ascent its last. The basin gets no window. Without phases any steps are as
+    good as others, and the stage's last ones are taken.
     """
-    room, last = max(1, int(budget * steps)), len(phases.phases) - 1
-    cuts = [0]
-    for number, phase in enumerate(
-        phases.phases
-    ):  # each phase keeps a step, however short the stage
-        stop = round(phase.stop * steps / phases.steps)
-        cuts.append(min(max(stop, cuts[-1] + 1), steps - last + number))
-    found = []
-    for phase, start, stop in sorted(
-        zip(phases.phases, cuts, cuts[1:], strict=False), key=lambda cut: -cut[0].level
-    ):
-        length = min(stop - start, room)
-        if phase.name != "basin" and length > 0:
-            found.append(
-                range(start, start + length)
-                if phase.name == "warm-up"
-                else range(stop - length, stop)
-            )
-            room -= length
-    joined: list[range] = []
-    for part in sorted(found, key=lambda r: r.start):
-        if joined and joined[-1].stop == part.start:
-            part = range(joined.pop().start, part.stop)
-        joined.append(part)
-    return joined or [range(steps - room, steps)]
+    room = max(1, int(budget * steps))
+    windows = []
+    pieces = zip(phases.phases, _scaled_bounds(phases, steps), strict=True)
+    for phase, bounds in sorted(pieces, key=lambda piece: -piece[0].level):
+        length = min(len(bounds), room)
+        if phase.name == "basin" or length <= 0:
+            continue
+        if phase.name == "warm-up":
+            windows.append(range(bounds.start, bounds.start + length))
+        else:
+            windows.append(range(bounds.stop - length, bounds.stop))
+        room -= length
+    return _join_adjacent(windows) or [range(steps - room, steps)]
 
 
 def preview_windows(plan: Plan, stage: int, samples: int) -> tuple[Plan, str]:
-    """The plan with a stage's automatic windows as far as they are known now, and a sentence about them.
+    """Return the plan with a stage's automatic windows as far as they are known, and a sentence.
 
-    Windows that a stage of the same run is still to give stand as the last steps that the budget allows.
+    If the source stage has not run yet, the last steps that the budget allows stand in for them.
 
     Raises:
-        PlanError: an earlier run that is named cannot give any.
+        PlanError: an earlier run that the plan names cannot give any.
     """
-    auto, run = plan.stages[stage].windows, Run.of(plan)
-    if not isinstance(auto, AutoWindowsConfig):
+    auto = plan.stages[stage].auto_windows
+    if auto is None:
         return plan, ""
-    settled, steps = run.folder.stage(stage).windows, BatchSchedule(plan, stage, samples).steps
-    if settled.committed:
-        ranges = [range(spec["start"], spec["stop"]) for spec in settled.manifest.facts["windows"]]
-        said = f"settled from {settled.manifest.facts['source']}"
+    run = Run.of_plan(plan)
+    frozen = run.folder.stage(stage).windows
+    steps = BatchSchedule(plan, stage, samples).steps
+    if frozen.committed:
+        facts = frozen.manifest.facts
+        ranges = [range(window["start"], window["stop"]) for window in facts["windows"]]
+        sentence = f"frozen, taken from {facts['source']}"
     elif auto.auto == PREVIOUS:
         ranges = [range(steps - max(1, int(auto.budget * steps)), steps)]
-        said = f"to be taken from stage {plan.profiled_before(stage)} as the stage begins; the last steps stand for them here"
-    else:
-        phases, where = _source(plan, run, stage, auto)
-        ranges, said = (
-            allocate_windows(phases, auto.budget, steps),
-            f"taken from {where} ({_sentence(phases)})",
+        sentence = (
+            f"to be taken from stage {plan.profiled_before(stage)} when the stage begins; the last "
+            f"steps stand in for them here"
         )
+    else:
+        phases, source = _profile_source(plan, run, stage, auto)
+        ranges = allocate_windows(phases, auto.budget, steps)
+        sentence = f"taken from {source} ({_phases_sentence(phases)})"
     windows = [
-        WindowConfig(start=r.start, stop=r.stop, unit="steps", select=auto.select) for r in ranges
+        WindowConfig(start=window.start, stop=window.stop, unit="steps", select=auto.select)
+        for window in ranges
     ]
-    stages = [
-        spec.model_copy(update={"windows": windows}) if n == stage else spec
-        for n, spec in enumerate(plan.stages)
-    ]
-    return plan.model_copy(update={"stages": stages}), said
+    stages = list(plan.stages)
+    stages[stage] = stages[stage].model_copy(update={"windows": windows})
+    return plan.model_copy(update={"stages": stages}), sentence
 
 
 def _suggestion(run: Run, stage: int, budget: float) -> WindowSuggestion:
-    """A stage's suggestion, whose profile is made if it is not there."""
-    write_profile.fn(run.url, stage)
-    phases = read_phases(run, stage, run.plan.target)
+    """A stage's suggestion. Its profile is written if it is missing."""
+    write_profile(run, stage)
+    phases = read_phases(run, stage, run.plan.pruning_target)
+    ranges = allocate_windows(phases, budget, phases.steps) if phases.is_complete else []
     windows = []
-    for steps in allocate_windows(phases, budget, phases.steps) if phases.whole else []:
-        windows.append(
-            WindowConfig(
-                start=round(steps.start / phases.steps, 6), stop=round(steps.stop / phases.steps, 6)
-            )
-        )
+    for steps in ranges:
+        start = round(steps.start / phases.steps, 6)
+        windows.append(WindowConfig(start=start, stop=round(steps.stop / phases.steps, 6)))
     return WindowSuggestion(
         stage=stage,
-        target=run.plan.target,
+        target=run.plan.pruning_target,
         phases=phases,
         windows=windows,
-        share=sum(w.stop - w.start for w in windows),
-        sentence=_sentence(phases),
-        picture=run.folder.stage(stage).profile.url(PICTURE),
+        share=sum(window.stop - window.start for window in windows),
+        sentence=_phases_sentence(phases),
+        picture=run.folder.stage(stage).profile.url(PROFILE_PLOT),
     )
 
 
-def _sentence(phases: Phases) -> str:
-    if not phases.whole:
+def _scaled_bounds(phases: Phases, steps: int) -> list[range]:
+    """The steps of each piece in a stage of `steps` steps. Each piece keeps at least one step."""
+    last = len(phases.phases) - 1
+    ends = [0]
+    for number, phase in enumerate(phases.phases):
+        stop = round(phase.stop * steps / phases.steps)
+        # Room is left for one step of each later piece.
+        ends.append(min(max(stop, ends[-1] + 1), steps - last + number))
+    return [range(start, stop) for start, stop in zip(ends, ends[1:], strict=False)]
+
+
+def _join_adjacent(windows: list[range]) -> list[range]:
+    joined: list[range] = []
+    for window in sorted(windows, key=lambda one: one.start):
+        if joined and joined[-1].stop == window.start:
+            window = range(joined.pop().start, window.stop)
+        joined.append(window)
+    return joined
+
+
+def _phases_sentence(phases: Phases) -> str:
+    if not phases.is_complete:
         return (
-            f"recorded in {phases.recorded} of {phases.steps} steps: a profile of windows cannot show a stage's phases; record a "
-            f"stage whole (no `windows`) to have some suggested"
+            f"recorded in {phases.recorded} of {phases.steps} steps: a profile of windows cannot "
+            f"show a stage's phases; record a stage in full (no `windows`) to get a suggestion"
         )
     if not phases.phases:
         return "no phases found: the profile is flat, and any steps are as good as others"
     names = dict.fromkeys(phase.name for phase in phases.phases if phase.name != "basin")
-    times = [f"{name} {phases.ratio(name):.3g} times the basin" for name in names]
-    return f"{' and '.join(times)}; {phases.support:.0%} of resampled profiles show the same phases"
+    ratios = [f"{name} {phases.ratio_to_basin(name):.3g} times the basin" for name in names]
+    return (
+        f"{' and '.join(ratios)}; {phases.support:.0%} of resampled profiles show the same phases"
+    )
 
 
-def _source(plan: Plan, run: Run, stage: int, auto: AutoWindowsConfig) -> tuple[Phases, str]:
-    """The phases that a stage's windows are taken from, and where those are.
+def _check_named_runs(run: Run) -> None:
+    """Check that the earlier runs named by later stages can give windows."""
+    for number, stage in enumerate(run.plan.stages[1:], 1):
+        if stage.auto_windows and stage.auto_windows.auto != PREVIOUS:
+            _profile_source(run.plan, run, number, stage.auto_windows)
+
+
+def _profile_source(
+    plan: Plan, run: Run, stage: int, auto: AutoWindowsConfig
+) -> tuple[Phases, str]:
+    """The phases that a stage's windows are taken from, and the stage that has them.
 
     Raises:
-        PlanError: they are not there, or the stage was not recorded whole.
+        PlanError: they are missing, or that stage was not recorded in full.
     """
     if auto.auto == PREVIOUS:
-        source, number = run, plan.profiled_before(stage)
+        source = run
+        number = plan.profiled_before(stage)
     else:
-        source, number = Run.open(auto.auto), stage if auto.stage is None else auto.stage
+        source = Run.open(auto.auto)
+        number = stage if auto.stage is None else auto.stage
     where = f"stage {number} of {source.url}"
     if number >= len(source.plan.stages):
         raise PlanError(
-            f"stage {stage} takes its windows from {where}, whose last is {len(source.plan.stages) - 1}; name one with "
+            f"stage {stage} takes its windows from {where}, whose last stage is "
+            f"{len(source.plan.stages) - 1}; name one with "
             f"`windows: {{auto: {auto.auto}, stage: 0}}`"
         )
     if not source.folder.stage(number).scores.committed:
         raise PlanError(
             f"stage {stage} takes its windows from {where}, which is not scored yet; run that first"
         )
-    write_profile.fn(source.url, number)
-    phases = read_phases(source, number, source.plan.target)
-    if not phases.whole:
+    write_profile(source, number)
+    phases = read_phases(source, number, source.plan.pruning_target)
+    if not phases.is_complete:
         raise PlanError(
-            f"stage {stage} takes its windows from {where}, which was recorded in {phases.recorded} of {phases.steps} steps only; "
-            f"name a stage that was recorded whole"
+            f"stage {stage} takes its windows from {where}, which was recorded in "
+            f"{phases.recorded} of {phases.steps} steps only; name a stage that was recorded in "
+            f"full"
         )
     return phases, where

@@ -1,1 +1,1 @@
-"""Room `tasks.comparison`: whether pruning pays: a plan beside arms that differ from it in the pruning only."""
+"""Does pruning pay? A plan compared with arms that differ from it in the pruning only."""

@@ -10,12 +10,11 @@ from pydantic import BaseModel
 
 from secateur.storage.frames import write_frame
 from secateur.storage.layout import ComparisonFolder
-from secateur.tasks.comparison.arm_runs import first_pruned
 from secateur.tasks.comparison.arms import PLAN, RANDOM, UNPRUNED
 from secateur.tasks.comparison.comparison_plot import draw_comparison
 from secateur.tasks.comparison.figures import FIGURES, Interval, read_figures, summarize_figures
 from secateur.tasks.plan import Plan
-from secateur.tasks.run.run import Run
+from secateur.tasks.run import Run
 
 SUMMARY = "summary.parquet"
 PICTURE = "compare.png"
@@ -77,7 +76,7 @@ def write_comparison(
     frame = read_figures(urls)
     summary = summarize_figures(frame, (UNPRUNED, RANDOM))
     first = frame.filter(
-        pl.col("stage") == first_pruned(plan), pl.col("arm") == PLAN, pl.col("target") == judge
+        pl.col("stage") == plan.first_pruned_stage, pl.col("arm") == PLAN, pl.col("target") == judge
     )
     if not artefact.committed:
         with artefact.attempt("comparison", {}) as attempt:

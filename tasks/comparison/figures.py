@@ -11,8 +11,7 @@ from scipy import stats
 
 from secateur.storage.frames import read_frame, write_frame
 from secateur.tasks.data.samples import read_stage_samples
-from secateur.tasks.engine.prefect_task import pipeline_task
-from secateur.tasks.run.run import Run
+from secateur.tasks.run import Run
 
 FIGURES = "figures.parquet"
 CONFIDENCE = 0.95
@@ -51,17 +50,13 @@ class Interval(BaseModel):
         )
 
 
-@pipeline_task("note figures", makes=lambda run, *_: run.folder.figures)
-def write_figures(
-    run_url: str, seed: int, judges: list[str], seconds: dict[int, float] | None
-) -> None:
+def write_figures(run: Run, seed: int, judges: list[str], seconds: dict[int, float] | None) -> None:
     """Stores what an arm's finished run came to, one row a stage, target and figure.
 
     Args:
         judges: the targets whose figures are of samples that never score.
         seconds: what scoring and pruning each stage took; None where it went on from an interrupted one.
     """
-    run = Run.open(run_url)
     if run.folder.figures.committed:
         return
     rows = [row for stage in range(len(run.plan.stages)) for row in _rows(run, stage, judges)]

@@ -1,65 +1,68 @@
-"""Room `tasks`: listing the samples of a stage: the plan's shards for the first, pruned ones for the next."""
+"""List the samples of a stage and of targets, and read the lists back."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import polars as pl
-import torch
-from torch import Tensor
 
 from secateur.errors import PlanError, StorageError
 from secateur.storage.frames import read_frame, write_frame
 from secateur.storage.integrity import check_output_file
-from secateur.storage.outputs import Output
+from secateur.storage.layout import PLAN_PRUNING
+from secateur.storage.outputs import Attempt, Output
 from secateur.storage.shards import Samples, expand_shard_urls, list_shards
-from secateur.tasks.data.batches import seed_for
-from secateur.tasks.engine.prefect_task import pipeline_task
 from secateur.tasks.engine.progress import print_status
-from secateur.tasks.plan import DataConfig, Plan
-from secateur.tasks.run.run import Run
+from secateur.tasks.plan import DataConfig
+from secateur.tasks.run import Run
+
+SAMPLES = "samples.parquet"
 
 
-@pipeline_task("list samples", makes=lambda run, stage: run.folder.stage(stage).samples)
-def list_stage_samples(run_url: str, stage: int) -> int:
-    """Indexes the stage's shards once: key, shard, place of every member.
+def list_stage_samples(run: Run, stage: int) -> int:
+    """List the stage's shards once: the key, shard and byte offsets of every sample.
 
     Returns:
-        How many samples there are.
+        Number of samples.
 
     Raises:
-        PlanError: there are none.
-        StorageError: a shard is missing, truncated, or repeats a key; a pruned one holds what was never listed.
+        PlanError: there are none, or the stage before is not pruned yet.
+        StorageError: a shard is missing or truncated, repeats a key, or (if it is a pruned shard)
+            holds a sample that the stage before did not train on.
     """
-    run = Run.open(run_url)
-    artefact = run.folder.stage(stage).samples
-    if not artefact.committed:
-        urls, skipped = stage_shard_urls(run, stage), list[str]()
+
+    def write(attempt: Attempt) -> None:
+        urls = stage_shard_urls(run, stage)
+        skipped: list[str] = []
         frame = list_shards(urls, damaged_shard_handler(run.plan.data, skipped))
         if not len(frame):
             raise PlanError(
                 f"there are no samples to train on in {', '.join(urls)}; give shards that hold some"
             )
-        _check_kept(run, stage, frame)
-        with artefact.attempt("samples", {}) as attempt:
-            write_frame(attempt, "samples.parquet", frame)
-            attempt.facts.update(shards=urls, samples=len(frame), skipped=skipped)
+        _check_kept_samples(run, stage, frame)
+        write_frame(attempt, SAMPLES, frame)
+        attempt.facts.update(shards=urls, samples=len(frame), skipped=skipped)
+
+    run.folder.stage(stage).samples.write_once("samples", {}, write)
     return len(read_stage_samples(run, stage))
 
 
 def read_stage_samples(run: Run, stage: int) -> Samples:
-    """The listed samples of a stage, ready to be read; pruned ones from where they are now, for they may have been removed
-    and pruned again."""
-    artefact, before = run.folder.stage(stage).samples, _pruned_before(run, stage)
-    frame: pl.DataFrame = read_frame(artefact, "samples.parquet")
+    """Return the listed samples of a stage, ready to be read.
+
+    Pruned samples are read from where the shards are now: a pruning may have been removed and made
+    again, in another folder.
+    """
+    output = run.folder.stage(stage).samples
+    frame = read_frame(output, SAMPLES)
+    before = run.plan.pruned_before(stage)
     if before is None:
-        return Samples(artefact.manifest.facts["shards"], frame)
-    pruned, names = _kept_shards(run, stage, before)
-    return Samples([pruned.url(name) for name in names], frame)
+        return Samples(output.manifest.facts["shards"], frame)
+    return Samples(_kept_shard_urls(run, stage, before), frame)
 
 
 def list_target_samples(run: Run, target: str) -> Samples:
-    """The samples of a target.
+    """Return the samples of a target.
 
     Raises:
         PlanError: it is empty.
@@ -74,37 +77,13 @@ def list_target_samples(run: Run, target: str) -> Samples:
     return Samples(urls, frame)
 
 
-def scoring_rows(plan: Plan, target: str, count: int) -> Tensor:
-    """Which of a target's `count` samples score: those that do not judge."""
-    return _split(plan, target, count)[1]
-
-
-def held_out_rows(plan: Plan, target: str, count: int) -> Tensor:
-    """Which of a target's `count` samples judge and never score; the same for every seed of the plan."""
-    return _split(plan, target, count)[0]
-
-
-def _split(plan: Plan, target: str, count: int) -> tuple[Tensor, Tensor]:
-    """The rows that judge and the rows that score, each in order.
-
-    Raises:
-        PlanError: the target is too small to be split.
-    """
-    share = plan.judging(target)
-    judges = round(share * count)
-    if share and not 0 < judges < count:
-        raise PlanError(
-            f"target {target} has {count} samples, too few to keep {share:g} of them for judging; give it more, or judge by "
-            f"a target of its own"
-        )
-    drawn = torch.randperm(
-        count, generator=torch.Generator().manual_seed(seed_for("judging", target))
-    )
-    return drawn[:judges].sort().values, drawn[judges:].sort().values
-
-
 def damaged_shard_handler(data: DataConfig, skipped: list[str]) -> Callable[[str], None] | None:
-    """What the plan wants done about a damaged shard: nothing but to fail, or to add it to `skipped` and say so."""
+    """Return what to call with a sentence about each damaged shard.
+
+    Returns:
+        None if the plan says to fail. Else a function that adds the sentence to `skipped` and
+        prints it.
+    """
     if data.damaged == "fail":
         return None
 
@@ -116,52 +95,58 @@ def damaged_shard_handler(data: DataConfig, skipped: list[str]) -> Callable[[str
 
 
 def stage_shard_urls(run: Run, stage: int) -> list[str]:
-    """The shards that a stage trains on.
+    """Return the shards that a stage trains on.
 
     Raises:
-        PlanError: the stage before has not been pruned yet.
+        PlanError: the stage before is not pruned yet, kept no sample, or its shards have changed.
     """
-    before = _pruned_before(run, stage)
+    before = run.plan.pruned_before(stage)
     if before is None:
         return expand_shard_urls(run.plan.data.shards)
-    pruned, names = _kept_shards(run, stage, before)
+    pruning = _pruning_before(run, stage, before)
+    names = shard_names(pruning)
     for name in names:
-        if what := check_output_file(pruned, name):
+        if problem := check_output_file(pruning, name):
             raise PlanError(
-                f"the pruned shard {pruned.url(name)} is {what}; restore it, or remove its folder to prune anew"
+                f"the pruned shard {pruning.url(name)} is {problem}; restore it, or remove its "
+                f"folder to prune again"
             )
     if not names:
         raise PlanError(f"stage {before} of {run.url} kept no sample; relax its policy")
-    return [pruned.url(name) for name in names]
+    return [pruning.url(name) for name in names]
 
 
-def _kept_shards(run: Run, stage: int, before: int) -> tuple[Output, list[str]]:
-    """What the plan's policy wrote of the stage before, and the names of the shards in it."""
-    pruned = run.folder.stage(before).prune("plan")
-    if not pruned.committed:
+def shard_names(pruning: Output) -> list[str]:
+    """Return the names of a pruning's shards within its output."""
+    return [name for name in pruning.names() if name.startswith("shards/")]
+
+
+def _kept_shard_urls(run: Run, stage: int, before: int) -> list[str]:
+    pruning = _pruning_before(run, stage, before)
+    return [pruning.url(name) for name in shard_names(pruning)]
+
+
+def _pruning_before(run: Run, stage: int, before: int) -> Output:
+    """The output of the plan's own pruning of stage `before`."""
+    pruning = run.folder.stage(before).prune(PLAN_PRUNING)
+    if not pruning.committed:
         raise PlanError(
             f"stage {stage} of {run.url} needs the shards of stage {before}; prune that first"
         )
-    return pruned, [name for name in pruned.names() if name.startswith("shards/")]
+    return pruning
 
 
-def _pruned_before(run: Run, stage: int) -> int | None:
-    """The last stage before that prunes."""
-    return next(
-        (before for before in reversed(range(stage)) if run.plan.stages[before].prune is not None),
-        None,
-    )
-
-
-def _check_kept(run: Run, stage: int, frame: pl.DataFrame) -> None:
-    """Holds the samples of pruned shards against those that they were kept from, byte for byte, by their sha256."""
-    before = _pruned_before(run, stage)
+def _check_kept_samples(run: Run, stage: int, frame: pl.DataFrame) -> None:
+    """Compare the samples of pruned shards with those they were kept from, by SHA-256."""
+    before = run.plan.pruned_before(stage)
     if before is None:
         return
-    listed = read_frame(run.folder.stage(before).samples, "samples.parquet", ["key", "sha256"])
-    others = frame.join(listed, ["key", "sha256"], "anti", maintain_order="left")
-    if len(others):
+    trained = read_frame(run.folder.stage(before).samples, SAMPLES, ["key", "sha256"])
+    unknown = frame.join(trained, ["key", "sha256"], "anti", maintain_order="left")
+    if len(unknown):
+        pruning = run.folder.stage(before).prune(PLAN_PRUNING)
         raise StorageError(
-            f"sample {others['key'][0]} of the pruned shards of stage {before} is not what stage {before} trained on ({len(others)} "
-            f"such); restore the shards that it came from, and remove {run.folder.stage(before).prune('plan').root.url} to prune anew"
+            f"sample {unknown['key'][0]} of the pruned shards of stage {before} is not what stage "
+            f"{before} trained on ({len(unknown)} such samples); restore the shards that it came "
+            f"from, and remove {pruning.root.url} to prune again"
         )

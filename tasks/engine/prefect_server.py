@@ -1,38 +1,39 @@
-"""Room `flows`: a Prefect server of the command's own, where none is configured, for as long as the command runs.
+"""The Prefect server that a command uses: the configured one, or its own while it runs.
 
-Prefect would start one by itself, once it is wanted, and then wait for it. This one starts first and gets ready while the
-command imports the rest; the processes that a run starts use it too; and nothing is left of it, however the command ends.
+Prefect would start a server when one is first needed, and then wait for it. Ours starts first and
+gets ready while the command imports the rest. The processes that a run starts use it too, and it
+ends with the command, however that ends.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 from secateur.errors import PlanError
 
-if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-PATIENCE = 180.0  # its first start makes a database; a busy machine is slow
-SECONDS_TO_END = 5.0
-BUSY, SECONDS_BUSY = 503, b"0.25"
+# The first start creates a database, and a busy machine is slow.
+SECONDS_TO_START = 180.0
+SECONDS_TO_STOP = 5.0
 
 
 def has_lasting_server() -> bool:
-    """Whether there is a Prefect server that stays: others wait for a run there, and look at its log and artifacts."""
+    """Return whether a Prefect server is configured that outlives this command.
+
+    Only then do others look at the run's log and artifacts, or wait for its events.
+    """
     from prefect.settings import get_current_settings
 
     settings = get_current_settings()
@@ -40,37 +41,42 @@ def has_lasting_server() -> bool:
 
 
 @contextmanager
-def prefect_server() -> Iterator[None]:
-    """The configured server (PREFECT_API_URL, or Prefect's profile), or one of our own within the block.
+def prefect_server(preload: Sequence[str] = ()) -> Iterator[None]:
+    """Use the configured server (PREFECT_API_URL, or Prefect's profile), or one of our own.
+
+    Args:
+        preload: modules to import while our own server starts.
 
     Raises:
-        PlanError: ours does not start, or nothing listens where the configured one should be.
+        PlanError: ours does not start, or nothing answers at the configured address.
     """
     from prefect.settings import get_current_settings
 
     if configured := get_current_settings().api.url:
-        if _refused(configured):
+        if _is_refused(configured):
             raise PlanError(
                 f"no Prefect server answers at {configured}; start it, or unset PREFECT_API_URL"
             )
         yield
         return
-    with _listening() as listener, tempfile.TemporaryFile() as errors:
-        server = _start(listener, errors)
+    with _listening_socket() as listener, tempfile.TemporaryFile() as errors:
+        server = _start_server(listener, errors)
         try:
             port = listener.getsockname()[1]
-            listener.close()  # the server has its own hold on it
-            _use(f"http://127.0.0.1:{port}/api", server, errors)
+            listener.close()  # the server has inherited it
+            _use_server(f"http://127.0.0.1:{port}/api", errors, preload)
             try:
                 yield
             finally:
-                _settle()
+                from secateur.tasks.engine.prefect_internals import send_events
+
+                send_events(SECONDS_TO_STOP)
         finally:
-            _end(server)
+            _stop_server(server)
 
 
-def _listening() -> socket.socket:
-    """A socket on a free port: who connects before the server is ready waits."""
+def _listening_socket() -> socket.socket:
+    """A socket on a free port. Clients that connect before the server is ready wait."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     listener.listen(128)
@@ -78,41 +84,50 @@ def _listening() -> socket.socket:
     return listener
 
 
-def _start(listener: socket.socket, errors: IO[bytes]) -> subprocess.Popen[bytes]:
+def _start_server(listener: socket.socket, errors: IO[bytes]) -> subprocess.Popen[bytes]:
+    from secateur.tasks.engine.prefect_internals import OWN_SERVER_ENVIRONMENT
+
+    descriptor = listener.fileno()
     return subprocess.Popen(
-        [sys.executable, "-m", "secateur.tasks.engine.prefect_server", str(listener.fileno())],
-        stdin=subprocess.PIPE, stdout=errors, stderr=errors, pass_fds=[listener.fileno()], close_fds=True,
-        start_new_session=True,  # Ctrl-C is for the command, which has something to tell the server then
-        env=os.environ | {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"},
-    )  # fmt: skip
+        [sys.executable, "-m", "secateur.tasks.engine.prefect_server", str(descriptor)],
+        stdin=subprocess.PIPE,
+        stdout=errors,
+        stderr=errors,
+        pass_fds=[descriptor],
+        close_fds=True,
+        # Ctrl-C must not reach the server: the command still has to report the interruption to it.
+        start_new_session=True,
+        env=os.environ | OWN_SERVER_ENVIRONMENT,
+    )
 
 
-def _use(url: str, server: subprocess.Popen[bytes], errors: IO[bytes]) -> None:
-    """Waits until the server answers while the rest is imported, and makes it this process's and its children's."""
+def _use_server(url: str, errors: IO[bytes], preload: Sequence[str]) -> None:
+    """Wait until the server answers, and make it this process's and its children's server."""
     from prefect.context import refresh_global_settings_context
 
     os.environ["PREFECT_API_URL"] = url
-    os.environ["PREFECT_LOGGING_TO_API_ENABLED"] = (
-        "false"  # nobody reads what a server keeps that is gone in the end
-    )
+    # Nobody could read logs that are stored in a server which ends with the command.
+    os.environ["PREFECT_LOGGING_TO_API_ENABLED"] = "false"
     refresh_global_settings_context()
-    with ThreadPoolExecutor(1) as beside:
-        answered = beside.submit(_answers, url)
-
-    if not answered.result():
+    with ThreadPoolExecutor(1) as executor:
+        answer = executor.submit(_answers, url)
+        for module in preload:
+            importlib.import_module(module)
+    if not answer.result():
         errors.seek(0)
-        last = errors.read().decode(errors="replace").strip().splitlines()[-1:]
+        output = errors.read().decode(errors="replace").strip().splitlines()
+        reason = output[-1] if output else "it printed nothing"
         home = os.environ.get("PREFECT_HOME", str(Path.home() / ".prefect"))
         raise PlanError(
-            f"Prefect's server does not start ({''.join(last) or 'it says nothing'}); see that {home} can be written and holds "
-            f"no damaged prefect.db, or set PREFECT_API_URL to a server"
+            f"Prefect's server does not start ({reason}); check that {home} can be written and "
+            f"holds no damaged prefect.db, or set PREFECT_API_URL to a server"
         )
 
 
 def _answers(url: str) -> bool:
-    """Whether anything but silence comes from a server; an answer that means no is for Prefect to explain."""
+    """Whether a server answers. If the answer is an error, Prefect will explain it."""
     try:
-        urllib.request.urlopen(f"{url}/health", timeout=PATIENCE).close()
+        urllib.request.urlopen(f"{url}/health", timeout=SECONDS_TO_START).close()
     except urllib.error.HTTPError:
         return True
     except OSError:
@@ -120,58 +135,29 @@ def _answers(url: str) -> bool:
     return True
 
 
-def _refused(url: str) -> bool:
-    where = urllib.parse.urlsplit(url)
+def _is_refused(url: str) -> bool:
+    """Whether nothing listens at an address."""
+    parts = urllib.parse.urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
     try:
-        socket.create_connection(
-            (where.hostname or "", where.port or (443 if where.scheme == "https" else 80)), 5
-        ).close()
+        socket.create_connection((parts.hostname or "", port), 5).close()
     except ConnectionRefusedError:
         return True
     except OSError:
-        return False  # a proxy may know the way
+        return False  # a proxy may know how to reach it
     return False
 
 
-def _settle() -> None:
-    """Sends what is still to be told; Prefect would at the interpreter's end, when the server is gone."""
-    from prefect.events.worker import EventsWorker
-
-    EventsWorker.drain_all(timeout=SECONDS_TO_END, at_exit=False)
-
-
-def _end(server: subprocess.Popen[bytes]) -> None:
+def _stop_server(server: subprocess.Popen[bytes]) -> None:
     server.terminate()
     try:
-        server.wait(SECONDS_TO_END)
+        server.wait(SECONDS_TO_STOP)
     except subprocess.TimeoutExpired:
         server.kill()
         server.wait()
 
 
-def _serve(descriptor: int) -> None:
-    """The server's process, which ends with the one that started it: a killed command leaves none behind."""
-    import uvicorn
-    from prefect.server.api.server import create_app
-
-    threading.Thread(target=lambda: (sys.stdin.buffer.read(), os._exit(0)), daemon=True).start()
-    uvicorn.run(with_retry_after(create_app()), fd=descriptor, log_level="error", lifespan="on")
-
-
-def with_retry_after(app: ASGIApp) -> ASGIApp:
-    """A server whose clients ask again soon for what it refused while another had its database, which happens to every third
-    task or so that has tags: Prefect's clients wait two seconds and more, unless the answer says how long."""
-
-    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
-        async def say(message: Message) -> None:
-            if message["type"] == "http.response.start" and message["status"] == BUSY:
-                message["headers"] = [*message.get("headers", []), (b"retry-after", SECONDS_BUSY)]
-            await send(message)
-
-        await app(scope, receive, say)
-
-    return serve
-
-
 if __name__ == "__main__":
-    _serve(int(sys.argv[1]))
+    from secateur.tasks.engine.prefect_internals import serve_api
+
+    serve_api(int(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""Room `tasks`: what is accepted of another trainer: a plan, a model and an optimizer that belong together."""
+"""Check that another trainer's plan, model and optimizer belong together."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import nn
 
 from secateur.errors import PlanError
 from secateur.influence.optimizers import find_update_rule
-from secateur.tasks.analysis.audit import is_audited
 from secateur.tasks.data.batches import BatchSchedule
 from secateur.tasks.plan import Plan, WindowConfig
-from secateur.tasks.run.run import Run
-from secateur.tasks.training.optimizer import plan_update_rule
+from secateur.tasks.run import Run
+from secateur.tasks.training.optimizers import plan_update_rule
 
 
 @contextmanager
 def preserve_rng() -> Iterator[None]:
-    """Leaves the trainer's random numbers and threads as they were."""
-    threads, cards = torch.get_num_threads(), range(torch.cuda.device_count())
-    with torch.random.fork_rng(devices=list(cards)):
+    """Leave torch's random numbers and thread count unchanged after the block."""
+    threads = torch.get_num_threads()
+    devices = list(range(torch.cuda.device_count()))
+    with torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:
@@ -29,107 +29,121 @@ def preserve_rng() -> Iterator[None]:
 
 
 def check_plan(plan: Plan, stage: int) -> None:
-    """What a plan may not ask of steps that only their trainer can take.
+    """Check that a plan asks nothing that another trainer's loop cannot do.
 
     Raises:
-        PlanError: it asks for it, or has no such stage.
+        PlanError: it does, or it has no such stage.
     """
     if not 0 <= stage < len(plan.stages):
         raise PlanError(f"the plan has no stage {stage}; its last is {len(plan.stages) - 1}")
-    again = "another trainer's steps cannot be run again"
+    reason = "another trainer's steps cannot be repeated"
     if plan.estimate == "replay":
-        raise PlanError(f"the plan scores by replay, and {again}; set `score.estimate: embedding`")
-    if is_audited(plan, stage):
+        raise PlanError(f"the plan scores by replay, and {reason}; set `score.estimate: embedding`")
+    if plan.audits(stage):
         raise PlanError(
-            f"the plan has stage {stage} audited, and {again}; take the stage out of `audit.stages` and leave out "
-            f"`trust.min_fidelity`"
+            f"the plan has stage {stage} audited, and {reason}; take the stage out of "
+            f"`audit.stages` and leave out `trust.min_fidelity`"
         )
     if plan.stages[stage].selections:
         raise PlanError(
-            f"a window of stage {stage} selects online, which only `secateur run` does; leave out its `select`"
+            f"a window of stage {stage} selects online, which only `secateur run` does; leave out "
+            f"its `select`"
         )
-    if plan.curvature.kind in ("fisher", "hessian"):
+    if plan.curvature.needs_own_loop:
         raise PlanError(
-            f"`curvature.kind: {plan.curvature.kind}` needs more passes than another trainer makes; set `empirical_fisher` "
-            f"or `none`"
+            f"`curvature.kind: {plan.curvature.kind}` needs more passes than another trainer "
+            f"makes; set `empirical_fisher` or `none`"
         )
 
 
 def check_model(run: Run, model: nn.Module) -> None:
-    """Whether a model's state is one of the plan's model.
+    """Check that a model's state has the names, shapes and types of the plan's model.
 
     Raises:
-        PlanError: names, shapes, types, device or what is frozen differ.
+        PlanError: names, shapes, types, frozen parameters or the device differ.
     """
-    made, given = (_described(m) for m in (run.model(), model))
-    for name in (*made, *given):
-        if made.get(name) != given.get(name):
-            have, want = given.get(name, "not there"), made.get(name, "not there")
+    planned = _describe_state(run.model())
+    actual = _describe_state(model)
+    for name in (*planned, *actual):
+        if planned.get(name) != actual.get(name):
+            theirs = actual.get(name, "missing")
+            ours = planned.get(name, "missing")
             raise PlanError(
-                f"{name} of the trainer's model is {have}, and in the plan's ({run.plan.model.factory}) it is {want}; give "
-                f"both the same architecture, `dtype` and frozen parameters"
+                f"{name} of the trainer's model is {theirs}, and in the plan's "
+                f"({run.plan.model.factory}) it is {ours}; give both the same architecture, "
+                f"`dtype` and frozen parameters"
             )
-    device, planned = next(model.parameters()).device.type, torch.device(run.plan.device).type
-    if device != planned:
+    device = next(model.parameters()).device.type
+    if device != torch.device(run.plan.device).type:
         raise PlanError(
-            f"the trainer's model is on {device} and the plan says `device: {planned}`; make them the same"
+            f"the trainer's model is on {device} and the plan says `device: {run.plan.device}`; "
+            f"make them the same"
         )
 
 
 def check_optimizer(plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Whether an optimizer is of the plan's kind, over the model's parameters and no others.
+    """Check that an optimizer is of the plan's kind, over exactly the model's parameters.
 
     Raises:
         PlanError: it is not.
         SecateurError: its kind is not known.
     """
-    planned, given = plan_update_rule(plan.optimizer), find_update_rule(optimizer)
-    if (type(planned), planned.slots) != (type(given), given.slots):
-        kinds = [
-            f"{type(o).__name__} with slots {', '.join(o.slots) or 'none'}"
-            for o in (given, planned)
-        ]
+    planned = plan_update_rule(plan.optimizer)
+    actual = find_update_rule(optimizer)
+    if (type(planned), planned.slots) != (type(actual), actual.slots):
+        theirs, ours = (
+            f"{type(rule).__name__} with slots {', '.join(rule.slots) or 'none'}"
+            for rule in (actual, planned)
+        )
         raise PlanError(
-            f"the trainer's optimizer is {kinds[0]} and the plan's {kinds[1]}; make `optimizer` the trainer's"
+            f"the trainer's optimizer is {theirs} and the plan's {ours}; set the plan's "
+            f"`optimizer` to the trainer's"
         )
     names = {id(p): name for name, p in model.named_parameters()}
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if held - names.keys():
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if trained - names.keys():
         raise PlanError(
-            "the optimizer trains parameters that are not the model's; give them an optimizer of their own"
+            "the optimizer trains parameters that are not the model's; train them with another "
+            "optimizer"
         )
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and id(parameter) not in held:
+        if parameter.requires_grad and id(parameter) not in trained:
             raise PlanError(
                 f"the optimizer does not train {name}; freeze it with requires_grad_(False)"
             )
 
 
 def resolve_windows(plan: Plan, stage: int, samples: int, steps: int | None) -> list[range] | None:
-    """A stage's windows in steps; None where one window is the whole stage, however long.
+    """Return a stage's windows in steps; None if one window is the whole stage.
+
+    Args:
+        steps: optimizer steps of the stage, if the trainer knows them.
 
     Raises:
-        PlanError: a window is a fraction of nobody knows how many steps, or lies outside the stage.
+        PlanError: a window is a fraction of an unknown number of steps, or lies outside the stage.
     """
-    spec = plan.stages[stage]
-    if spec.windows == [WindowConfig()]:
+    config = plan.stages[stage]
+    if config.windows == [WindowConfig()]:
         return None
-    if steps is None and any(window.unit == "fraction" for window in spec.given):
+    windows = config.listed_windows
+    if steps is None and any(window.unit == "fraction" for window in windows):
         raise PlanError(
-            f"the windows of stage {stage} are fractions of its steps, and only the trainer knows how many there will be; "
-            f"give `steps` to the recording, or use `unit: steps`"
+            f"the windows of stage {stage} are fractions of its steps, and only the trainer knows "
+            f"how many there will be; give `steps` to the recording, or use `unit: steps`"
         )
-    length = steps or max((round(window.stop) for window in spec.given), default=1)
-    stages = [*plan.stages]
-    stages[stage] = spec.model_copy(update={"steps": length, "epochs": None})
-    return BatchSchedule(plan.model_copy(update={"stages": stages}), stage, samples).windows()
+    length = steps or max((round(window.stop) for window in windows), default=1)
+    stages = list(plan.stages)
+    stages[stage] = config.model_copy(update={"steps": length, "epochs": None})
+    resized = plan.model_copy(update={"stages": stages})
+    return BatchSchedule(resized, stage, samples).windows()
 
 
-def _described(model: nn.Module) -> dict[str, str]:
-    """Shape and type of everything in a model's state, and whether it is frozen."""
+def _describe_state(model: nn.Module) -> dict[str, str]:
+    """The shape and type of everything in a model's state, and whether it is frozen."""
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    kinds = {
-        name: f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}"
-        for name, t in model.state_dict().items()
-    }
-    return {name: kind + (", frozen" if name in frozen else "") for name, kind in kinds.items()}
+    described = {}
+    for name, tensor in model.state_dict().items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        suffix = ", frozen" if name in frozen else ""
+        described[name] = f"{tuple(tensor.shape)} {dtype}{suffix}"
+    return described

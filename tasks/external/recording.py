@@ -1,9 +1,8 @@
-"""Room `tasks`: recording a stage that another loop trains: the same ledger, checkpoints and basis as `train` makes."""
+"""Record a stage that another loop trains, into the same files that `secateur run` writes."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -16,8 +15,9 @@ from torch import Tensor, nn
 from secateur.errors import PlanError
 from secateur.influence.recorder import RecordedBatch, Recorder
 from secateur.storage.ledger import read_checkpoint, read_ledger, write_checkpoint
-from secateur.tasks.analysis.windows import freeze_windows
+from secateur.storage.outputs import Attempt
 from secateur.tasks.data.samples import list_stage_samples, read_stage_samples
+from secateur.tasks.engine.progress import print_status
 from secateur.tasks.external.compatibility import (
     check_model,
     check_optimizer,
@@ -25,32 +25,35 @@ from secateur.tasks.external.compatibility import (
     preserve_rng,
     resolve_windows,
 )
-from secateur.tasks.plan import LossPolicy, Plan
+from secateur.tasks.plan import Plan
 from secateur.tasks.plan.plan_file import read_plan
-from secateur.tasks.run.run import Run
-from secateur.tasks.training.checkpoint import capture_state, load_state
-from secateur.tasks.training.fit_basis import store_basis
-from secateur.tasks.training.optimizer import build_optimizer
-from secateur.tasks.training.train import (
+from secateur.tasks.results.training_results import (
     TrainingResult,
-    commit_segment,
-    commit_trained,
     count_segments,
+    read_training_result,
     start_checkpoint,
+)
+from secateur.tasks.run import Run
+from secateur.tasks.training.checkpoint import capture_state, load_state
+from secateur.tasks.training.fit_basis import fit_basis
+from secateur.tasks.training.optimizers import build_optimizer
+from secateur.tasks.training.segments import (
+    commit_segment,
+    commit_training_result,
     window_of_step,
 )
 
 Keys = Sequence[str] | Sequence[int] | Int[Tensor, " batch"]
 
-RANDOM = "random"  # torch's random state, beside what every checkpoint holds
+RANDOM_STATE = "random"  # torch's random state, in addition to what every checkpoint holds
 
 
-class Recording:
-    """Records a stage of a plan while a loop of your own trains it::
+class StageRecording:
+    """Records a stage of a plan while your own loop trains it::
 
         with Recording("plan.yaml", 0, model, optimizer) as recording:
             for step, (keys, x, y) in enumerate(batches):
-                if step < recording.step:  # committed already, by a trainer that was interrupted
+                if step < recording.step:  # committed before an interruption
                     continue
                 optimizer.zero_grad()
                 with recording.batch(keys) as batch:
@@ -59,27 +62,31 @@ class Recording:
                     losses.mean().backward()
                 optimizer.step()
 
-    The plan says what the run is about: model and task (so that targets can be differentiated, and questions answered
-    afterwards), data, targets, the optimizer's kind, basis, `segment_steps`. The loop is yours, with its order, schedule,
-    accumulation and clipping. Every `segment_steps` optimizer steps a ledger file and a checkpoint are committed together;
-    leaving the block without an error commits the rest, and that the stage is trained.
+    The plan describes the run: model and learning task (so that targets can be differentiated and
+    questions answered later), data, targets, the optimizer's kind, the basis and `segment_steps`.
+    The order of samples, the schedule, accumulation and clipping are the loop's own.
 
-    Entering gives model and optimizer the state that the stage goes on from: that of the last whole segment, or of the end
-    of the stage before. The very first state of a run is the model's own.
+    Every `segment_steps` optimizer steps, a ledger file and a checkpoint are committed together.
+    Leaving the block without an error commits the remaining steps, and that the stage is trained.
+
+    Entering the block gives model and optimizer the state that the stage continues from: that of
+    the last committed segment, or of the end of the stage before. A run begins with the state that
+    the model has.
 
     Args:
         plan: the plan, or the path of its file.
-        model: holds what the plan's model holds, by the same names.
-        optimizer: of the plan's kind, over the model's parameters; its settings are yours.
-        steps: optimizer steps that the stage will take; windows in fractions of it need them.
-        by: what the trainer is called in the ledger.
+        model: has the same state as the plan's model, by the same names.
+        optimizer: of the plan's kind, over the model's parameters. Its settings are your own.
+        steps: optimizer steps that the stage will take. Windows in fractions of them need it.
+        by: the trainer's name in the ledger.
         tolerance: relative distance allowed between the contributions' sum and the gradient.
 
     Attributes:
-        finished: the stage was trained before.
+        finished: whether the stage was trained to its end before.
 
     Raises:
-        PlanError, SecateurError, StorageError: what in plan, model, optimizer or data would not work.
+        PlanError, SecateurError, StorageError: whatever in plan, model, optimizer or data cannot
+            work.
     """
 
     def __init__(
@@ -93,11 +100,17 @@ class Recording:
         by: str = "outside",
         tolerance: float = 1e-3,
     ) -> None:
-        self.plan = _read(plan)
-        self.stage, self.steps, self.by, self.finished = stage, steps, by, False
-        self._model, self._optimizer, self._tolerance = model, optimizer, tolerance
+        self.plan = _load_plan(plan)
+        self.stage = stage
+        self.steps = steps
+        self.by = by
+        self.finished = False
+        self._model = model
+        self._optimizer = optimizer
+        self._tolerance = tolerance
         self._recorder: Recorder | None = None
-        self._segments, self._done = 0, 0
+        self._segments = 0
+        self._committed_steps = 0
 
     def __enter__(self) -> Self:
         self.prepare()
@@ -105,7 +118,10 @@ class Recording:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        _: TracebackType | None,
     ) -> None:
         try:
             if kind is None:
@@ -116,50 +132,55 @@ class Recording:
     @property
     def step(self) -> int:
         """The next optimizer step's number within the stage, from 0."""
-        return self._done if self._recorder is None else self._recorder.next_step
+        return self._committed_steps if self._recorder is None else self._recorder.next_step
 
     @property
     def at_boundary(self) -> bool:
         """Whether a segment has just been committed."""
-        return self._recorder is not None and self._segments > 0 and self.step == self._done
+        recording = self._recorder is not None
+        return recording and self._segments > 0 and self.step == self._committed_steps
 
     def prepare(self) -> None:
-        """Checks what was given; makes the run, its list of samples, its start and its basis, where they are not there."""
+        """Check the arguments, and create the run, its sample list, start and basis if missing."""
         check_plan(self.plan, self.stage)
         with preserve_rng():
             self.run = Run.start(self.plan)
             check_model(self.run, self._model)
             check_optimizer(self.plan, self._model, self._optimizer)
-            self._like = build_optimizer(self.plan.optimizer, self._model)
-            list_stage_samples.fn(self.run.url, self.stage)
+            # The plan's own optimizer numbers the parameters in checkpoints.
+            self._numbered_like = build_optimizer(self.plan.optimizer, self._model)
+            list_stage_samples(self.run, self.stage)
             self._samples = read_stage_samples(self.run, self.stage)
             self._rows = {key: row for row, key in enumerate(self._samples.frame["key"])}
-            freeze_windows.fn(self.run.url, self.stage)
-            self.run = Run.open(self.run.url)
-            self._windows = resolve_windows(
-                self.run.plan, self.stage, len(self._samples), self.steps
-            )
+            self._freeze_windows()
+            count = len(self._samples)
+            self._windows = resolve_windows(self.run.plan, self.stage, count, self.steps)
             self._folder = self.run.folder.stage(self.stage)
             self._segments = count_segments(self.run, self.stage, self.by)
             if self.stage == 0:
-                self._first()
+                self._create_start()
         self.finished = self._folder.trained.committed
-        self._done = steps_committed(self.plan, self.stage)
+        self._committed_steps = count_committed_steps(self.plan, self.stage)
 
     def begin(self) -> None:
-        """Gives model and optimizer the state that the stage goes on from, and listens to the optimizer from here."""
-        self._restore()
+        """Load the state that the stage continues from, and record optimizer steps from here."""
+        self._load_start()
         if self.finished:
             return
         bindings = self.run.bindings(self._model)
         basis = self.run.basis(bindings)
         self._recorder = Recorder(self._model, self._optimizer, bindings, basis, self._tolerance)
-        self._recorder.start_at(self._done)
-        self._after = self._optimizer.register_step_post_hook(self._stepped)
+        self._recorder.start_at(self._committed_steps)
+        self._step_hook = self._optimizer.register_step_post_hook(self._after_step)
 
     def reach(self, step: int) -> bool:
-        """Whether a trainer that counts by itself, and is about to take step `step`, is recorded. One that resumes from a
-        checkpoint of its own may repeat steps that the ledger has; at the first it lacks, `begin` gives it the state.
+        """Return whether a step that a trainer is about to take is to be recorded.
+
+        A trainer that resumes from its own checkpoint may repeat steps that the ledger has. At the
+        first step that the ledger lacks, recording begins.
+
+        Args:
+            step: the trainer's own count, from 0.
 
         Raises:
             PlanError: the trainer is ahead of the ledger.
@@ -168,8 +189,9 @@ class Recording:
             return False
         if step > self.step:
             raise PlanError(
-                f"the trainer goes on at step {step} of stage {self.stage}, and the ledger of {self.run.url} ends at step "
-                f"{self.step}; resume from a checkpoint of that step or an earlier one"
+                f"the trainer continues at step {step} of stage {self.stage}, and the ledger of "
+                f"{self.run.url} ends at step {self.step}; resume from a checkpoint of that step "
+                f"or an earlier one"
             )
         if self._recorder is None:
             self.begin()
@@ -179,28 +201,32 @@ class Recording:
     def batch(
         self, keys: Keys, weights: Float[Tensor, " batch"] | None = None
     ) -> Iterator[RecordedBatch]:
-        """Records the forward and backward pass inside the block: a batch, or one of several before an optimizer step.
+        """Record the forward and backward pass inside the block.
+
+        Several blocks before one optimizer step are gradient accumulation.
 
         Args:
-            keys: the samples' keys in the stage's shards, or their numbers in the run's list, in the order of the batch.
-            weights: of each sample's loss in the loss that is differentiated, where that is no mean over the block's
-                samples; not needed where `batch.losses` are set with their graph.
+            keys: the samples' keys in the stage's shards, or their row numbers in the run's sample
+                list, in the order of the batch.
+            weights: of each sample's loss in the loss that is differentiated, if that is not a mean
+                over the block's samples. Not needed if `batch.losses` are set with their graph.
         """
         if self._recorder is None:
             raise PlanError(
-                f"stage {self.stage} of {self.run.url} is trained already, in {self.step} steps; leave them out"
+                f"stage {self.stage} of {self.run.url} is trained already, in {self.step} steps; "
+                f"leave them out"
             )
-        step, rows = self.step, self._numbered(keys)
+        step = self.step
+        rows = self._find_rows(keys)
         if self.steps is not None and step >= self.steps:
             raise PlanError(
-                f"stage {self.stage} goes on after the {self.steps} steps that it was to take; correct `steps`"
+                f"stage {self.stage} continues after the {self.steps} steps that it should take; "
+                f"correct `steps`"
             )
-        stage = self.plan.stages[self.stage]
-        place = (
-            window_of_step(self._windows, stage.stride, step)
-            if self._windows is not None
-            else (0, 1.0)
-        )
+        place: tuple[int, float] | None = (0, 1.0)
+        if self._windows is not None:
+            stride = self.plan.stages[self.stage].stride
+            place = window_of_step(self._windows, stride, step)
         if place is None:
             yield RecordedBatch(rows, torch.zeros(len(rows)), -1)
             return
@@ -209,123 +235,138 @@ class Recording:
         self._check_losses(batch, step)
 
     def finish(self) -> TrainingResult:
-        """Commits the steps since the last whole segment, and that the stage is trained; where it was before, gives model
-        and optimizer the state of its end."""
+        """Commit the steps since the last segment, and that the stage is trained to its end.
+
+        If it was trained before, load the state of its end into model and optimizer.
+        """
         if self.finished:
-            self._restore()
-        else:
-            if self._recorder is not None and self.step > self._done:
-                self._commit()
-            self._check_recorded()
-            trained = TrainingResult(
-                stage=self.stage,
-                samples=len(self._samples),
-                steps=self._done,
-                segments=self._segments,
-                by=self.by,
-            )
-            commit_trained(self.run, trained)
-            self.finished = True
-        return TrainingResult(**self._folder.trained.manifest.facts)
+            self._load_start()
+            return read_training_result(self.run, self.stage)
+        if self._recorder is not None and self.step > self._committed_steps:
+            self._commit()
+        self._check_recorded()
+        result = TrainingResult(
+            stage=self.stage,
+            samples=len(self._samples),
+            steps=self._committed_steps,
+            segments=self._segments,
+            by=self.by,
+        )
+        result = commit_training_result(self.run, result)
+        self.finished = True
+        return result
 
     def close(self) -> None:
-        """Leaves model and optimizer without hooks; what is not committed is forgotten."""
+        """Remove the hooks from model and optimizer, and forget what is not committed."""
         if self._recorder is not None:
             self._recorder.close()
-            self._after.remove()
+            self._step_hook.remove()
             self._recorder = None
 
-    def _first(self) -> None:
-        """A run's start, and the basis fitted from there with the plan's own loop on a model of its own."""
-        start = self._folder.start
-        if not start.committed:
-            with start.attempt("checkpoint", {}) as attempt:
-                write_checkpoint(attempt, capture_state(self._model, self._optimizer, self._like))
-        weights = {
-            n.removeprefix("model."): t
-            for n, t in read_checkpoint(start).items()
-            if n.startswith("model.")
-        }
-        store_basis(self.run, weights)
+    def _freeze_windows(self) -> None:
+        """Freeze the stage's automatic windows, if the plan has any."""
+        if not any(stage.auto_windows for stage in self.run.plan.stages):
+            return
+        # Imported here, because it imports matplotlib and ruptures, which most recordings never
+        # need.
+        from secateur.tasks.analysis.windows import freeze_windows
 
-    def _restore(self) -> None:
+        freeze_windows(self.run, self.stage)
+        self.run = Run.open(self.run.url)
+
+    def _create_start(self) -> None:
+        """Commit the run's first checkpoint, and fit the basis from there on a copy of the model."""
+        start = self._folder.start
+
+        def write(attempt: Attempt) -> None:
+            state = capture_state(self._model, self._optimizer, self._numbered_like)
+            write_checkpoint(attempt, state)
+
+        start.write_once("checkpoint", {}, write)
+        weights = {
+            name.removeprefix("model."): tensor
+            for name, tensor in read_checkpoint(start).items()
+            if name.startswith("model.")
+        }
+        fit_basis(self.run, weights)
+
+    def _load_start(self) -> None:
         if self._segments:
             state = read_checkpoint(self._folder.segment(self._segments - 1))
-            load_state(state, self._model, self._optimizer, like=self._like)
-            torch.set_rng_state(state[RANDOM])
-            print(
-                f"stage {self.stage} of {self.run.url} carries on at step {self._done}",
-                file=sys.stderr,
-                flush=True,
+            load_state(state, self._model, self._optimizer, numbered_like=self._numbered_like)
+            torch.set_rng_state(state[RANDOM_STATE])
+            print_status(
+                f"stage {self.stage} of {self.run.url} continues at step {self._committed_steps}"
             )
             return
         carried = self.stage == 0 or self.plan.optimizer.at_stage == "carry"
-        start = read_checkpoint(start_checkpoint(self.run, self.stage))
-        load_state(start, self._model, self._optimizer, carried, self._like)
+        state = read_checkpoint(start_checkpoint(self.run, self.stage))
+        load_state(state, self._model, self._optimizer, carried, self._numbered_like)
 
-    def _stepped(self, *_: object) -> None:
+    def _after_step(self, *_: object) -> None:
         """Runs right after the optimizer's own step."""
-        if self.step - self._done >= self.plan.segment_steps:
+        if self.step - self._committed_steps >= self.plan.segment_steps:
             self._commit()
 
     def _commit(self) -> None:
         assert self._recorder is not None
-        segment = self._recorder.take()
-        state = capture_state(self._model, self._optimizer, self._like) | {
-            RANDOM: torch.get_rng_state()
-        }
+        segment = self._recorder.take_segment()
+        state = capture_state(self._model, self._optimizer, self._numbered_like)
+        state[RANDOM_STATE] = torch.get_rng_state()
         if not commit_segment(self.run, self.stage, self._segments, segment, state, self.by):
             raise PlanError(
-                f"another process has recorded segment {self._segments} of stage {self.stage} of {self.run.url}; let one "
-                f"trainer go on, and give the other a run of another name"
+                f"another process has recorded segment {self._segments} of stage {self.stage} of "
+                f"{self.run.url}; let one trainer continue, and give the other a run of another "
+                f"name"
             )
-        self._segments, self._done = self._segments + 1, self.step
+        self._segments += 1
+        self._committed_steps = self.step
 
-    def _numbered(self, keys: Keys) -> Int[Tensor, " batch"]:
+    def _find_rows(self, keys: Keys) -> Int[Tensor, " batch"]:
         """The samples' rows in the stage's list."""
-        rows = [key if isinstance(key, int) else self._rows.get(key, -1) for key in _listed(keys)]
-        for key, row in zip(_listed(keys), rows, strict=True):
+        listed: Iterable[str | int] = keys.tolist() if isinstance(keys, Tensor) else keys
+        rows = []
+        for key in listed:
+            row = key if isinstance(key, int) else self._rows.get(key, -1)
             if not 0 <= row < len(self._samples):
                 raise PlanError(
-                    f"sample {key} of step {self.step} is none of the {len(self._samples)} that stage {self.stage} trains on; "
-                    f"give keys as the stage's shards have them"
+                    f"sample {key} of step {self.step} is none of the {len(self._samples)} that "
+                    f"stage {self.stage} trains on; give keys as they are in the stage's shards"
                 )
+            rows.append(row)
         return torch.tensor(rows, dtype=torch.int64)
 
     def _check_losses(self, batch: RecordedBatch, step: int) -> None:
         if batch.losses is None:
-            if isinstance(self.plan.stages[self.stage].prune, LossPolicy):
+            policy = self.plan.stages[self.stage].prune
+            if policy is not None and policy.needs_losses:
                 raise PlanError(
-                    f"the plan prunes stage {self.stage} by loss, and step {step} gave none; set `batch.losses`"
+                    f"the plan prunes stage {self.stage} by {policy.policy}, and step {step} gave "
+                    f"no losses; set `batch.losses`"
                 )
             return
         bad = (~batch.losses.isfinite()).nonzero().flatten().tolist()
         if bad:
             key = self._samples.keys([int(batch.samples[bad[0]])])[0]
             raise PlanError(
-                f"the loss of sample {key} is {float(batch.losses[bad[0]]):g} at step {step} of stage {self.stage}; lower the "
-                f"learning rate or look at the sample"
+                f"the loss of sample {key} is {float(batch.losses[bad[0]]):g} at step {step} of "
+                f"stage {self.stage}; lower the learning rate or look at the sample"
             )
 
     def _check_recorded(self) -> None:
-        if not any(
-            (read_ledger(ledger)[0]["windows"] >= 0).any() for ledger in self._folder.segments()
-        ):
+        segments = self._folder.segments()
+        if not any((read_ledger(segment)[0]["windows"] >= 0).any() for segment in segments):
             raise PlanError(
-                f"no step of stage {self.stage} of {self.run.url} was recorded in a window; take its steps within the "
-                f"block, each with `recording.batch`"
+                f"no step of stage {self.stage} of {self.run.url} was recorded in a window; take "
+                f"its steps within the block, each with `recording.batch`"
             )
 
 
-def steps_committed(plan: Plan | str | Path, stage: int) -> int:
-    """The first step of a stage that its ledger lacks."""
-    segments = Run.of(_read(plan)).folder.stage(stage).segments()
+def count_committed_steps(plan: Plan | str | Path, stage: int) -> int:
+    """Return how many steps of a stage the ledger has."""
+    segments = Run.of_plan(_load_plan(plan)).folder.stage(stage).segments()
     return int(segments[-1].manifest.facts["next_step"]) if segments else 0
 
 
-def _read(plan: Plan | str | Path) -> Plan:
-    return plan if isinstance(plan, Plan) else read_plan(str(plan))
-
-
-def _listed(keys: Keys) -> Sequence[str] | Sequence[int]:
-    return keys.tolist() if isinstance(keys, Tensor) else keys
+def _load_plan(plan: Plan | str | Path) -> Plan:
+    return plan if isinstance(plan, Plan) else read_plan(plan)

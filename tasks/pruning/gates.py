@@ -1,4 +1,4 @@
-"""Room `tasks`: trust gates, what must hold before a stage is pruned (DESIGN, section 4)."""
+"""Trust gates: conditions that must hold before a stage is pruned."""
 
 from __future__ import annotations
 
@@ -6,129 +6,143 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from pydantic import TypeAdapter
 
 from secateur.errors import PlanError
 from secateur.storage.ledger import read_checkpoint
+from secateur.storage.outputs import Attempt
 from secateur.storage.shards import Samples
-from secateur.tasks.analysis.audit import read_audit
-from secateur.tasks.analysis.retraining import audit_settings
-from secateur.tasks.data.batches import seed_for
-from secateur.tasks.data.samples import held_out_rows, list_target_samples, read_stage_samples
-from secateur.tasks.engine.prefect_task import pipeline_task
+from secateur.tasks.data.held_out import held_out_rows
+from secateur.tasks.data.samples import list_target_samples
+from secateur.tasks.data.seeds import seed_for
 from secateur.tasks.plan import Policy, ScheduleConfig
+from secateur.tasks.pruning.context import PruningContext
 from secateur.tasks.pruning.decide import decide_samples
-from secateur.tasks.run.run import Run
+from secateur.tasks.results.audit_results import audit_output, read_audit
+from secateur.tasks.results.training_results import end_checkpoint
+from secateur.tasks.run import Run
 from secateur.tasks.training.loop import TrainingLoop
-from secateur.tasks.training.train import end_checkpoint
 from secateur.tasks.valuation.target_gradients import target_loss
-from secateur.tasks.valuation.tracin import read_policy_scores
+
+# The figures of each gate, and under `holds` whether it holds.
+Gates = dict[str, dict[str, Any]]
 
 
-@pipeline_task(
-    "try what is kept",
-    makes=lambda run, stage, name, policy: run.folder.stage(stage).trial(name),
-    draws=True,
-)
-def run_trial(run_url: str, stage: int, name: str, policy: dict[str, Any]) -> dict[str, Any]:
-    """Trains a few steps on what a policy keeps and on as many samples at random, from the stage's end.
+def run_trial(run: Run, stage: int, name: str, policy: Policy) -> dict[str, Any]:
+    """Train a few steps on what a policy keeps, and on as many samples drawn at random.
+
+    Every training starts from the stage's end.
+
+    Args:
+        name: the pruning's name.
 
     Returns:
-        Loss on the judging half of the target: `kept`, `random` (one a draw), and their seeds.
+        The loss on the held-out samples of the pruning target: `kept`, `random` (one per draw), and
+        the draws' `seeds`.
     """
-    run = Run.open(run_url)
-    artefact, spec = run.folder.stage(stage).trial(name), run.plan.trust.trial
-    if spec is None:
-        raise PlanError(f"the plan of {run_url} has no trust.trial")
-    if not artefact.committed:
-        samples = read_stage_samples(run, stage)
-        chosen: Policy = TypeAdapter(Policy).validate_python(policy)
-        keep = decide_samples(
-            run.plan, stage, chosen, read_policy_scores(run, stage, chosen), samples
-        )["keep"].to_numpy()
-        seeds = [seed_for(run.plan.seed, "trial", stage, draw) for draw in range(spec.draws)]
-        draws = [np.random.default_rng(seed).permutation(keep) for seed in seeds]
-        with artefact.attempt(
-            "trial", {"scores": run.folder.stage(stage).scores.fingerprint}
-        ) as attempt:
-            losses = [_trained(run, stage, samples, flags, spec.steps) for flags in (keep, *draws)]
-            attempt.facts.update(kept=losses[0], random=losses[1:], seeds=seeds, steps=spec.steps)
-    return dict(artefact.manifest.facts)
+    config = run.plan.trust.trial
+    if config is None:
+        raise PlanError(f"the plan of {run.url} has no trust.trial")
+    steps = config.steps
+
+    def write(attempt: Attempt) -> None:
+        context = PruningContext.of_stage(run, stage)
+        keep = decide_samples(policy, context)["keep"].to_numpy()
+        seeds = [seed_for(run.plan.seed, "trial", stage, draw) for draw in range(config.draws)]
+        choices = [keep, *(np.random.default_rng(seed).permutation(keep) for seed in seeds)]
+        losses = [_loss_after_training(context, choice, steps) for choice in choices]
+        attempt.facts.update(kept=losses[0], random=losses[1:], seeds=seeds, steps=steps)
+
+    folder = run.folder.stage(stage)
+    inputs = {"scores": folder.scores.fingerprint}
+    return dict(folder.trial(name).write_once("trial", inputs, write).facts)
 
 
-def evaluate_gates(run: Run, stage: int, name: str) -> dict[str, Any]:
-    """Whether the plan's gates hold for a pruning, with every figure; empty where none is asked for."""
-    found: dict[str, Any] = {}
-    if run.plan.trust.min_fidelity is not None:
+def evaluate_gates(run: Run, stage: int, name: str) -> Gates:
+    """Return whether each gate of the plan holds for a pruning, with its figures.
+
+    Empty if the plan has no gate.
+    """
+    gates: Gates = {}
+    trust = run.plan.trust
+    if trust.min_fidelity is not None:
         fidelity = read_audit(run, stage).fidelity[run.plan.estimate]
-        holds = fidelity.spearman >= run.plan.trust.min_fidelity
-        found["min_fidelity"] = {
-            "holds": holds,
-            "least": run.plan.trust.min_fidelity,
+        gates["min_fidelity"] = {
+            "holds": fidelity.spearman >= trust.min_fidelity,
+            "least": trust.min_fidelity,
             **fidelity.model_dump(mode="json"),
         }
-    if run.plan.trust.trial is not None:
+    if trust.trial is not None:
         facts = run.folder.stage(stage).trial(name).manifest.facts
-        found["trial"] = {"holds": facts["kept"] <= float(np.mean(facts["random"])), **facts}
-    return found
+        holds = facts["kept"] <= float(np.mean(facts["random"]))
+        gates["trial"] = {"holds": holds, **facts}
+    return gates
 
 
-def apply_gates(
-    run: Run, stage: int, decisions: pl.DataFrame, gates: dict[str, Any]
-) -> pl.DataFrame:
-    """The decisions, or all samples kept where a gate does not hold.
+def apply_gates(run: Run, stage: int, decisions: pl.DataFrame, gates: Gates) -> pl.DataFrame:
+    """Return the decisions, or all samples kept if a gate does not hold.
 
     Raises:
         PlanError: a gate does not hold, and the plan says `otherwise: fail`.
     """
-    why = _broken(gates)
-    if why is None:
+    problem = _first_problem(gates)
+    if problem is None:
         return decisions
     if run.plan.trust.otherwise == "fail":
-        raise PlanError(_refusal(run, stage, why))
-    reason = pl.when("keep").then("reason").otherwise(pl.lit(f"kept: {why}"))
+        raise PlanError(_refusal(run, stage, problem))
+    reason = pl.when("keep").then("reason").otherwise(pl.lit(f"kept: {problem}"))
     return decisions.with_columns(reason=reason, keep=pl.lit(True))
 
 
 def refusal_reason(run: Run, stage: int, name: str) -> str | None:
-    """Why a pruning will not be made, where that is known already: a gate that was tried, does not hold, and fails."""
-    folder, trust = run.folder.stage(stage), run.plan.trust
-    tried = (
-        [folder.audit(audit_settings(run.plan).removals)] if trust.min_fidelity is not None else []
-    )
-    tried += [folder.trial(name)] if trust.trial is not None else []
-    if trust.otherwise != "fail" or not all(artefact.committed for artefact in tried):
+    """Return why pruning is refused, or None if it is not, or if that is not known yet.
+
+    Pruning is refused if a gate does not hold and the plan says `otherwise: fail`.
+    """
+    trust = run.plan.trust
+    evaluated = []
+    if trust.min_fidelity is not None:
+        evaluated.append(audit_output(run, stage))
+    if trust.trial is not None:
+        evaluated.append(run.folder.stage(stage).trial(name))
+    if trust.otherwise != "fail" or not all(output.committed for output in evaluated):
         return None
-    why = _broken(evaluate_gates(run, stage, name))
-    return _refusal(run, stage, why) if why is not None else None
+    problem = _first_problem(evaluate_gates(run, stage, name))
+    return None if problem is None else _refusal(run, stage, problem)
 
 
-def _refusal(run: Run, stage: int, why: str) -> str:
-    return f"stage {stage} of {run.url} is not pruned: {why}; nothing was dropped"
+def _refusal(run: Run, stage: int, problem: str) -> str:
+    return f"stage {stage} of {run.url} is not pruned: {problem}; nothing was dropped"
 
 
-def _broken(gates: dict[str, Any]) -> str | None:
-    """What is wrong with the first gate that does not hold."""
-    return next((_sentence(name, gate) for name, gate in gates.items() if not gate["holds"]), None)
+def _first_problem(gates: Gates) -> str | None:
+    """A sentence about the first gate that does not hold."""
+    for name, gate in gates.items():
+        if gate["holds"]:
+            continue
+        if name == "min_fidelity":
+            return (
+                f"the audit's Spearman correlation is {gate['spearman']:.2f}, under the plan's "
+                f"{gate['least']:g}"
+            )
+        return (
+            f"the trial's loss is {gate['kept']:.4f} on the samples that are kept and "
+            f"{np.mean(gate['random']):.4f} on random ones"
+        )
+    return None
 
 
-def _sentence(name: str, gate: dict[str, Any]) -> str:
-    if name == "min_fidelity":
-        return f"the audit's Spearman correlation is {gate['spearman']:.2f}, under the plan's {gate['least']:g}"
-    return f"the trial's loss is {gate['kept']:.4f} on what is kept and {np.mean(gate['random']):.4f} at random"
-
-
-def _trained(run: Run, stage: int, samples: Samples, keep: np.ndarray, steps: int) -> float:
-    """The target's loss after a few steps on some of a stage's samples, at the unscheduled rate."""
+def _loss_after_training(context: PruningContext, keep: np.ndarray, steps: int) -> float:
+    """The pruning target's held-out loss after a few steps on some of the stage's samples."""
+    run = context.run
+    samples = context.samples
+    # A schedule would end these few steps near a rate of zero, so the rate is constant.
     constant = Run(run.plan.model_copy(update={"schedule": ScheduleConfig()}), run.folder)
-    loop = TrainingLoop(
-        constant, stage, Samples(samples.urls, samples.frame.filter(pl.Series(keep)))
-    )
-    loop.restore(
-        read_checkpoint(end_checkpoint(run, stage)),
-        optimizer=run.plan.optimizer.at_stage == "carry",
-    )
+    kept = Samples(samples.urls, samples.frame.filter(pl.Series(keep)))
+    loop = TrainingLoop(constant, context.stage, kept)
+    checkpoint = read_checkpoint(end_checkpoint(run, context.stage))
+    loop.load_state(checkpoint, optimizer=run.plan.optimizer.at_stage == "carry")
     for step in range(steps):
         loop.step(step)
-    target = list_target_samples(run, run.plan.target)
-    return target_loss(loop, target, held_out_rows(run.plan, run.plan.target, len(target)))
+    name = run.plan.pruning_target
+    target = list_target_samples(run, name)
+    return target_loss(loop, target, held_out_rows(run.plan, name, len(target)))

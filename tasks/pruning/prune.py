@@ -1,190 +1,142 @@
-"""Room `tasks`: pruning a stage: decisions, and the shards that they leave, committed together."""
+"""Prune a stage: commit the decisions together with the shards of the next stage."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import polars as pl
-from pydantic import BaseModel, TypeAdapter
 
-from secateur.errors import PlanError, StorageError
+from secateur.errors import StorageError
 from secateur.storage.frames import read_frame, write_frame
-from secateur.storage.integrity import list_outputs
-from secateur.storage.outputs import Output
-from secateur.storage.rewrite import rewrite_shard as rewritten
+from secateur.storage.layout import PLAN_PRUNING
+from secateur.storage.outputs import Attempt, Output, list_outputs
+from secateur.storage.rewrite import rewrite_shard
 from secateur.tasks.data.samples import read_stage_samples
-from secateur.tasks.engine.prefect_task import pipeline_task
 from secateur.tasks.engine.progress import track
 from secateur.tasks.plan import Policy
-from secateur.tasks.pruning.decide import count_decisions, decide_samples
+from secateur.tasks.pruning.context import PruningContext
+from secateur.tasks.pruning.decide import count_decisions, decide_samples, resolve_policy
 from secateur.tasks.pruning.gates import apply_gates, evaluate_gates
-from secateur.tasks.run.run import Run
-from secateur.tasks.valuation.tracin import read_policy_scores
+from secateur.tasks.results.pruning_results import DECISIONS, PruneResult, read_prune_result
+from secateur.tasks.run import Run
 
-DECISIONS = "decisions.parquet"
 DROPPED = "dropped.txt"
-PLAN_PRUNING = "plan"
 
 
-class PruneResult(BaseModel):
-    """What pruning a stage came to."""
+def decide_stage(run: Run, stage: int, policy: Policy | None = None) -> int:
+    """Decide which of a stage's samples are kept, for `rewrite_kept_shard` to carry out.
 
-    stage: int
-    name: str
-    samples: int
-    kept: int
-    dropped: int
-    reasons: dict[str, int]
-    trust: dict[str, Any]
-    shards: list[str]
-
-
-@pipeline_task(
-    "decide",
-    makes=lambda run, stage, policy: run.folder.stage(stage).decided(
-        pruning_name(run, stage, policy)
-    ),
-)
-def decide_stage(run_url: str, stage: int, policy: dict[str, Any] | None = None) -> int:
-    """Decides which of a stage's samples stay, for `rewrite_shard` to carry out; see `prune_stage`.
+    Args:
+        policy: as for `write_pruned_stage`.
 
     Returns:
         Number of shards to rewrite.
     """
-    run = Run.open(run_url)
-    chosen, name = resolve_policy(run, stage, policy), pruning_name(run, stage, policy)
-    artefact, samples = run.folder.stage(stage).decided(name), read_stage_samples(run, stage)
-    inputs = {"scores": run.folder.stage(stage).scores.fingerprint}
-    if artefact.committed and artefact.manifest.inputs != inputs:
-        artefact.remove()
-    if not artefact.committed:
-        gates = evaluate_gates(run, stage, name)
-        ruled = decide_samples(
-            run.plan, stage, chosen, read_policy_scores(run, stage, chosen), samples
-        )
-        decisions = apply_gates(run, stage, ruled, gates)
-        with artefact.attempt("decisions", inputs) as attempt:
-            write_frame(attempt, DECISIONS, decisions)
-            dropped = decisions.filter(~pl.col("keep")).select("key", "reason").iter_rows()
-            attempt.write(
-                DROPPED, "".join(f"{key}\t{reason}\n" for key, reason in dropped).encode()
-            )
-            attempt.facts.update(
-                count_decisions(decisions), policy=chosen.model_dump(mode="json"), trust=gates
-            )
-    return len(samples.urls)
-
-
-@pipeline_task("rewrite shard")
-def rewrite_shard(run_url: str, stage: int, name: str, number: int) -> None:
-    """Writes what is kept of one of a stage's shards, under the name of its pruning. Shards may be written side by side."""
-    run = Run.open(run_url)
+    resolved = resolve_policy(run, stage, policy)
+    name = pruning_name(run, stage, policy)
     folder = run.folder.stage(stage)
-    artefact = folder.rewritten(name, number)
-    with ignore_if_committed_elsewhere(folder.prune(name)):
-        inputs = {"decisions": folder.decided(name).fingerprint}
-        if artefact.committed and artefact.manifest.inputs != inputs:
-            artefact.remove()
-        if not artefact.committed:
-            samples, decisions = (
-                read_stage_samples(run, stage),
-                read_frame(folder.decided(name), DECISIONS),
-            )
-            with artefact.attempt("shard", inputs) as attempt:
-                rewritten(
-                    attempt, samples.urls, number, samples.frame, decisions["keep"].to_numpy()
-                )
+    context = PruningContext.of_stage(run, stage)
+
+    def write(attempt: Attempt) -> None:
+        gates = evaluate_gates(run, stage, name)
+        decisions = apply_gates(run, stage, decide_samples(resolved, context), gates)
+        write_frame(attempt, DECISIONS, decisions)
+        dropped = decisions.filter(~pl.col("keep")).select("key", "reason").iter_rows()
+        attempt.write(DROPPED, "".join(f"{key}\t{reason}\n" for key, reason in dropped).encode())
+        settings = resolved.model_dump(mode="json")
+        attempt.facts.update(count_decisions(decisions), policy=settings, trust=gates)
+
+    inputs = {"scores": folder.scores.fingerprint}
+    _remove_if_stale(folder.decided(name), inputs)
+    folder.decided(name).write_once("decisions", inputs, write)
+    return len(context.samples.urls)
 
 
-@pipeline_task(
-    "prune",
-    makes=lambda run, stage, policy: run.folder.stage(stage).prune(
-        pruning_name(run, stage, policy)
-    ),
-)
-def write_pruned_stage(
-    run_url: str, stage: int, policy: dict[str, Any] | None = None
-) -> PruneResult:
-    """Decides which of a stage's samples stay and writes the shards of the next stage, and the dropped keys; decisions and
-    shards that are there already are taken as they are.
+def rewrite_kept_shard(run: Run, stage: int, name: str, number: int) -> None:
+    """Write the kept samples of one of a stage's shards. Shards may be written in parallel.
 
     Args:
-        policy: another policy than the plan's; its result stands beside the plan's own, under a name of its own.
+        name: the pruning's name.
+        number: the shard's place among the stage's shards.
+    """
+    folder = run.folder.stage(stage)
+    output = folder.rewritten(name, number)
+
+    def write(attempt: Attempt) -> None:
+        samples = read_stage_samples(run, stage)
+        keep = read_frame(folder.decided(name), DECISIONS)["keep"].to_numpy()
+        rewrite_shard(attempt, samples.urls, number, samples.frame, keep)
+
+    with ignore_if_committed_elsewhere(folder.prune(name)):
+        inputs = {"decisions": folder.decided(name).fingerprint}
+        _remove_if_stale(output, inputs)
+        output.write_once("shard", inputs, write)
+
+
+def write_pruned_stage(run: Run, stage: int, policy: Policy | None = None) -> PruneResult:
+    """Write the shards of the next stage, the decisions and the list of dropped keys.
+
+    Decisions and shards that are there already are used.
+
+    Args:
+        policy: prune by another policy than the plan's. Its result has its own name, and the plan's
+            own pruning is not changed.
 
     Raises:
-        PlanError: the plan has no policy for the stage, or a trust gate does not hold and the plan says to fail.
+        PlanError: the plan has no policy for the stage, or a trust gate does not hold and the plan
+            says to fail.
     """
-    run = Run.open(run_url)
-    folder, name = run.folder.stage(stage), pruning_name(run, stage, policy)
-    artefact, decided = folder.prune(name), folder.decided(name)
-    if not artefact.committed:
-        count = decide_stage.fn(run_url, stage, policy)
+    folder = run.folder.stage(stage)
+    name = pruning_name(run, stage, policy)
+    pruning = folder.prune(name)
+    if not pruning.committed:
+        count = decide_stage(run, stage, policy)
         for number in track(range(count), f"stage {stage}, rewriting shards", count):
-            rewrite_shard.fn(run_url, stage, name, number)
+            rewrite_kept_shard(run, stage, name, number)
+        decided = folder.decided(name)
+        parts = [decided, *(folder.rewritten(name, number) for number in range(count))]
         with (
-            ignore_if_committed_elsewhere(artefact),
-            artefact.attempt("prune", decided.manifest.inputs) as attempt,
+            ignore_if_committed_elsewhere(pruning),
+            pruning.attempt("prune", decided.manifest.inputs) as attempt,
         ):
-            for part in (decided, *(folder.rewritten(name, number) for number in range(count))):
+            for part in parts:
                 attempt.link_files(part)
             attempt.facts.update(decided.manifest.facts)
-    for part in (*list_outputs(folder.root.child("rewritten", name)), *list_outputs(decided.root)):
-        part.remove()
-    return read_prune_result(artefact, stage, name)
+    _remove_parts(run, stage, name)
+    return read_prune_result(run, stage, name)
 
 
 @contextmanager
-def ignore_if_committed_elsewhere(whole: Output) -> Iterator[None]:
-    """Lets a part go missing once the whole is there: another process that did the same has come first."""
+def ignore_if_committed_elsewhere(pruning: Output) -> Iterator[None]:
+    """Ignore that a part is missing if another process has committed the whole pruning.
+
+    That process removes the parts once they are together.
+    """
     try:
         yield
     except StorageError:
-        if not whole.committed:
+        if not pruning.committed:
             raise
 
 
-def read_prune_result(artefact: Output, stage: int, name: str) -> PruneResult:
-    """The record of a committed pruning."""
-    facts = {
-        k: artefact.manifest.facts[k] for k in ("samples", "kept", "dropped", "reasons", "trust")
-    }
-    shards = [artefact.url(n) for n in artefact.names() if n.startswith("shards/")]
-    return PruneResult(stage=stage, name=name, shards=shards, **facts)
-
-
-def resolve_policy(run: Run, stage: int, policy: dict[str, Any] | None) -> Policy:
-    """The policy that is asked for: one that was given, or the plan's.
-
-    Raises:
-        PlanError: the plan has none for the stage.
-    """
-    chosen: Policy | None = (
-        TypeAdapter(Policy).validate_python(policy) if policy else run.plan.stages[stage].prune
-    )
-    if chosen is None:
-        raise PlanError(f"stage {stage} of the plan has no `prune`; name a policy")
-    return chosen
-
-
-def pruning_name(run: Run, stage: int, policy: dict[str, Any] | None) -> str:
-    """Folder of a policy's result: `plan` for the plan's own, else the policy and its settings."""
-    chosen = resolve_policy(run, stage, policy)
-    if chosen == run.plan.stages[stage].prune:
+def pruning_name(run: Run, stage: int, policy: Policy | None = None) -> str:
+    """Return the name of a pruning: `plan` for the plan's own, else the policy and its settings."""
+    resolved = resolve_policy(run, stage, policy)
+    if resolved == run.plan.stages[stage].prune:
         return PLAN_PRUNING
-    settings = chosen.model_dump(mode="json")
+    settings = resolved.model_dump(mode="json")
     return "-".join(str(value).replace("/", "_").replace(":", "_") for value in settings.values())
 
 
-def unpruned_before(run: Run, stage: int) -> list[int]:
-    """Earlier stages that the plan prunes and that nobody has pruned yet."""
-    planned = [number for number in range(stage) if run.plan.stages[number].prune is not None]
-    return [
-        number for number in planned if not run.folder.stage(number).prune(PLAN_PRUNING).committed
-    ]
+def _remove_if_stale(output: Output, inputs: dict[str, str]) -> None:
+    """Remove a part that was made from other inputs than it would be made from now."""
+    if output.committed and output.manifest.inputs != inputs:
+        output.remove()
 
 
-def read_decisions(run: Run, stage: int) -> pl.DataFrame:
-    """The decisions of the plan's own policy."""
-    return read_frame(run.folder.stage(stage).prune(PLAN_PRUNING), DECISIONS)
+def _remove_parts(run: Run, stage: int, name: str) -> None:
+    folder = run.folder.stage(stage)
+    rewritten = list_outputs(folder.root.child("rewritten", name))
+    for part in (*rewritten, *list_outputs(folder.decided(name).root)):
+        part.remove()

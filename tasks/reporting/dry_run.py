@@ -1,4 +1,4 @@
-"""Room `tasks`: what a plan would do and cost, with nothing trained."""
+"""Estimate what a plan would do and cost. Nothing is trained and nothing is written."""
 
 from __future__ import annotations
 
@@ -7,29 +7,35 @@ from pydantic import BaseModel
 from secateur.influence.basis_fitting import share_coefficients
 from secateur.influence.bindings import Bindings
 from secateur.storage.shards import expand_shard_urls, list_shards
-from secateur.tasks.analysis.audit import is_audited
 from secateur.tasks.analysis.retraining import expected_audit_cost
 from secateur.tasks.analysis.windows import preview_windows
 from secateur.tasks.data.batches import BatchSchedule
+from secateur.tasks.data.held_out import scoring_rows
 from secateur.tasks.data.samples import (
     damaged_shard_handler,
     list_target_samples,
     read_stage_samples,
-    scoring_rows,
 )
 from secateur.tasks.plan import CoordinateBasisConfig, Plan
-from secateur.tasks.run.run import Run
-from secateur.tasks.training.optimizer import plan_update_rule
-from secateur.tasks.training.train import check_replayable
+from secateur.tasks.results.training_results import check_replayable
+from secateur.tasks.run import Run
+from secateur.tasks.training.optimizers import plan_update_rule
 
-JUDGING_COST = (
-    0.6  # of a sample in online selection, in trainings of one; see benchmarks/selection.py
-)
+# Cost of scoring one sample in online selection, in trainings of one sample, measured by
+# benchmarks/selection.py.
+SELECTION_COST = 0.6
+INDEX_BYTES = {"flat": 4, "fp16": 2, "sq8": 1}
+RECORD_BYTES = 56  # of a ledger record, besides its coefficients
 
 
 class SelectionEstimate(BaseModel):
-    """Online selection in a stage: the steps that select, the samples judged in them (candidates and target's), and what that
-    costs in trainings of the stage."""
+    """The size of online selection in a stage.
+
+    Attributes:
+        steps: steps that select.
+        judged: samples that are scored in them, candidates and target samples.
+        cost: in trainings of the stage.
+    """
 
     steps: int
     judged: int
@@ -37,7 +43,10 @@ class SelectionEstimate(BaseModel):
 
 
 class StageEstimate(BaseModel):
-    """One stage's expected size, and its windows in steps; samples of later stages follow from the policies' fractions where they have one."""
+    """One stage's expected size, with its windows in steps.
+
+    Samples of later stages follow from the fractions that the policies keep, if they have one.
+    """
 
     stage: int
     samples: int
@@ -51,8 +60,16 @@ class StageEstimate(BaseModel):
 
 
 class RunEstimate(BaseModel):
-    """What a plan would do; `audits` in trainings of their stage, `trials` in steps; `automatic` says where a stage's windows
-    are taken from."""
+    """What a plan would do.
+
+    Attributes:
+        blocks: coefficients per block.
+        uncaptured: parameters that are left out, with their sizes.
+        numbers: coefficients over all blocks.
+        automatic: where the windows of a stage are taken from, in a sentence.
+        audits: cost of each audit, in trainings of its stage.
+        trials: steps of each trial.
+    """
 
     run: str
     blocks: dict[str, int]
@@ -70,116 +87,156 @@ class RunEstimate(BaseModel):
 
 
 def estimate_run(plan: Plan) -> RunEstimate:
-    """Reads the shards' headers, builds the model, and reckons; nothing is written.
+    """Estimate a run from the shards' headers and the model.
 
     Raises:
-        StorageError, SecateurError, PlanError: what would stop the run at its start.
+        StorageError, SecateurError, PlanError: whatever would stop the run when it starts.
     """
-    run = Run.of(plan)
-    model, _ = run.model(), run.task()
+    run = Run.of_plan(plan)
+    model = run.model()
+    run.task()  # raises if the plan's task cannot be made
     bindings = run.bindings(model)
-    blocks = _numbers(plan, bindings)
-    samples = len(
-        list_shards(expand_shard_urls(plan.data.shards), damaged_shard_handler(plan.data, []))
-    )
-    slots = (
-        len(plan_update_rule(plan.optimizer).slots) + 1 if plan.optimizer.at_stage == "carry" else 1
-    )
+    blocks = _coefficients_per_block(plan, bindings)
+    width = sum(blocks.values())
     parameters = sum(p.numel() for p in model.parameters())
-    stages: list[StageEstimate] = []
-    automatic: dict[int, str] = {}
-    for number, stage in enumerate(plan.stages):
-        plan, automatic[number] = preview_windows(plan, number, samples)
-        stages.append(_stage(plan, number, samples, sum(blocks.values()), slots, parameters))
-        samples = round(samples * getattr(stage.prune, "keep", 1.0)) if stage.prune else samples
     targets = {name: len(list_target_samples(run, name)) for name in plan.targets}
-    trial = plan.trust.trial
-    itemsize = 4 if plan.dtype == "float32" else 8
-    widest = max(blocks.values()) if plan.curvature.coupling == "block" else sum(blocks.values())
-    batch = max(stage.batch_size for stage in plan.stages)
-    inner = len(plan_update_rule(plan.optimizer).slots) + 1
-    walking = (
-        plan.segment_steps * batch * sum(blocks.values()) * (1 + inner) + 3 * (inner * widest) ** 2
-    )
+    plan, stages, automatic = _estimate_stages(plan, width, parameters)
+    audits = {
+        stage.stage: expected_audit_cost(plan, BatchSchedule(plan, stage.stage, stage.samples))
+        for stage in stages
+        if plan.audits(stage.stage)
+    }
+    selections = {stage.stage: _estimate_selection(plan, stage, targets) for stage in stages}
     return RunEstimate(
         run=run.url,
         blocks=blocks,
         uncaptured=bindings.uncaptured,
         parameters=parameters,
-        numbers=sum(blocks.values()),
-        audits={
-            s.stage: expected_audit_cost(plan, BatchSchedule(plan, s.stage, s.samples))
-            for s in stages
-            if is_audited(plan, s.stage)
-        },
-        trials={
-            n: trial.steps * (1 + trial.draws)
-            for n, stage in enumerate(plan.stages)
-            if trial and stage.prune
-        },
+        numbers=width,
         targets=targets,
         stages=stages,
-        automatic={number: said for number, said in automatic.items() if said},
-        selections={
-            s.stage: found for s in stages if (found := _selection(plan, s, targets)).steps
-        },
-        disk_bytes=sum(
-            s.ledger_bytes + 2 * s.embedding_bytes + s.index_bytes + s.checkpoint_bytes
-            for s in stages
-        ),
-        memory_bytes=(walking + 4 * parameters) * itemsize,
+        automatic=automatic,
+        selections={stage: one for stage, one in selections.items() if one.steps},
+        audits=audits,
+        trials=_trial_steps(plan),
+        disk_bytes=sum(map(_stage_bytes, stages)),
+        memory_bytes=_memory_bytes(plan, blocks, parameters),
     )
 
 
-def estimate_audit_cost(run_url: str, stage: int, removals: int | None = None) -> float:
-    """What an audit of a trained stage will cost, in trainings of the stage."""
-    run = Run.open(run_url)
+def estimate_audit_cost(run: Run, stage: int, removals: int | None = None) -> float:
+    """Return the expected cost of auditing a trained stage, in trainings of the stage."""
     check_replayable(run, stage)
-    return expected_audit_cost(
-        run.plan, BatchSchedule(run.plan, stage, len(read_stage_samples(run, stage))), removals
-    )
+    schedule = BatchSchedule(run.plan, stage, len(read_stage_samples(run, stage)))
+    return expected_audit_cost(run.plan, schedule, removals)
 
 
-def _stage(
-    plan: Plan, number: int, samples: int, width: int, slots: int, parameters: int
+def _estimate_stages(
+    plan: Plan, width: int, parameters: int
+) -> tuple[Plan, list[StageEstimate], dict[int, str]]:
+    """The plan with windows as far as they are known, its stages, and where windows come from."""
+    urls = expand_shard_urls(plan.data.shards)
+    samples = len(list_shards(urls, damaged_shard_handler(plan.data, [])))
+    stages = []
+    automatic = {}
+    for number, stage in enumerate(plan.stages):
+        plan, sentence = preview_windows(plan, number, samples)
+        if sentence:
+            automatic[number] = sentence
+        stages.append(_estimate_stage(plan, number, samples, width, parameters))
+        if stage.prune:
+            fraction = stage.prune.keep_fraction
+            samples = round(samples * (1.0 if fraction is None else fraction))
+    return plan, stages, automatic
+
+
+def _estimate_stage(
+    plan: Plan, number: int, samples: int, width: int, parameters: int
 ) -> StageEstimate:
-    order, itemsize = BatchSchedule(plan, number, samples), 4 if plan.dtype == "float32" else 8
-    inside = sum(len(window) for window in order.windows())
-    recorded = inside + (order.steps - inside) // order.stage.stride
-    batch = min(order.stage.batch_size, samples)
+    schedule = BatchSchedule(plan, number, samples)
+    itemsize = _itemsize(plan)
+    windows = schedule.windows()
+    selected_steps = sum(len(window) for window in windows)
+    recorded_steps = selected_steps + (schedule.steps - selected_steps) // schedule.stage.stride
+    batch = min(schedule.stage.batch_size, samples)
+    state = _state_tensors(plan)
+    # Embeddings keep the optimizer's slots only if its state crosses the stage's end.
+    slots = state if plan.optimizer.at_stage == "carry" else 1
     kept = min(width * slots, plan.components or width * slots)
-    embeddings = inside * batch * kept * itemsize
-    state = 1 + len(plan_update_rule(plan.optimizer).slots)
+    checkpoints = -(-schedule.steps // plan.segment_steps)
     return StageEstimate(
         stage=number,
         samples=samples,
-        steps=order.steps,
-        windows=[(window.start, window.stop) for window in order.windows()],
-        records=inside * batch,
-        ledger_bytes=recorded * batch * (width * itemsize + 56),
-        embedding_bytes=embeddings,
-        index_bytes=inside * batch * kept * {"flat": 4, "fp16": 2, "sq8": 1}[plan.index],
-        checkpoint_bytes=-(-order.steps // plan.segment_steps) * parameters * state * itemsize,
+        steps=schedule.steps,
+        windows=[(window.start, window.stop) for window in windows],
+        records=selected_steps * batch,
+        ledger_bytes=recorded_steps * batch * (width * itemsize + RECORD_BYTES),
+        embedding_bytes=selected_steps * batch * kept * itemsize,
+        index_bytes=selected_steps * batch * kept * INDEX_BYTES[plan.index],
+        checkpoint_bytes=checkpoints * parameters * state * itemsize,
     )
 
 
-def _selection(plan: Plan, stage: StageEstimate, targets: dict[str, int]) -> SelectionEstimate:
-    order, steps, judged = BatchSchedule(plan, stage.stage, stage.samples), 0, 0
-    for window, spec in zip(order.windows(), order.stage.given, strict=True):
-        if spec.select:
-            steps += len(window)
-            name = spec.select.target or plan.target
-            asked = spec.select.candidates * order.stage.batch_size
-            asked += min(spec.select.samples, len(scoring_rows(plan, name, targets[name])))
-            judged += asked * len(window) if spec.select.method != "random" else 0
-    cost = JUDGING_COST * judged / (stage.steps * min(order.stage.batch_size, stage.samples))
-    return SelectionEstimate(steps=steps, judged=judged, cost=cost)
+def _estimate_selection(
+    plan: Plan, stage: StageEstimate, targets: dict[str, int]
+) -> SelectionEstimate:
+    schedule = BatchSchedule(plan, stage.stage, stage.samples)
+    steps = 0
+    scored = 0
+    for window, config in zip(schedule.windows(), schedule.stage.listed_windows, strict=True):
+        if config.select is None:
+            continue
+        steps += len(window)
+        if config.select.method == "random":
+            continue
+        name = config.select.target or plan.pruning_target
+        candidates = config.select.candidates * schedule.stage.batch_size
+        target_samples = len(scoring_rows(plan, name, targets[name]))
+        scored += len(window) * (candidates + min(config.select.samples, target_samples))
+    trained = stage.steps * min(schedule.stage.batch_size, stage.samples)
+    return SelectionEstimate(steps=steps, judged=scored, cost=SELECTION_COST * scored / trained)
 
 
-def _numbers(plan: Plan, bindings: Bindings) -> dict[str, int]:
-    """Numbers a block in the plan's basis."""
-    spec = plan.numbers
-    if isinstance(spec, CoordinateBasisConfig):
-        found = share_coefficients([block.size for block in bindings.blocks], spec.numbers)
-        return {block.name: share for block, share in zip(bindings.blocks, found, strict=True)}
-    return {b.name: min(spec.rank, b.rows) * min(spec.rank, b.cols) for b in bindings.blocks}
+def _coefficients_per_block(plan: Plan, bindings: Bindings) -> dict[str, int]:
+    config = plan.basis_config
+    blocks = bindings.blocks
+    if isinstance(config, CoordinateBasisConfig):
+        shares = share_coefficients([block.size for block in blocks], config.numbers)
+        return {block.name: share for block, share in zip(blocks, shares, strict=True)}
+    rank = config.rank
+    return {block.name: min(rank, block.rows) * min(rank, block.cols) for block in blocks}
+
+
+def _trial_steps(plan: Plan) -> dict[int, int]:
+    trial = plan.trust.trial
+    if trial is None:
+        return {}
+    pruned = [number for number, stage in enumerate(plan.stages) if stage.prune]
+    return {number: trial.steps * (1 + trial.draws) for number in pruned}
+
+
+def _stage_bytes(stage: StageEstimate) -> int:
+    # Embeddings count twice, because each segment's own are on disk until the stage's are composed.
+    return (
+        stage.ledger_bytes + 2 * stage.embedding_bytes + stage.index_bytes + stage.checkpoint_bytes
+    )
+
+
+def _memory_bytes(plan: Plan, blocks: dict[str, int], parameters: int) -> int:
+    """The memory of embedding one segment, and of the model with its training state."""
+    width = sum(blocks.values())
+    coupled = max(blocks.values()) if plan.curvature.coupling == "block" else width
+    batch = max(stage.batch_size for stage in plan.stages)
+    state = _state_tensors(plan)
+    records = plan.segment_steps * batch * width * (1 + state)
+    transitions = 3 * (state * coupled) ** 2
+    return (records + transitions + 4 * parameters) * _itemsize(plan)
+
+
+def _state_tensors(plan: Plan) -> int:
+    """State tensors per parameter, theta included."""
+    return len(plan_update_rule(plan.optimizer).slots) + 1
+
+
+def _itemsize(plan: Plan) -> int:
+    return 4 if plan.dtype == "float32" else 8

@@ -1,4 +1,4 @@
-"""Room `tasks`: samples as people look at them: a thumbnail of a picture, the beginning of a text."""
+"""Previews of samples for people: a thumbnail of an image, the beginning of a text."""
 
 from __future__ import annotations
 
@@ -10,15 +10,20 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel
 
-PICTURES = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP"}
+IMAGES = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP"}
 TEXTS = ("txt", "text", "md", "cls", "json", "csv", "tsv", "html", "py", "index")
-SIDE = 64  # a thumbnail's, in pixels
-LARGEST = 64_000_000  # pixels of a picture that is decoded
-LETTERS = 200
+THUMBNAIL_SIDE = 64  # pixels
+# Larger images are not decoded, because they would fill memory.
+MOST_PIXELS = 64_000_000
+MOST_CHARACTERS = 200
 
 
 class Preview(BaseModel):
-    """A use of a sample, and what its members look like: `picture` is a PNG as a data URI."""
+    """A use of a sample, and what its members look like.
+
+    Attributes:
+        picture: a PNG as a data URI, or None.
+    """
 
     score: float
     key: str
@@ -28,48 +33,62 @@ class Preview(BaseModel):
 
 
 def preview_sample(sample: dict[str, Any], score: float, step: int) -> Preview:
-    """A sample as `Samples.read` gives it."""
+    """Return the preview of a sample, given as `Samples.read` returns it."""
     members = {name: data for name, data in sample.items() if isinstance(data, bytes)}
-    pictures = [found for name in members if (found := _thumbnail(name, members[name]))]
-    texts = [
-        f"{name}: {_text(data)}"
-        for name, data in members.items()
-        if name.rsplit(".", 1)[-1] in TEXTS
-    ]
-    others = [f"{name}: {len(data)} bytes" for name, data in members.items()]
-    told = "; ".join(texts or ([] if pictures else others))
+    thumbnails = [_thumbnail(name, data) for name, data in members.items()]
+    pictures = [picture for picture in thumbnails if picture]
+    texts = [f"{name}: {_text(data)}" for name, data in members.items() if _kind(name) in TEXTS]
+    if not texts and not pictures:
+        texts = [f"{name}: {len(data)} bytes" for name, data in members.items()]
     return Preview(
-        score=score, key=sample["__key__"], step=step, picture=next(iter(pictures), None), text=told
+        score=score,
+        key=sample["__key__"],
+        step=step,
+        picture=pictures[0] if pictures else None,
+        text="; ".join(texts),
     )
+
+
+def _kind(name: str) -> str:
+    """The last part of a member's extension."""
+    return name.rsplit(".", 1)[-1]
 
 
 def _thumbnail(name: str, data: bytes) -> str | None:
-    """A small PNG of a picture; nothing where it is none, or one that cannot be read."""
-    kind = PICTURES.get(name.rsplit(".", 1)[-1])
+    """A small PNG of an image; None for other members and images that cannot be read."""
+    kind = IMAGES.get(_kind(name))
     if kind is None:
         return None
+    side = THUMBNAIL_SIDE
     try:
-        with Image.open(io.BytesIO(data), formats=[kind]) as picture:
-            if picture.width * picture.height > LARGEST:
+        with Image.open(io.BytesIO(data), formats=[kind]) as image:
+            if image.width * image.height > MOST_PIXELS:
                 return None
-            picture.draft("RGB", (SIDE, SIDE))
-            small = picture.convert("RGBA" if "A" in picture.getbands() else "RGB")
+            # JPEGs are decoded at a reduced size, which is much faster.
+            image.draft("RGB", (side, side))
+            small = image.convert("RGBA" if "A" in image.getbands() else "RGB")
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
-    small.thumbnail((SIDE, SIDE))
-    out = io.BytesIO()
-    small.save(out, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
+    small.thumbnail((side, side))
+    png = io.BytesIO()
+    small.save(png, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
 
 
 def _text(data: bytes) -> str:
-    """The beginning of a text, on one line, without characters that would turn or hide what stands around it."""
-    text = data[: 4 * LETTERS].decode(errors="replace")
-    plain = "".join(
-        " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" if _hides(c) else c for c in text
-    )
-    return plain.strip() if len(plain) <= LETTERS else f"{plain[:LETTERS].strip()} ..."
+    """The beginning of a text on one line, with characters replaced that could mislead."""
+    # A character takes at most four bytes in UTF-8.
+    text = data[: 4 * MOST_CHARACTERS].decode(errors="replace")
+    plain = "".join(_plain(character) for character in text)
+    if len(plain) <= MOST_CHARACTERS:
+        return plain.strip()
+    return f"{plain[:MOST_CHARACTERS].strip()} ..."
 
 
-def _hides(character: str) -> bool:
-    return unicodedata.category(character) in ("Cc", "Cf", "Co", "Cs")
+def _plain(character: str) -> str:
+    """A character that neither breaks the line nor hides or reorders the text around it."""
+    if character.isspace():
+        return " "
+    if unicodedata.category(character) in ("Cc", "Cf", "Co", "Cs"):
+        return "\N{REPLACEMENT CHARACTER}"
+    return character

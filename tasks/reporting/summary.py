@@ -1,19 +1,27 @@
-"""Room `tasks`: what a run came to, stage by stage."""
+"""Summarize a run, stage by stage."""
 
 from __future__ import annotations
 
 from pydantic import BaseModel
 
-from secateur.tasks.analysis.audit import AuditResult, is_audited, read_audit
-from secateur.tasks.pruning.prune import PLAN_PRUNING, PruneResult, read_prune_result
-from secateur.tasks.run.run import Run
-from secateur.tasks.training.online_selection import count_selected
+from secateur.storage.layout import PLAN_PRUNING
+from secateur.tasks.results.audit_results import AuditResult, read_audit
+from secateur.tasks.results.pruning_results import PruneResult, read_prune_result
+from secateur.tasks.results.training_results import count_selected
+from secateur.tasks.run import Run
 
 
 class StageSummary(BaseModel):
-    """One stage: the damaged shards that were left out, the candidates of online selection and how many were chosen, what
-    pruning came to, if it was pruned, every target's mean figures at the stage's end, and its audit if the plan has it
-    audited."""
+    """The summary of a stage.
+
+    Attributes:
+        skipped: a sentence about each damaged shard that was left out.
+        candidates: samples that online selection looked at.
+        chosen: samples that it chose.
+        targets: every target's mean loss and metrics at the stage's end.
+        pruned: the result of pruning by the plan's own policy, or None.
+        audited: the result of its audit, or None if the plan does not have it audited.
+    """
 
     stage: int
     samples: int
@@ -25,27 +33,27 @@ class StageSummary(BaseModel):
     audited: AuditResult | None
 
 
-def summarize_run(run_url: str) -> list[StageSummary]:
-    """Every stage that has been trained and judged so far."""
-    run, found = Run.open(run_url), []
+def summarize_run(run: Run) -> list[StageSummary]:
+    """Summarize every stage that is trained and scored so far."""
+    summaries = []
     for stage in range(len(run.plan.stages)):
         folder = run.folder.stage(stage)
         if not (folder.samples.committed and folder.scores.committed):
             break
-        found.append(summarize_stage(run, stage))
-    return found
+        summaries.append(summarize_stage(run, stage))
+    return summaries
 
 
 def summarize_stage(run: Run, stage: int) -> StageSummary:
-    """A stage that has been trained and judged."""
+    """Summarize a stage that is trained and scored."""
     folder = run.folder.stage(stage)
-    own = folder.prune(PLAN_PRUNING)
+    is_pruned = folder.prune(PLAN_PRUNING).committed
     return StageSummary(
         stage=stage,
         samples=int(folder.samples.manifest.facts["samples"]),
         skipped=folder.samples.manifest.facts["skipped"],
         **count_selected(folder),
         targets=folder.targets.manifest.facts,
-        pruned=read_prune_result(own, stage, PLAN_PRUNING) if own.committed else None,
-        audited=read_audit(run, stage) if is_audited(run.plan, stage) else None,
+        pruned=read_prune_result(run, stage) if is_pruned else None,
+        audited=read_audit(run, stage) if run.plan.audits(stage) else None,
     )

@@ -1,28 +1,34 @@
-"""Room `tasks`: the state of a training, named as checkpoints hold it: weights, buffers and the optimizer's slots."""
+"""The state of a training as checkpoints hold it: weights, buffers and optimizer slots, by name."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-Tensors = dict[str, Tensor]
+from secateur.tasks.data.collate import Tensors
 
 
 def capture_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, like: torch.optim.Optimizer | None = None
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    numbered_like: torch.optim.Optimizer | None = None,
 ) -> Tensors:
-    """Weights, buffers and optimizer state, by name; copies, on the CPU.
+    """Return copies of weights, buffers and optimizer state on the CPU, by name.
 
     Args:
-        like: an optimizer of the same parameters, whose order numbers them; the optimizer's own where it is None.
+        numbered_like: an optimizer over the same parameters, whose order numbers them in the names;
+            `optimizer` itself if None.
     """
-    numbers = {id(p): number for number, p in enumerate(_parameters(like or optimizer))}
-    held = {f"model.{name}": t for name, t in model.state_dict().items()}
+    order = _parameters(numbered_like or optimizer)
+    numbers = {id(parameter): number for number, parameter in enumerate(order)}
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for parameter in _parameters(optimizer):
         for key, value in optimizer.state.get(parameter, {}).items():
             if value is not None:
-                held[f"optimizer.{numbers[id(parameter)]}.{key}"] = torch.as_tensor(value)
-    return {name: t.detach().cpu().clone() for name, t in held.items()}  # tied ones apart
+                name = f"optimizer.{numbers[id(parameter)]}.{key}"
+                tensors[name] = torch.as_tensor(value)
+    # Each is cloned, because tied weights share memory, which safetensors refuses to write.
+    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
 
 
 def load_state(
@@ -30,25 +36,28 @@ def load_state(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     slots: bool = True,
-    like: torch.optim.Optimizer | None = None,
+    numbered_like: torch.optim.Optimizer | None = None,
 ) -> None:
-    """Takes up the state that `state_of` gave; without `slots` the optimizer's is reset."""
-    model.load_state_dict(
-        {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
-    )
-    numbers = {id(p): number for number, p in enumerate(_parameters(optimizer))}
-    places = [numbers[id(p)] for p in _parameters(like or optimizer)]
+    """Load the state that `capture_state` returned into a model and an optimizer.
+
+    Args:
+        slots: whether to load the optimizer's state; it is reset otherwise.
+        numbered_like: as in `capture_state`.
+    """
+    weights = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
+    model.load_state_dict(weights)
+    numbers = {id(parameter): n for n, parameter in enumerate(_parameters(optimizer))}
+    places = [numbers[id(parameter)] for parameter in _parameters(numbered_like or optimizer)]
     state: dict[int, Tensors] = {}
-    for name, tensor in tensors.items() if slots else ():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".", 2)
-            state.setdefault(places[int(index)], {})[key] = (
-                tensor.clone()
-            )  # torch would train on it
-    optimizer.load_state_dict(
-        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
-    )
+    if slots:
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer."):
+                _, number, key = name.split(".", 2)
+                # load_state_dict keeps the tensors it is given, and training would change them.
+                state.setdefault(places[int(number)], {})[key] = tensor.clone()
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

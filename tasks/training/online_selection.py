@@ -1,4 +1,4 @@
-"""Room `tasks`: online selection, what the steps of a window train on instead of what the order gives (`window.select`)."""
+"""Online selection: choose what the steps of a window train on, in place of the batch schedule."""
 
 from __future__ import annotations
 
@@ -14,85 +14,97 @@ from secateur.errors import PlanError
 from secateur.influence.hooks import sample_gradients
 from secateur.influence.recorder import Recorder
 from secateur.influence.selection import SELECTION_RULES, Choice, select_randomly
-from secateur.storage.frames import read_frame, write_frame
-from secateur.storage.layout import StageFolder
+from secateur.storage.frames import write_frame
 from secateur.storage.outputs import Attempt
-from secateur.tasks.data.batches import seed_for
-from secateur.tasks.data.samples import list_target_samples, scoring_rows
+from secateur.tasks.data.collate import Tensors
+from secateur.tasks.data.held_out import scoring_rows
+from secateur.tasks.data.samples import list_target_samples
+from secateur.tasks.data.seeds import seed_for
 from secateur.tasks.plan import SelectionConfig
-from secateur.tasks.training.loop import Tensors, TrainingLoop, eval_mode
+from secateur.tasks.results.training_results import SELECTION, SELECTION_FACTS
+from secateur.tasks.training.loop import TrainingLoop, eval_mode
 
-SELECTION = "selection.parquet"
-FACTS = "selection"
-HELD = 64  # groups of a target's samples that stay decoded
+DECODED_GROUPS = 64  # groups of target samples that stay decoded in memory
 
 
 class OnlineSelector:
-    """Chooses, before each step of a selecting window, the rows that the loop trains on, and keeps what was decided."""
+    """Chooses the rows that each step of a selecting window trains on, and records the choice."""
 
     def __init__(self, loop: TrainingLoop, recorder: Recorder) -> None:
-        self._loop, self._recorder = loop, recorder
+        self._loop = loop
+        self._recorder = recorder
         self._bindings = loop.run.bindings(loop.model)
         self._targets: dict[str, TargetGroups] = {}
         self._frames: list[pl.DataFrame] = []
 
     def choose(self, step: int) -> None:
-        """Decides what a step trains on, if it is in a selecting window; `loop.chosen` then holds it.
+        """Choose what a step trains on, if it is in a selecting window.
+
+        The rows are put into `loop.selected_rows`.
 
         Raises:
-            PlanError: a candidate's or the target's loss is not finite.
+            PlanError: a candidate's loss or the target's loss is not finite.
         """
-        loop, found = self._loop, self._loop.order.selection_at(step)
-        if found is None:
+        loop = self._loop
+        place = loop.schedule.selection_at(step)
+        if place is None:
             return
-        window, spec = found
-        rows, count = loop.order.candidates(step, spec.candidates), loop.order.stage.batch_size
-        if spec.method == "random":
-            choice = select_randomly(len(rows), count, seed_for(loop.order.seed(step), "select"))
+        window, config = place
+        rows = loop.schedule.candidates(step, config.candidates)
+        count = loop.schedule.stage.batch_size
+        if config.method == "random":
+            seed = seed_for(loop.schedule.seed(step), "select")
+            choice = select_randomly(len(rows), count, seed)
         else:
             loop.set_rates(step)
             with eval_mode(loop.model):
-                choice = SELECTION_RULES[spec.method](
-                    self._steps(rows, step), self._target(spec, step), count
-                )
-        loop.chosen[step] = rows[choice.order]
-        self._frames.append(_frame(step, window, rows, choice, spec.method))
+                updates = self._candidate_updates(rows, step)
+                gradient = self._target_gradient(config, step)
+                choice = SELECTION_RULES[config.method](updates, gradient, count)
+        loop.selected_rows[step] = rows[choice.order]
+        self._frames.append(_choice_frame(step, window, rows, choice, config.method))
 
     def write(self, attempt: Attempt) -> None:
-        """Adds what was decided since the last time to a segment, if anything was."""
+        """Write the choices since the last call to a segment, if there are any."""
         if self._frames:
-            frame, self._frames = pl.concat(self._frames), []
+            frame = pl.concat(self._frames)
+            self._frames = []
             write_frame(attempt, SELECTION, frame)
-            attempt.facts[FACTS] = {"candidates": len(frame), "chosen": int(frame["chosen"].sum())}
+            chosen = int(frame["chosen"].sum())
+            attempt.facts[SELECTION_FACTS] = {"candidates": len(frame), "chosen": chosen}
 
-    def _steps(self, rows: Int[Tensor, " n"], step: int) -> Float[Tensor, "n p"]:
-        """What each candidate would add to the parameters as one of a batch, in the numbers of the run's basis.
+    def _candidate_updates(self, rows: Int[Tensor, " n"], step: int) -> Float[Tensor, "n p"]:
+        """What each candidate would add to the parameters as one of a batch, in the run's basis.
 
-        The optimizer is linearised at the candidates' mean gradient; clipping, which depends on the choice, is not foreseen.
+        The optimizer is linearized at the candidates' mean gradient. Clipping depends on the choice
+        and is left out.
         """
-        loop, plan = self._loop, self._loop.run.plan
-        numbers, sizes = [], []
-        for part in rows.split(self._pass):
+        loop = self._loop
+        plan = loop.run.plan
+        gradients = []
+        sizes = []
+        for part in rows.split(self._pass_size):
             batch = loop.batch(part)
             sizes.append(loop.sizes(batch, len(part)))
-            numbers.append(self._contributions(batch, part, step))
+            gradients.append(self._sample_gradients(batch, part, step))
         weights = torch.cat(sizes)
         if plan.task.reduction != "sum":
-            weights = weights / (weights.mean() * loop.order.stage.batch_size)
-        contributed = torch.cat(numbers).cpu().double() * weights[:, None]
-        share = loop.order.stage.batch_size / len(rows)
-        return contributed * self._recorder.sensitivity(contributed.sum(0) * share)
+            weights = weights / (weights.mean() * loop.schedule.stage.batch_size)
+        contributions = torch.cat(gradients).cpu().double() * weights[:, None]
+        share = loop.schedule.stage.batch_size / len(rows)
+        return contributions * self._recorder.step_sensitivity(contributions.sum(0) * share)
 
-    def _target(self, spec: SelectionConfig, step: int) -> Float[Tensor, " p"]:
-        """The gradient of the target's mean loss, over as many of its samples as the plan says."""
-        name = spec.target or self._loop.run.plan.target
+    def _target_gradient(self, config: SelectionConfig, step: int) -> Float[Tensor, " p"]:
+        """The gradient of the target's mean loss, over as many samples as the plan says."""
+        plan = self._loop.run.plan
+        name = config.target or plan.pruning_target
         if name not in self._targets:
-            self._targets[name] = TargetGroups(self._loop, name, spec.samples)
-        held = self._targets[name].group(step)
-        numbers = torch.cat([self._contributions(batch, rows, step, name) for rows, batch in held])
-        return numbers.mean(0).cpu().double()
+            self._targets[name] = TargetGroups(self._loop, name, config.samples)
+        group = self._targets[name].group(step)
+        gradients = [self._sample_gradients(batch, rows, step, name) for rows, batch in group]
+        return torch.cat(gradients).mean(0).cpu().double()
 
-    def _contributions(
+    def _sample_gradients(
         self, batch: Tensors, rows: Int[Tensor, " n"], step: int, target: str | None = None
     ) -> Float[Tensor, "n p"]:
         loop = self._loop
@@ -100,7 +112,7 @@ class OnlineSelector:
         def losses() -> Tensor:
             values = loop.task.losses(loop.model, batch)
             if target is None:
-                return loop.checked(values, rows, step)
+                return loop.check_losses(values, rows, step)
             if not bool(values.isfinite().all()):
                 raise PlanError(
                     f"the loss of target {target} is not finite at step {step}; look at its samples"
@@ -110,69 +122,46 @@ class OnlineSelector:
         return sample_gradients(losses, len(rows), self._bindings, self._recorder.basis)[0]
 
     @property
-    def _pass(self) -> int:
-        """Samples that go through the model at once: as many as in training."""
-        stage = self._loop.order.stage
+    def _pass_size(self) -> int:
+        """Samples that pass through the model together: as many as in training."""
+        stage = self._loop.schedule.stage
         return stage.batch_size // stage.accumulate
 
 
 class TargetGroups:
-    """A target's scoring samples in groups, one a step in turn, so that each is decoded once while they are few."""
+    """A target's scoring samples in groups, one group per step in turn.
 
-    def __init__(self, loop: TrainingLoop, name: str, size: int) -> None:
-        samples, order = list_target_samples(loop.run, name), loop.order
-        scoring = scoring_rows(loop.run.plan, name, len(samples))
-        generator = torch.Generator().manual_seed(
-            seed_for(loop.run.plan.seed, "target", order.number, name)
-        )
+    Recently used groups stay decoded, so that each sample is decoded once while they are few.
+    """
+
+    def __init__(self, loop: TrainingLoop, target: str, size: int) -> None:
+        plan = loop.run.plan
+        self._loop = loop
+        self._samples = list_target_samples(loop.run, target)
+        scoring = scoring_rows(plan, target, len(self._samples))
+        seed = seed_for(plan.seed, "target", loop.schedule.number, target)
+        generator = torch.Generator().manual_seed(seed)
         self._groups = scoring[torch.randperm(len(scoring), generator=generator)].split(size)
-        micro = order.stage.batch_size // order.stage.accumulate
-        read = lambda number: [
-            (rows, loop.batch(rows, samples)) for rows in self._groups[number].split(micro)
-        ]
-        self._read = lru_cache(HELD)(read)
+        self._decoded = lru_cache(DECODED_GROUPS)(self._decode)
 
     def group(self, step: int) -> list[tuple[Int[Tensor, " n"], Tensors]]:
-        """The rows and tensors of a step's group, in passes."""
-        return self._read(step % len(self._groups))
+        """Return the rows and tensors of a step's group, pass by pass."""
+        return self._decoded(step % len(self._groups))
+
+    def _decode(self, number: int) -> list[tuple[Tensor, Tensors]]:
+        stage = self._loop.schedule.stage
+        passes = self._groups[number].split(stage.batch_size // stage.accumulate)
+        return [(rows, self._loop.batch(rows, self._samples)) for rows in passes]
 
 
-def read_selected_rows(folder: StageFolder) -> dict[int, Int[Tensor, " batch"]]:
-    """What online selection chose for each step of a stage's committed segments, in the order it was trained on."""
-    found = {}
-    for segment in folder.segments():
-        if FACTS in segment.manifest.facts:
-            frame = (
-                read_frame(segment, SELECTION, ["step", "sample", "rank"])
-                .drop_nulls("rank")
-                .sort("step", "rank")
-            )
-            for (step,), rows in frame.group_by("step", maintain_order=True):
-                found[int(str(step))] = torch.from_numpy(rows["sample"].to_numpy().astype(np.int64))
-    return found
-
-
-def count_selected(folder: StageFolder) -> dict[str, int]:
-    """How many candidates online selection had in a stage's committed segments, and how many it chose."""
-    facts = [segment.manifest.facts.get(FACTS, {}) for segment in folder.segments()]
-    return {name: sum(found.get(name, 0) for found in facts) for name in ("candidates", "chosen")}
-
-
-def _frame(
+def _choice_frame(
     step: int, window: int, rows: Int[Tensor, " n"], choice: Choice, method: str
 ) -> pl.DataFrame:
-    """One row a candidate: `step`, `window`, `sample`, `score`, `gain`, `chosen`, `rank` of a chosen one, `reason`."""
+    """One row per candidate, with the columns of `selection.parquet`."""
     rank = np.zeros(len(rows), np.uint32)
     rank[choice.order.numpy()] = np.arange(1, len(choice.order) + 1)
     best = f"the {len(choice.order)} of {len(rows)}"
-    reasons = (
-        (f"chosen: among {best} drawn", f"passed over: not among {best} drawn")
-        if method == "random"
-        else (
-            f"chosen: among {best} of largest gain",
-            f"passed over: not among {best} of largest gain",
-        )
-    )
+    best += " drawn" if method == "random" else " of largest gain"
     frame = pl.DataFrame(
         {
             "step": np.full(len(rows), step, np.uint32),
@@ -184,9 +173,11 @@ def _frame(
         }
     )
     chosen = pl.col("rank") > 0
+    chosen_reason = pl.lit(f"chosen: among {best}")
+    other_reason = pl.lit(f"passed over: not among {best}")
     return frame.with_columns(
         pl.col("score", "gain").fill_nan(None),
         chosen.alias("chosen"),
         pl.when(chosen).then("rank").alias("rank"),
-        pl.when(chosen).then(pl.lit(reasons[0])).otherwise(pl.lit(reasons[1])).alias("reason"),
+        pl.when(chosen).then(chosen_reason).otherwise(other_reason).alias("reason"),
     ).select("step", "window", "sample", "score", "gain", "chosen", "rank", "reason")

@@ -1,30 +1,27 @@
-"""Room `tasks`: the FAISS index of a stage's embeddings."""
+"""The FAISS index of a stage's embeddings."""
 
 from __future__ import annotations
 
 from secateur.storage.faiss_index import build_index, write_index
-from secateur.tasks.engine.prefect_task import pipeline_task
-from secateur.tasks.run.run import Run
-from secateur.tasks.valuation.embed import stage_embeddings
+from secateur.storage.outputs import Attempt
+from secateur.tasks.results.valuation_results import read_embeddings
+from secateur.tasks.run import Run
 
 
-@pipeline_task("index", makes=lambda run, stage: run.folder.stage(stage).index)
-def index_stage(run_url: str, stage: int) -> int:
-    """Indexes a stage's embeddings; ids are rows of its `scores.parquet`.
+def index_stage(run: Run, stage: int) -> int:
+    """Index a stage's embeddings. The ids are rows of its `scores.parquet`.
 
     Returns:
         Number of vectors.
     """
-    run = Run.open(run_url)
     folder = run.folder.stage(stage)
-    if not folder.index.committed:
-        chunks = stage_embeddings(folder.embeddings)
-        index = build_index(
-            (c.numpy() for c in chunks if len(c)), run.plan.index, chunks[0].shape[1]
-        )
-        with folder.index.attempt(
-            "index", {"embeddings": folder.embeddings.fingerprint}
-        ) as attempt:
-            write_index(attempt, index)
-            attempt.facts.update(kind=run.plan.index, vectors=index.ntotal)
-    return int(folder.index.manifest.facts["vectors"])
+
+    def write(attempt: Attempt) -> None:
+        parts = read_embeddings(folder.embeddings)
+        vectors = (part.numpy() for part in parts if len(part))
+        index = build_index(vectors, run.plan.index, parts[0].shape[1])
+        write_index(attempt, index)
+        attempt.facts.update(kind=run.plan.index, vectors=index.ntotal)
+
+    inputs = {"embeddings": folder.embeddings.fingerprint}
+    return int(folder.index.write_once("index", inputs, write).facts["vectors"])

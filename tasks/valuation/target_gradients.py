@@ -1,113 +1,106 @@
-"""Room `tasks`: the gradient of every target sample at a stage's end, and the targets' losses there."""
+"""The gradient of every target sample at a stage's end, and the targets' losses there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from secateur.influence.hooks import sample_gradients
 from secateur.storage.ledger import read_checkpoint
-from secateur.storage.outputs import Output
+from secateur.storage.outputs import Attempt
 from secateur.storage.shards import Samples
-from secateur.storage.tensors import read_tensors, write_tensors
-from secateur.tasks.data.samples import (
-    held_out_rows,
-    list_target_samples,
-    read_stage_samples,
-    scoring_rows,
-)
-from secateur.tasks.engine.prefect_task import pipeline_task
+from secateur.storage.tensors import write_tensors
+from secateur.tasks.data.held_out import held_out_rows
+from secateur.tasks.data.samples import list_target_samples, read_stage_samples
 from secateur.tasks.engine.progress import track
-from secateur.tasks.run.run import Run
-from secateur.tasks.training.loop import TrainingLoop, collate, eval_mode
-from secateur.tasks.training.train import end_checkpoint
+from secateur.tasks.results.training_results import end_checkpoint
+from secateur.tasks.run import Run
+from secateur.tasks.training.loop import TrainingLoop, eval_mode
 
 EVALUATION_BATCH = 256
 
 
-@pipeline_task(
-    "differentiate targets", makes=lambda run, stage: run.folder.stage(stage).targets, draws=True
-)
-def write_target_gradients(run_url: str, stage: int) -> dict[str, dict[str, float]]:
-    """Stores each target sample's loss gradient in the run's basis, at the stage's end.
+def write_target_gradients(run: Run, stage: int) -> dict[str, dict[str, float]]:
+    """Write each target sample's loss gradient at the stage's end, in the run's basis.
 
     Returns:
-        For every target the mean `loss` and the means of the task's metrics over the samples that judge (all where none
-        is kept for that), and how many `samples` these are.
+        For every target the mean `loss` and the means of the task's metrics over its held-out
+        samples (over all if none are held out), and how many `samples` these are.
 
     Raises:
         PlanError: a target is empty, or too small to be split.
     """
-    run = Run.open(run_url)
-    artefact = run.folder.stage(stage).targets
-    if not artefact.committed:
+
+    def write(attempt: Attempt) -> None:
         loop = loop_at_stage_end(run, stage)
-        with artefact.attempt("targets", {"basis": run.folder.basis.fingerprint}) as attempt:
-            for name in run.plan.targets:
-                samples = list_target_samples(run, name)
-                rows, figures = _differentiate(loop, samples, name)
-                write_tensors(attempt, f"{name}.safetensors", {"gradients": rows}, {})
-                attempt.facts[name] = figures
-    return dict(artefact.manifest.facts)
+        for name in run.plan.targets:
+            samples = list_target_samples(run, name)
+            gradients, metrics = _differentiate_target(loop, samples, name)
+            write_tensors(attempt, f"{name}.safetensors", {"gradients": gradients}, {})
+            attempt.facts[name] = metrics
+
+    inputs = {"basis": run.folder.basis.fingerprint}
+    return dict(run.folder.stage(stage).targets.write_once("targets", inputs, write).facts)
 
 
-def target_loss(loop: TrainingLoop, samples: Samples, rows: Tensor) -> float:
-    """Mean loss of some of a target's samples with the loop's weights, averaged in float64."""
+def target_loss(loop: TrainingLoop, samples: Samples, rows: Int[Tensor, " rows"]) -> float:
+    """Return the mean loss of some target samples with the loop's weights, summed in float64."""
     total = 0.0
     with eval_mode(loop.model), torch.no_grad():
         for part in rows.split(EVALUATION_BATCH):
-            total += float(loop.task.losses(loop.model, loop.batch(part, samples)).double().sum())
+            losses = loop.task.losses(loop.model, loop.batch(part, samples))
+            total += float(losses.double().sum())
     return total / len(rows)
 
 
 def loop_at_stage_end(run: Run, stage: int) -> TrainingLoop:
-    """The stage's loop with the weights of its end."""
+    """Return the stage's loop with the weights of its end."""
     loop = TrainingLoop(run, stage, read_stage_samples(run, stage))
-    loop.restore(read_checkpoint(end_checkpoint(run, stage)))
+    loop.load_state(read_checkpoint(end_checkpoint(run, stage)))
     return loop
 
 
-def read_target_gradients(artefact: Output, name: str) -> Tensor:
-    """`samples p`: the stored gradients of a target's samples."""
-    return read_tensors(artefact, f"{name}.safetensors")["gradients"]
-
-
-def read_scoring_gradients(run: Run, stage: int, name: str) -> Tensor:
-    """`samples p`: the stored gradients of those of a target's samples that score."""
-    gradients = read_target_gradients(run.folder.stage(stage).targets, name)
-    return gradients[scoring_rows(run.plan, name, len(gradients))]
-
-
 def differentiate_samples(
-    loop: TrainingLoop, samples: Samples, rows: Tensor
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Loss gradients of some samples in the run's basis, their losses, and the task's metrics of each."""
+    loop: TrainingLoop, samples: Samples, rows: Int[Tensor, " n"]
+) -> tuple[Float[Tensor, "n p"], Float[Tensor, " n"], dict[str, Tensor]]:
+    """Return the loss gradients of some samples in the run's basis, their losses and metrics.
+
+    The model is in eval mode. Metrics are those of the task's optional `metrics` method.
+    """
     bindings = loop.run.bindings(loop.model)
     basis = loop.run.basis(bindings)
     with eval_mode(loop.model):
-        batch = collate(loop.task, samples, rows, loop.run.plan.device)
-        forward: Callable[[], Tensor] = lambda: loop.task.losses(loop.model, batch)  # noqa: E731
-        numbers, losses = sample_gradients(forward, len(rows), bindings, basis)
+        batch = loop.batch(rows, samples)
+
+        def forward() -> Tensor:
+            return loop.task.losses(loop.model, batch)
+
+        gradients, losses = sample_gradients(forward, len(rows), bindings, basis)
         metrics: dict[str, Tensor] = {}
         if hasattr(loop.task, "metrics"):
             with torch.no_grad():
                 metrics = loop.task.metrics(loop.model, batch)
-    return numbers.cpu(), losses.cpu(), metrics
+    return gradients.cpu(), losses.cpu(), metrics
 
 
-def _differentiate(
-    loop: TrainingLoop, samples: Samples, name: str
+def _differentiate_target(
+    loop: TrainingLoop, samples: Samples, target: str
 ) -> tuple[Tensor, dict[str, float]]:
-    """All of a target's gradients, and the means of its losses and metrics over the samples that judge."""
-    judges = held_out_rows(loop.run.plan, name, len(samples))
+    """All gradients of a target, and the means of its losses and metrics if held out."""
     chunks = torch.arange(len(samples)).split(EVALUATION_BATCH)
-    gradients, values = [], []
-    for rows in track(chunks, f"target {name}", len(chunks)):
-        numbers, losses, metrics = differentiate_samples(loop, samples, rows)
-        gradients.append(numbers)
-        values.append({"loss": losses.double()} | {k: v.double().cpu() for k, v in metrics.items()})
-    told = judges if len(judges) else torch.arange(len(samples))
-    means = {key: float(torch.cat([v[key] for v in values])[told].mean()) for key in values[0]}
-    return torch.cat(gradients), {"samples": len(told), **means}
+    gradients = []
+    values = []
+    for rows in track(chunks, f"target {target}", len(chunks)):
+        chunk, losses, metrics = differentiate_samples(loop, samples, rows)
+        gradients.append(chunk)
+        metrics = {name: value.double().cpu() for name, value in metrics.items()}
+        values.append({"loss": losses.double()} | metrics)
+    reported = held_out_rows(loop.run.plan, target, len(samples))
+    if not len(reported):
+        reported = torch.arange(len(samples))
+    means = {
+        name: float(torch.cat([value[name] for value in values])[reported].mean())
+        for name in values[0]
+    }
+    return torch.cat(gradients), {"samples": len(reported), **means}

@@ -1,56 +1,48 @@
-"""Room `tasks`: the scores that a policy reads; for TracIn the targets' gradients at every segment checkpoint too."""
+"""TracIn scores: the targets' gradients at every segment checkpoint, and their products."""
 
 from __future__ import annotations
 
-import polars as pl
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from secateur.influence.baselines import tracin_scores
 from secateur.storage.ledger import read_checkpoint
+from secateur.storage.outputs import Attempt
+from secateur.storage.shards import Samples
 from secateur.storage.tensors import read_tensors, write_tensors
-from secateur.tasks.data.samples import list_target_samples, read_stage_samples, scoring_rows
+from secateur.tasks.data.held_out import scoring_rows
+from secateur.tasks.data.samples import list_target_samples, read_stage_samples
 from secateur.tasks.engine.progress import track
-from secateur.tasks.plan import Policy, TracInPolicy
-from secateur.tasks.run.run import Run
+from secateur.tasks.results.training_results import start_checkpoint
+from secateur.tasks.run import Run
 from secateur.tasks.training.loop import TrainingLoop
-from secateur.tasks.training.optimizer import plan_update_rule
-from secateur.tasks.training.train import start_checkpoint
-from secateur.tasks.valuation.embed import segment_of
-from secateur.tasks.valuation.score import read_scores
+from secateur.tasks.training.optimizers import plan_update_rule
+from secateur.tasks.valuation.dynamics import read_segment
 from secateur.tasks.valuation.target_gradients import EVALUATION_BATCH, differentiate_samples
 
-FILE = "gradients.safetensors"
+GRADIENTS = "gradients.safetensors"
 
 
-def read_policy_scores(run: Run, stage: int, policy: Policy) -> pl.DataFrame:
-    """The stage's `scores.parquet`, for TracIn with a column `tracin_<target>` for every target."""
-    scores = read_scores(run, stage)
-    if not isinstance(policy, TracInPolicy):
-        return scores
-    found = _tracin(run, stage)
-    columns = zip(run.plan.targets, found.unbind(1), strict=True)
-    return scores.with_columns(
-        pl.Series(f"tracin_{name}", values.numpy()) for name, values in columns
-    )
+def stage_tracin_scores(run: Run, stage: int) -> Float[Tensor, "uses targets"]:
+    """Return the TracIn score of every recorded use, ordered as the stage's scores are.
 
-
-def _tracin(run: Run, stage: int) -> Tensor:
-    """`uses targets`, in the order of the stage's scores."""
+    The gradients that they need are computed and stored if they are missing.
+    """
     differentiate_checkpoints(run, stage)
-    folder, optimizer = run.folder.stage(stage), plan_update_rule(run.plan.optimizer)
-    at = [_gradients(run, stage, number) for number in range(len(folder.segments()) + 1)]
+    segments = run.folder.stage(stage).segments()
+    update_rule = plan_update_rule(run.plan.optimizer)
+    gradients = [_read_gradients(run, stage, number) for number in range(len(segments) + 1)]
     parts = []
-    for number, ledger in enumerate(folder.segments()):
-        segment = segment_of(ledger)
-        parts.append(
-            tracin_scores(segment, optimizer, at[number], at[number + 1])[segment.selected]
-        )
+    for number, ledger in enumerate(segments):
+        segment = read_segment(ledger)
+        scores = tracin_scores(segment, update_rule, gradients[number], gradients[number + 1])
+        parts.append(scores[segment.selected])
     return torch.cat(parts)
 
 
 def differentiate_checkpoints(run: Run, stage: int) -> None:
-    """Stores the gradient of each target's mean loss, in the run's basis, at every segment checkpoint of a stage."""
+    """Store the gradient of each target's mean loss at every segment checkpoint of a stage."""
     folder = run.folder.stage(stage)
     segments = folder.segments()
     missing = [n for n in range(len(segments) + 1) if not folder.gradients(n).committed]
@@ -58,24 +50,29 @@ def differentiate_checkpoints(run: Run, stage: int) -> None:
         return
     loop = TrainingLoop(run, stage, read_stage_samples(run, stage))
     targets = {name: list_target_samples(run, name) for name in run.plan.targets}
-    for number in track(missing, f"stage {stage}, targets at checkpoints", len(missing)):
+    label = f"stage {stage}, targets at checkpoints"
+    for number in track(missing, label, len(missing)):
         checkpoint = segments[number - 1] if number else start_checkpoint(run, stage)
-        loop.restore(read_checkpoint(checkpoint), optimizer=False)
+        loop.load_state(read_checkpoint(checkpoint), optimizer=False)
+        _commit_gradients(run, loop, stage, number, targets)
+
+
+def _commit_gradients(
+    run: Run, loop: TrainingLoop, stage: int, number: int, targets: dict[str, Samples]
+) -> None:
+    def write(attempt: Attempt) -> None:
         means = {}
         for name, samples in targets.items():
             rows = scoring_rows(run.plan, name, len(samples)).split(EVALUATION_BATCH)
-            means[name] = (
-                torch.cat([differentiate_samples(loop, samples, part)[0] for part in rows])
-                .double()
-                .mean(0)
-            )
-        with folder.gradients(number).attempt(
-            "target gradients", {"basis": run.folder.basis.fingerprint}
-        ) as attempt:
-            write_tensors(attempt, FILE, means, {})
+            parts = [differentiate_samples(loop, samples, part)[0] for part in rows]
+            means[name] = torch.cat(parts).double().mean(0)
+        write_tensors(attempt, GRADIENTS, means, {})
+
+    inputs = {"basis": run.folder.basis.fingerprint}
+    run.folder.stage(stage).gradients(number).write_once("target gradients", inputs, write)
 
 
-def _gradients(run: Run, stage: int, number: int) -> Tensor:
-    """`targets p`, in the order of the plan's targets."""
-    stored = read_tensors(run.folder.stage(stage).gradients(number), FILE)
+def _read_gradients(run: Run, stage: int, number: int) -> Float[Tensor, "targets p"]:
+    """The targets' gradients at a checkpoint, in the order of the plan's targets."""
+    stored = read_tensors(run.folder.stage(stage).gradients(number), GRADIENTS)
     return torch.stack([stored[name] for name in run.plan.targets])

@@ -1,4 +1,4 @@
-"""Room `tasks.plan`: what carries out the parts of a run that can run side by side; no part of what the run is."""
+"""Settings of the workers that do the parts of a run that can run in parallel."""
 
 from __future__ import annotations
 
@@ -10,29 +10,32 @@ from secateur.tasks.plan.base import Config
 
 
 class WorkersConfig(Config):
-    """Where segments are embedded, indexes built, shards rewritten, targets replayed and audited samples left out."""
+    """Where segments are embedded, shards rewritten, targets replayed and audits retrained.
+
+    Workers do not change what a run computes.
+    """
 
     kind: Literal["threads", "processes", "dask", "ray"] = Field(
         "threads",
         description="`dask` and `ray` need the extra of that name: `pip install secateur[dask]`",
     )
     count: PositiveInt | None = Field(
-        None, description="how many at once; as many as the machine has cores if null"
+        None, description="how many work at the same time; one per CPU core if null"
     )
     address: str | None = Field(
         None, description="a Dask scheduler or Ray cluster; one on this machine if null"
     )
     timeout: PositiveFloat | None = Field(
-        None, description="seconds that one task may take; no limit if null"
+        None, description="most seconds that one task may take; no limit if null"
     )
 
     @model_validator(mode="after")
-    def _one_place(self) -> WorkersConfig:
+    def _check_address(self) -> WorkersConfig:
         if self.address is None:
             return self
         if self.kind not in ("dask", "ray"):
             raise ValueError(
-                f"`address` is a Dask scheduler's or a Ray cluster's, and `kind` is {self.kind}"
+                f"`address` names a Dask scheduler or a Ray cluster, and `kind` is {self.kind}"
             )
         if self.count is not None:
             raise ValueError(

@@ -1,0 +1,61 @@
+"""The base class of curvature settings, and their registry. The curvatures are in `tasks/training`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from secateur.tasks.plan.base import Config
+from secateur.tasks.plan.registry import Registry
+
+if TYPE_CHECKING:
+    from secateur.influence.curvature import Curvature
+    from secateur.influence.recorder import Recorder
+    from secateur.influence.segment import Segment
+    from secateur.tasks.training.loop import TrainingLoop
+
+
+class CurvatureConfig(Config, ABC):
+    """How a step's gradient changes when the parameters change.
+
+    A subclass gives `kind` its name and implements `build`. If it needs more than the recorded
+    contributions, it records that in `record_step` and sets `needs_own_loop`.
+
+    Attributes:
+        needs_own_loop: whether it makes extra passes, which only `secateur run` can make.
+    """
+
+    kind: str
+    coupling: Literal["block", "full"] = Field(
+        "block", description="`full` if a change in one block changes the gradient of the others"
+    )
+    needs_own_loop: ClassVar[bool] = False
+
+    @abstractmethod
+    def build(self, segment: Segment, spans: Sequence[slice]) -> Curvature:
+        """Return the curvature of a recorded segment.
+
+        Args:
+            spans: the coefficients that are coupled: one slice per block, or one slice of all.
+        """
+
+    def record_step(
+        self, recorder: Recorder, loop: TrainingLoop, segment: range, step: int, recorded: bool
+    ) -> None:
+        """Record what a step needs beside contributions, before it is taken. By default nothing.
+
+        Args:
+            segment: the steps of the segment that the step is in.
+            recorded: whether this step's contributions are recorded.
+        """
+
+
+CURVATURES: Registry[CurvatureConfig] = Registry(
+    CurvatureConfig,  # type: ignore[type-abstract]  # only concrete classes are registered
+    tag="kind",
+    builtins="secateur.tasks.training.curvatures",
+)
+register_curvature = CURVATURES.register

@@ -1,0 +1,107 @@
+"""The optimizers that a plan can name: the settings of each, and building one over a model."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from pydantic import PositiveFloat
+from torch import nn
+
+from secateur.errors import PlanError
+from secateur.influence.optimizers import UpdateRule, find_update_rule
+from secateur.tasks.plan import (
+    OptimizerConfig,
+    ParameterGroupConfig,
+    Share,
+    register_optimizer,
+)
+
+
+@register_optimizer
+class SGDConfig(OptimizerConfig):
+    """Stochastic gradient descent."""
+
+    kind: Literal["sgd"] = "sgd"
+    momentum: Share = 0.0
+    nesterov: bool = False
+    optimizer_class = torch.optim.SGD
+    linear = True
+
+
+@register_optimizer
+class AdamWConfig(OptimizerConfig):
+    """Adam with decoupled weight decay."""
+
+    kind: Literal["adamw"] = "adamw"
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    optimizer_class = torch.optim.AdamW
+
+
+@register_optimizer
+class AdamConfig(OptimizerConfig):
+    """Adam; weight decay is added to the gradient."""
+
+    kind: Literal["adam"] = "adam"
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    optimizer_class = torch.optim.Adam
+
+
+@register_optimizer
+class RMSpropConfig(OptimizerConfig):
+    """RMSProp."""
+
+    kind: Literal["rmsprop"] = "rmsprop"
+    alpha: Share = 0.99
+    eps: PositiveFloat = 1e-8
+    momentum: Share = 0.0
+    optimizer_class = torch.optim.RMSprop
+
+
+def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """Return the plan's optimizer over a model's trainable parameters.
+
+    Each group's `initial_lr` is its learning rate before the schedule.
+
+    Raises:
+        PlanError: a group's pattern matches no parameter.
+    """
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for pattern in (pattern for group in config.groups for pattern in group.parameters):
+        if not any(fnmatchcase(name, pattern) for name in named):
+            raise PlanError(
+                f"pattern {pattern} of optimizer.groups matches no parameter; the parameters are "
+                f"{', '.join(named)}"
+            )
+    members: dict[int, list[nn.Parameter]] = {}
+    for name, parameter in named.items():
+        members.setdefault(_group_number(name, config.groups), []).append(parameter)
+    groups = [
+        _group_settings(config, number) | {"params": parameters}
+        for number, parameters in sorted(members.items())
+    ]
+    return config.build(groups)
+
+
+def plan_update_rule(config: OptimizerConfig) -> UpdateRule:
+    """Return the update rule of the plan's optimizer."""
+    parameter = nn.Parameter(torch.zeros(1))
+    return find_update_rule(config.build([{"params": [parameter]}]))
+
+
+def _group_number(name: str, groups: list[ParameterGroupConfig]) -> int:
+    """The first group that lists a parameter; one more than the last if none does."""
+    for number, group in enumerate(groups):
+        if any(fnmatchcase(name, pattern) for pattern in group.parameters):
+            return number
+    return len(groups)
+
+
+def _group_settings(config: OptimizerConfig, number: int) -> dict[str, Any]:
+    own: dict[str, Any] = {}
+    if number < len(config.groups):
+        own = config.groups[number].model_dump(exclude={"parameters"}, exclude_none=True)
+    return {"lr": config.lr, "initial_lr": own.get("lr", config.lr), **own}
