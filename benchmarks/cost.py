@@ -44,7 +44,9 @@ def measure(workload: Workload, steps: int, repeats: int) -> None:
     recorder, segment = captured()
 
     def embedded() -> None:
-        dynamics = Dynamics.from_segment(segment, recorder.update_rule, EmpiricalFisher(segment, basis.spans), basis.spans)
+        dynamics = Dynamics.from_segment(
+            segment, recorder.update_rule, EmpiricalFisher(segment, basis.spans), basis.spans
+        )
         walk_segment(
             dynamics,
             identity_transition(basis.spans, 3, segment.contributions.dtype, theta_only=True),
@@ -59,9 +61,9 @@ def measure(workload: Workload, steps: int, repeats: int) -> None:
                 workload.step(model, optimizer, step)
             tape.close()
             ones = {name: torch.ones_like(p) for name, p in model.named_parameters()}
-            later = [tape.groups.adjoint(ones, 2) for _ in range(targets)]
+            later = [tape.groups.start_adjoint(ones, 2) for _ in range(targets)]
             for step in reversed(range(steps)):
-                ids, moment = workload.batches[step], tape.moments.pop()
+                ids, moment = workload.batches[step], tape.steps.pop()
                 part = LossPart(
                     lambda m, ids=ids: workload.losses(m, ids),
                     torch.full((len(ids),), 1 / len(ids)),

@@ -161,7 +161,7 @@ def replay_scores(workload: Workload) -> Tensor:
     tape.close()
     named = dict(model.named_parameters())
     gradients = torch.autograd.grad(workload.target_losses(model).mean(), list(named.values()))
-    later = tape.groups.adjoint(
+    later = tape.groups.start_adjoint(
         dict(zip(named, gradients, strict=True)), len(tape.update_rule.slots)
     )
     scores: dict[int, Tensor] = {}
@@ -171,7 +171,7 @@ def replay_scores(workload: Workload) -> Tensor:
             lambda m, ids=ids: workload.losses(m, ids), torch.full((len(ids),), 1 / len(ids))
         )
         scores[step], later = step_back(
-            model, tape.groups, tape.moments.pop(), tape.update_rule, [part], later
+            model, tape.groups, tape.steps.pop(), tape.update_rule, [part], later
         )
     return torch.stack([scores[step][place] for step, place in workload.removals])
 

@@ -1,0 +1,1 @@
+"""The mathematics: the effect of each sample of a training run on the model. PyTorch only."""

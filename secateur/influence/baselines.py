@@ -1,4 +1,4 @@
-"""Room `secateur`: baselines from the literature, read off a segment's record."""
+"""Baselines from the literature, computed from a segment's record."""
 
 from __future__ import annotations
 
@@ -11,26 +11,34 @@ from secateur.influence.segment import Segment
 
 
 def gradient_norms(segment: Segment) -> Float[Tensor, " records"]:
-    """GraNd (Paul et al., "Deep Learning on a Data Diet", NeurIPS 2021, section 2), of this one run: the norm of
-    each sample's own loss gradient, in the numbers of the basis; not a number where the sample weighs nothing."""
-    return segment.contributions.norm(dim=1).double() / segment.weights
+    """Return GraNd of this one run: the norm of each sample's own loss gradient.
+
+    The norm is taken in the coefficients of the basis. It is not a number if the sample's weight is
+    zero. Source: Paul et al., "Deep Learning on a Data Diet", NeurIPS 2021, section 2.
+    """
+    norms: Tensor = segment.contributions.norm(dim=1).double()
+    return norms / segment.weights
 
 
 def tracin_scores(
     segment: Segment,
-    linearised: UpdateRule,
+    update_rule: UpdateRule,
     before: Float[Tensor, "targets p"],
     after: Float[Tensor, "targets p"],
 ) -> Float[Tensor, "records targets"]:
-    """TracIn (Pruthi et al., NeurIPS 2020, section 3) of every use: learning rate times the product of its contribution
-    with a target's gradient at the nearer of the segment's two checkpoints; positive where it helped.
+    """Return TracIn of every record; positive if it helped.
+
+    It is the learning rate times the product of the record's contribution with a target's gradient,
+    at the nearer of the segment's two checkpoints. Source: Pruthi et al., NeurIPS 2020, section 3.
 
     Args:
-        linearised: of the optimizer that made the segment; it names the recorded learning rates.
-        before, after: gradients of each target's mean loss at the segment's start and at its end.
+        segment: the segment.
+        update_rule: of the optimizer that made the segment. It names the recorded learning rates.
+        before: gradient of each target's mean loss at the segment's start.
+        after: the same at its end.
     """
-    rates = segment.hyper[:, :, linearised.hyper.index("lr")][:, segment.groups]
+    rates = segment.hyper[:, :, update_rule.hyper.index("lr")][:, segment.groups]
     place = segment.steps - segment.first_step
-    weighed = segment.contributions.double() * rates[place]
-    early = (2 * place <= segment.length)[:, None]
-    return torch.where(early, weighed @ before.double().T, weighed @ after.double().T)
+    weighted = segment.contributions.double() * rates[place]
+    nearer_start = (2 * place <= segment.length)[:, None]
+    return torch.where(nearer_start, weighted @ before.double().T, weighted @ after.double().T)

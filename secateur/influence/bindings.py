@@ -1,4 +1,4 @@
-"""Room `secateur`: which layers of a model are captured, and where each one's parameters stand among the blocks."""
+"""The captured layers of a model, and the place of their parameters among the blocks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,16 @@ from secateur.influence.layers import LayerFamily, find_layer_family
 
 @dataclass(frozen=True)
 class Binding:
-    """One layer's place: column j of its captures is column `columns[j]` of its block, or -1 where frozen."""
+    """One captured layer and its place among the blocks.
+
+    Attributes:
+        module_name: the layer's name in the model.
+        module: the layer.
+        family: the layer's family.
+        block_index: the index of its block.
+        columns: the block's column for each column of the layer's captures, or -1 if that is
+            frozen.
+    """
 
     module_name: str
     module: nn.Module
@@ -28,29 +37,40 @@ class Binding:
 
 @dataclass(frozen=True)
 class Bindings:
-    """Every captured layer of a model, its blocks, and the parameters left out (name: elements)."""
+    """Every captured layer of a model, its blocks, and the parameters that are not captured.
+
+    Attributes:
+        blocks: the blocks.
+        bindings: the captured layers.
+        uncaptured: number of elements of each trainable parameter that is not captured.
+    """
 
     blocks: tuple[Block, ...]
     bindings: tuple[Binding, ...]
     uncaptured: dict[str, int]
 
     def parameters(self) -> list[nn.Parameter]:
-        """The parameters that the blocks are made of, each once."""
-        names = {b.module_name: b.module for b in self.bindings}
-        found: dict[int, nn.Parameter] = {}
-        for module in names.values():
-            found |= {id(p): p for p in module.parameters(recurse=False) if p.requires_grad}
-        return list(found.values())
+        """Return the parameters that the blocks consist of, each once."""
+        modules = {binding.module_name: binding.module for binding in self.bindings}
+        parameters: dict[int, nn.Parameter] = {}
+        for module in modules.values():
+            own = module.parameters(recurse=False)
+            parameters |= {id(p): p for p in own if p.requires_grad}
+        return list(parameters.values())
 
 
 def bind_layers(model: nn.Module, uncaptured: Collection[str] = ()) -> Bindings:
-    """Finds the layers to capture. Tied parameters share one block, to which all their layers add.
+    """Find the layers to capture.
+
+    Tied parameters share one block, to which all their layers contribute.
 
     Args:
-        uncaptured: patterns (as in a shell) of parameters that may be left out.
+        model: the model.
+        uncaptured: shell-style patterns of parameters that need not be captured.
 
     Raises:
-        SecateurError: a trainable parameter has no known layer and is not listed, or a pattern matches nothing.
+        SecateurError: a trainable parameter has no known layer and is not listed, or a pattern
+            matches nothing.
     """
     names = {id(p): n for n, p in model.named_parameters()}
     blocks: list[Block] = []
@@ -58,38 +78,42 @@ def bind_layers(model: nn.Module, uncaptured: Collection[str] = ()) -> Bindings:
     for module_name, module in model.named_modules():
         family = find_layer_family(module)
         own = [names[id(p)] for p in module.parameters(recurse=False) if p.requires_grad]
-        kept = {name for name in own if not _listed(name, uncaptured)}
-        if family is None or not kept:
+        trained = {name for name in own if not _matches_any(name, uncaptured)}
+        if family is None or not trained:
             continue
-        rows, pieces = family.pieces(module)
+        rows, local_pieces = family.pieces(module)
         pieces = tuple(
-            replace(p, parameter=names[id(getattr(module, p.parameter))]) for p in pieces
+            replace(p, parameter=names[id(getattr(module, p.parameter))]) for p in local_pieces
         )
-        index = _block_for(blocks, rows, [p for p in pieces if p.parameter in kept])
-        bindings.append(
-            Binding(module_name, module, family, index, _columns(blocks[index], pieces))
-        )
+        index = _place_pieces(blocks, rows, [p for p in pieces if p.parameter in trained])
+        columns = _block_columns(blocks[index], pieces)
+        bindings.append(Binding(module_name, module, family, index, columns))
     captured = {name for block in blocks for name in block.parameters}
-    left = {
-        n: p.numel() for n, p in model.named_parameters() if p.requires_grad and n not in captured
-    }
-    _check(left, uncaptured, [n for n, _ in model.named_parameters()])
+    trainable = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
+    rest = {n: count for n, count in trainable.items() if n not in captured}
+    _check_uncaptured(rest, uncaptured, [n for n, _ in model.named_parameters()])
     if not blocks:
         raise SecateurError(
             "the model has no trainable layer that can be captured; register its layers first"
         )
-    return Bindings(tuple(blocks), tuple(bindings), left)
+    return Bindings(tuple(blocks), tuple(bindings), rest)
 
 
-def _block_for(blocks: list[Block], rows: int, pieces: list[Piece]) -> int:
-    """The block that holds these pieces: a new one, or the one a tied parameter is in already, widened."""
+def _place_pieces(blocks: list[Block], rows: int, pieces: list[Piece]) -> int:
+    """Add pieces to `blocks` and return the index of their block.
+
+    It is a new block, or, if a parameter is tied, the block that has it already, widened.
+
+    Raises:
+        SecateurError: two layers see a tied parameter as different matrices.
+    """
     for index, block in enumerate(blocks):
         if set(block.parameters) & {p.parameter for p in pieces}:
             shared = [p for p in pieces if p.parameter in block.parameters]
             if block.rows != rows or any(p not in block.pieces for p in shared):
                 raise SecateurError(
-                    f"parameter {shared[0].parameter} is shared by layers that see it as different matrices; untie it, or "
-                    f"list it under `uncaptured`"
+                    f"parameter {shared[0].parameter} is shared by layers that see it as different "
+                    f"matrices; untie it, or list it under `uncaptured`"
                 )
             fresh = tuple(p for p in pieces if p.parameter not in block.parameters)
             blocks[index] = replace(block, pieces=block.pieces + fresh)
@@ -98,35 +122,44 @@ def _block_for(blocks: list[Block], rows: int, pieces: list[Piece]) -> int:
     return len(blocks) - 1
 
 
-def _columns(block: Block, pieces: tuple[Piece, ...]) -> Tensor:
-    """The block's column of each column of a layer with these pieces."""
-    starts, at = {}, 0
-    for own in block.pieces:
-        starts[own.parameter] = at
-        at += own.columns
+def _block_columns(block: Block, pieces: tuple[Piece, ...]) -> Int[Tensor, " cols"]:
+    """Return the block's column of each column of a layer's pieces, or -1 if it has none."""
+    starts: dict[str, int] = {}
+    width = 0
+    for piece in block.pieces:
+        starts[piece.parameter] = width
+        width += piece.columns
     columns = []
-    for own in pieces:
-        start = starts.get(own.parameter)
-        columns.append(
-            torch.full((own.columns,), -1) if start is None else start + torch.arange(own.columns)
-        )
+    for piece in pieces:
+        start = starts.get(piece.parameter)
+        if start is None:
+            columns.append(torch.full((piece.columns,), -1))
+        else:
+            columns.append(start + torch.arange(piece.columns))
     return torch.cat(columns)
 
 
-def _check(left: dict[str, int], patterns: Collection[str], names: list[str]) -> None:
-    unlisted = {n: count for n, count in left.items() if not _listed(n, patterns)}
+def _check_uncaptured(rest: dict[str, int], patterns: Collection[str], names: list[str]) -> None:
+    """Check that each uncaptured parameter is listed, and that each pattern matches one.
+
+    Raises:
+        SecateurError: one does not.
+    """
+    unlisted = {n: count for n, count in rest.items() if not _matches_any(n, patterns)}
     if unlisted:
-        named = ", ".join(f"{n} ({count})" for n, count in unlisted.items())
+        counts = ", ".join(f"{n} ({count})" for n, count in unlisted.items())
         raise SecateurError(
-            f"{len(unlisted)} trainable parameters ({sum(unlisted.values())} numbers) belong to no layer that can be "
-            f"captured: {named}; register their layer, freeze them, or list them under `uncaptured`"
+            f"{len(unlisted)} trainable parameters ({sum(unlisted.values())} elements) belong to "
+            f"no layer that can be captured: {counts}; register their layer, freeze them, or list "
+            f"them under `uncaptured`"
         )
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise SecateurError(
-                f"the pattern {pattern} under `uncaptured` matches no parameter; correct or remove it"
+                f"the pattern {pattern} under `uncaptured` matches no parameter; correct it or "
+                f"remove it"
             )
 
 
-def _listed(name: str, patterns: Collection[str]) -> bool:
+def _matches_any(name: str, patterns: Collection[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,4 +1,4 @@
-"""Room `secateur`: blocks, the matrices that a model's parameters are seen as."""
+"""Blocks: the matrices that a model's parameters are seen as."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Piece:
 
     Attributes:
         parameter: its name in the model.
-        shape: its shape; its entries fill `rows x columns` in order.
-        columns: how many columns it takes.
-        transposed: it is stored as `[in, out]`, and the block has `out` rows.
+        shape: its shape. Its entries fill `rows x columns` in order.
+        columns: the number of its columns.
+        transposed: whether it is stored as `[in, out]`; the block has `out` rows.
     """
 
     parameter: str
@@ -33,6 +33,8 @@ class Block:
 
     Attributes:
         name: the weight's name in the model.
+        rows: the number of rows.
+        pieces: the parameters, in the order of their columns.
     """
 
     name: str
@@ -41,38 +43,41 @@ class Block:
 
     @property
     def cols(self) -> int:
-        """Columns."""
-        return sum(make_piece.columns for make_piece in self.pieces)
+        """Number of columns."""
+        return sum(piece.columns for piece in self.pieces)
 
     @property
     def size(self) -> int:
-        """Entries."""
+        """Number of entries."""
         return self.rows * self.cols
 
     @property
     def parameters(self) -> tuple[str, ...]:
         """Names of the parameters."""
-        return tuple(make_piece.parameter for make_piece in self.pieces)
+        return tuple(piece.parameter for piece in self.pieces)
 
     def parts(self, tensors: Mapping[str, Tensor]) -> list[Float[Tensor, "rows _"]]:
-        """The block's columns, one matrix a piece, of one tensor a parameter: weights, gradients or optimizer slots."""
-        held = [(make_piece, tensors[make_piece.parameter]) for make_piece in self.pieces]
-        return [
-            (t.T if make_piece.transposed else t).reshape(self.rows, make_piece.columns)
-            for make_piece, t in held
-        ]
+        """Return the block's columns, one matrix per piece.
+
+        Args:
+            tensors: one tensor per parameter: weights, gradients or optimizer slots.
+        """
+        return [self._piece_matrix(piece, tensors[piece.parameter]) for piece in self.pieces]
 
     def split(self, matrix: Float[Tensor, "rows cols"]) -> dict[str, Tensor]:
-        """One tensor a parameter, from the block; the inverse of `matrix`."""
-        parts = matrix.split([make_piece.columns for make_piece in self.pieces], 1)
-        return {
-            make_piece.parameter: (part.T if make_piece.transposed else part).reshape(
-                make_piece.shape
-            )
-            for make_piece, part in zip(self.pieces, parts, strict=True)
-        }
+        """Return one tensor per parameter from the whole block. The inverse of `parts`."""
+        tensors = {}
+        widths = [piece.columns for piece in self.pieces]
+        for piece, part in zip(self.pieces, matrix.split(widths, 1), strict=True):
+            stored = part.T if piece.transposed else part
+            tensors[piece.parameter] = stored.reshape(piece.shape)
+        return tensors
+
+    def _piece_matrix(self, piece: Piece, tensor: Tensor) -> Float[Tensor, "rows _"]:
+        stored = tensor.T if piece.transposed else tensor
+        return stored.reshape(self.rows, piece.columns)
 
 
 def make_piece(name: str, parameter: Tensor, rows: int, transposed: bool = False) -> Piece:
-    """The piece of a block of `rows` rows that a parameter makes."""
+    """Return the piece that a parameter forms in a block of `rows` rows."""
     return Piece(name, tuple(parameter.shape), math.prod(parameter.shape) // rows, transposed)

@@ -1,7 +1,8 @@
-"""Room `secateur`: what one call of a layer contributed, sample by sample, in the cheapest form it comes in.
+"""Captures: what one call of a layer contributed, sample by sample, in the cheapest form.
 
-Each sample's contribution to a block is a matrix `C_i` of `rows x cols`. It is rarely formed: layers give factors, and
-bases read from the factors only the numbers that they keep.
+Each sample's contribution to a block is a matrix `C_i` of `rows x cols`. It is rarely formed.
+Layers give factors of it, and a basis computes from the factors only the coefficients that it
+keeps.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# Entries formed at a time where whole matrices are needed: 64 MB in float32.
+# The number of entries formed at a time if whole matrices are needed: 64 MB in float32.
 CHUNK_ENTRIES = 1 << 24
 
 
 @dataclass(frozen=True)
 class OuterCapture:
-    """`C_i = sum_s left_s [right_s, 1]^T`; the constant column stands only where `ones` is set (a bias)."""
+    """`C_i = sum_s left_s [right_s, 1]^T`, with the constant column only if `ones` (a bias)."""
 
     left: Float[Tensor, "batch positions rows"]
     right: Float[Tensor, "batch positions inner"]
@@ -26,13 +27,13 @@ class OuterCapture:
 
     @property
     def batch(self) -> int:
-        """Samples."""
+        """Number of samples."""
         return len(self.left)
 
     def project(
         self, p_out: Float[Tensor, "rows k"], p_in: Float[Tensor, "cols l"]
     ) -> Float[Tensor, "batch k l"]:
-        """`p_out^T C_i p_in`."""
+        """Return `p_out^T C_i p_in`."""
         inner = self.right.shape[-1]
         left = self.left.to(p_out.dtype) @ p_out
         right = self.right.to(p_in.dtype) @ p_in[:inner]
@@ -41,42 +42,46 @@ class OuterCapture:
         return _sum_of_products(left, right)
 
     def entries(self, rows: Int[Tensor, " k"], cols: Int[Tensor, " k"]) -> Float[Tensor, "batch k"]:
-        """`C_i[rows, cols]`."""
-        height, width = self.left.shape[-1], self.right.shape[-1] + self.ones
+        """Return `C_i[rows, cols]`."""
+        height = self.left.shape[-1]
+        width = self.right.shape[-1] + self.ones
+        # From a quarter of the entries on, the whole matrix costs less than gathered factors, which
+        # repeat every position for every entry.
         if self.left.shape[1] > 1 and len(rows) * 4 > height * width:
             return self.dense()[:, rows, cols]
-        left, right = self.left[..., rows], self._right()[..., cols]
-        return (
-            left[:, 0] * right[:, 0]
-            if left.shape[1] == 1
-            else torch.einsum("bsk,bsk->bk", left, right)
-        )
+        left = self.left[..., rows]
+        right = self._padded_right()[..., cols]
+        if left.shape[1] == 1:
+            return left[:, 0] * right[:, 0]
+        return torch.einsum("bsk,bsk->bk", left, right)
 
     def dense(self) -> Float[Tensor, "batch rows cols"]:
-        """`C_i` itself."""
-        return _sum_of_products(self.left, self._right())
+        """Return `C_i` itself."""
+        return _sum_of_products(self.left, self._padded_right())
 
     def moments(self) -> tuple[Float[Tensor, "rows rows"], Float[Tensor, "cols cols"]]:
-        """Second moments of the left and of the right factors, summed over samples and positions."""
-        left, right = self.left.flatten(0, 1), self._right().flatten(0, 1)
+        """Return the second moments of both factors, summed over samples and positions."""
+        left = self.left.flatten(0, 1)
+        right = self._padded_right().flatten(0, 1)
         return left.T @ left, right.T @ right
 
     def energy(self) -> Float[Tensor, "rows cols"]:
-        """`sum_i C_i^2`, entry by entry."""
-        right = self._right()
+        """Return `sum_i C_i^2`, entry by entry."""
+        right = self._padded_right()
         if self.left.shape[1] == 1:
             return self.left[:, 0].square().T @ right[:, 0].square()
+        # With several positions a square is not a product of squares, so whole matrices are needed.
         parts = max(1, CHUNK_ENTRIES // (self.left.shape[-1] * right.shape[-1]))
         pairs = zip(self.left.split(parts), right.split(parts), strict=True)
         return torch.stack([_sum_of_products(a, b).square().sum(0) for a, b in pairs]).sum(0)
 
-    def _right(self) -> Float[Tensor, "batch positions cols"]:
+    def _padded_right(self) -> Float[Tensor, "batch positions cols"]:
         return torch.nn.functional.pad(self.right, (0, 1), value=1.0) if self.ones else self.right
 
 
 @dataclass(frozen=True)
 class LookupCapture:
-    """`C_i = sum_s onehot(ids_s) right_s^T`: an embedding table's."""
+    """`C_i = sum_s onehot(ids_s) right_s^T`, the contribution to an embedding table."""
 
     ids: Int[Tensor, "batch positions"]
     right: Float[Tensor, "batch positions cols"]
@@ -84,76 +89,81 @@ class LookupCapture:
 
     @property
     def batch(self) -> int:
-        """Samples."""
+        """Number of samples."""
         return len(self.ids)
 
     def project(
         self, p_out: Float[Tensor, "rows k"], p_in: Float[Tensor, "cols l"]
     ) -> Float[Tensor, "batch k l"]:
-        """`p_out^T C_i p_in`."""
+        """Return `p_out^T C_i p_in`."""
         return _sum_of_products(p_out[self.ids], self.right.to(p_in.dtype) @ p_in)
 
     def entries(self, rows: Int[Tensor, " k"], cols: Int[Tensor, " k"]) -> Float[Tensor, "batch k"]:
-        """`C_i[rows, cols]`."""
+        """Return `C_i[rows, cols]`."""
+        # The comparison below has an entry per position and asked entry; with many asked entries
+        # the whole matrix costs less.
         if len(rows) * 4 > self.rows:
             return self.dense()[:, rows, cols]
         hits = (self.ids[..., None] == rows).to(self.right.dtype)
         return torch.einsum("bsk,bsk->bk", hits, self.right[..., cols])
 
     def dense(self) -> Float[Tensor, "batch rows cols"]:
-        """`C_i` itself."""
+        """Return `C_i` itself."""
         whole = self.right.new_zeros(self.batch, self.rows, self.right.shape[-1])
         return whole.scatter_add_(1, self.ids[..., None].expand_as(self.right), self.right)
 
     def moments(self) -> tuple[Float[Tensor, "rows rows"], Float[Tensor, "cols cols"]]:
-        """Second moments of the left and right factors; each one-hot weighs as much as its right factor's energy."""
+        """Return the second moments of the left and right factors.
+
+        Each one-hot vector is weighted by its right factor's energy.
+        """
         right = self.right.flatten(0, 1)
         left = right.new_zeros(self.rows).index_add_(0, self.ids.flatten(), right.square().sum(1))
         return left.diag(), right.T @ right
 
     def energy(self) -> Float[Tensor, "rows cols"]:
-        """`sum_i C_i^2`, entry by entry."""
+        """Return `sum_i C_i^2`, entry by entry."""
         total = self.right.new_zeros(self.rows, self.right.shape[-1])
         for ids, right in zip(self.ids, self.right, strict=True):
-            met, where = ids.unique(return_inverse=True)
-            total[met] += (
-                right.new_zeros(len(met), right.shape[1]).index_add_(0, where, right).square()
-            )
+            # Equal ids add up before they are squared.
+            distinct, place = ids.unique(return_inverse=True)
+            sums = right.new_zeros(len(distinct), right.shape[1]).index_add_(0, place, right)
+            total[distinct] += sums.square()
         return total
 
 
 @dataclass(frozen=True)
 class DenseCapture:
-    """`C_i` itself, where it is small or has no factors."""
+    """`C_i` itself, for layers whose matrix is small or has no factors."""
 
     values: Float[Tensor, "batch rows cols"]
 
     @property
     def batch(self) -> int:
-        """Samples."""
+        """Number of samples."""
         return len(self.values)
 
     def project(
         self, p_out: Float[Tensor, "rows k"], p_in: Float[Tensor, "cols l"]
     ) -> Float[Tensor, "batch k l"]:
-        """`p_out^T C_i p_in`."""
+        """Return `p_out^T C_i p_in`."""
         return p_out.T @ self.values.to(p_out.dtype) @ p_in
 
     def entries(self, rows: Int[Tensor, " k"], cols: Int[Tensor, " k"]) -> Float[Tensor, "batch k"]:
-        """`C_i[rows, cols]`."""
+        """Return `C_i[rows, cols]`."""
         return self.values[:, rows, cols]
 
     def dense(self) -> Float[Tensor, "batch rows cols"]:
-        """`C_i` itself."""
+        """Return `C_i` itself."""
         return self.values
 
     def moments(self) -> tuple[Float[Tensor, "rows rows"], Float[Tensor, "cols cols"]]:
-        """`sum_i C_i C_i^T` and `sum_i C_i^T C_i`."""
+        """Return `sum_i C_i C_i^T` and `sum_i C_i^T C_i`."""
         v = self.values
         return torch.einsum("brc,bsc->rs", v, v), torch.einsum("brc,brd->cd", v, v)
 
     def energy(self) -> Float[Tensor, "rows cols"]:
-        """`sum_i C_i^2`, entry by entry."""
+        """Return `sum_i C_i^2`, entry by entry."""
         return self.values.square().sum(0)
 
 

@@ -1,4 +1,8 @@
-"""Room `secateur`: curvature `H_t`, how a step's gradient answers a change of the parameters (DESIGN, section 1)."""
+"""Curvature `H_t`: how a step's gradient changes when the parameters change.
+
+Every curvature is a class that is made from a segment and the coupled spans:
+`EmpiricalFisher(segment, spans)`.
+"""
 
 from __future__ import annotations
 
@@ -15,34 +19,37 @@ from secateur.influence.segment import Segment
 
 @runtime_checkable
 class Curvature(Protocol):
-    """Multiplies by `H_t` within a span of the basis; the scale and stride of the step are already in it."""
+    """A product with `H_t` within a span of the basis. It includes the step's scale and stride."""
 
     def product(
         self, step: int, span: slice, a: Float[Tensor, "R b"], e: Float[Tensor, "B R"]
     ) -> Float[Tensor, "R b"] | None:
-        """`a @ H_t[span, span]`, or None where it is zero.
+        """Return `a @ H_t[span, span]`, or None if it is zero.
 
         Args:
             step: step within the stage.
-            span: the numbers of the basis that `a` is about.
+            span: the coefficients that `a` is about.
             a: left factor.
-            e: `contributions[step] @ a.T`, which the recursion has at hand.
+            e: `contributions[step] @ a.T`, which the recursion has already computed.
         """
         ...
 
 
 class NoCurvature:
-    """`none`: the gradient does not answer."""
+    """`none`: the gradient is taken not to change with the parameters."""
 
     def __init__(self, segment: Segment, spans: Sequence[slice]) -> None:
-        """Accept the arguments that every curvature is made from; none of them is read."""
+        """Accept the arguments that every curvature is made from. Neither is read."""
 
     def product(self, step: int, span: slice, a: Tensor, e: Tensor) -> Tensor | None:
         return None
 
 
 class EmpiricalFisher:
-    """`empirical_fisher`: `sum_i c_i c_i^T / w_i`, the Gauss-Newton form of Wang et al. (2025), section 4."""
+    """`empirical_fisher`: `sum_i c_i c_i^T / w_i`.
+
+    The Gauss-Newton form of Wang et al. (2025), section 4.
+    """
 
     def __init__(self, segment: Segment, spans: Sequence[slice]) -> None:
         self._segment = segment
@@ -57,7 +64,7 @@ class EmpiricalFisher:
 
 
 class Fisher:
-    """`fisher`: the same sum over contributions with labels drawn from the model itself."""
+    """`fisher`: the same sum over contributions with labels sampled from the model."""
 
     def __init__(self, segment: Segment, spans: Sequence[slice]) -> None:
         self._segment = segment
@@ -67,38 +74,47 @@ class Fisher:
         if rows.start == rows.stop:
             return None
         stride = float(self._segment.strides[step - self._segment.first_step])
-        drawn = self._segment.fisher[rows, span].to(a.dtype)
+        sampled = self._segment.fisher[rows, span].to(a.dtype)
         inverse = stride / self._segment.fisher_weights[rows].to(a.dtype)
-        return (a @ drawn.T * inverse) @ drawn
+        return (a @ sampled.T * inverse) @ sampled
 
 
 class Hessian:
     """`hessian`: the last exact evaluation at or before the step, times the step's scale.
 
     Args:
-        spans: what the evaluations couple: every block by itself, or all.
+        segment: the segment.
+        spans: the coefficients that the evaluations couple: one slice per block, or one slice of
+            all.
 
     Raises:
-        SecateurError: nothing was evaluated at the segment's first step.
+        SecateurError: the Hessian was not evaluated at the segment's first step.
     """
 
     def __init__(self, segment: Segment, spans: Sequence[slice]) -> None:
-        self._scales, self._first = segment.scales.tolist(), segment.first_step
-        self._steps = segment.hessian_steps.tolist()
+        self._scales: list[float] = segment.scales.tolist()
+        self._first = segment.first_step
+        self._steps: list[int] = segment.hessian_steps.tolist()
         if self._steps[:1] != [segment.first_step]:
             raise SecateurError(
-                f"the segment from step {segment.first_step} on was recorded without its Hessian"
+                f"the segment from step {segment.first_step} on was recorded without its Hessian; "
+                f"record it with `curvature: {{kind: hessian}}` or Recorder.record_hessian"
             )
-        sizes = [(s.stop - s.start) for s in spans]
-        parts = [row.split([size * size for size in sizes]) for row in segment.hessian]
-        self._matrices = [
-            {
-                span.start: part.view(size, size)
-                for span, size, part in zip(spans, sizes, row, strict=True)
-            }
-            for row in parts
-        ]
+        self._matrices = [_matrices_by_start(row, spans) for row in segment.hessian]
 
     def product(self, step: int, span: slice, a: Tensor, e: Tensor) -> Tensor | None:
-        matrix = self._matrices[bisect_right(self._steps, step) - 1][span.start]
-        return a @ (matrix.to(a.dtype) * self._scales[step - self._first])
+        evaluation = bisect_right(self._steps, step) - 1
+        matrix = self._matrices[evaluation][span.start].to(a.dtype)
+        return a @ (matrix * self._scales[step - self._first])
+
+
+def _matrices_by_start(
+    flattened: Float[Tensor, " entries"], spans: Sequence[slice]
+) -> dict[int, Float[Tensor, "_ _"]]:
+    """Return each span's matrix of one evaluation, by the span's first coefficient."""
+    sizes = [span.stop - span.start for span in spans]
+    parts = flattened.split([size * size for size in sizes])
+    return {
+        span.start: part.view(size, size)
+        for span, size, part in zip(spans, sizes, parts, strict=True)
+    }

@@ -1,4 +1,4 @@
-"""Room `secateur`: whether what was captured agrees with what the optimizer received, and with whom it received it."""
+"""Checks of the captured contributions against the gradient that the optimizer received."""
 
 from __future__ import annotations
 
@@ -19,29 +19,35 @@ def gradient_scale(
     tolerance: float,
     step: int,
 ) -> float:
-    """What the gradient was multiplied by between the backward pass and the optimizer's step.
+    """Return the factor applied to the gradient between the backward pass and the optimizer's step.
 
     Args:
-        total: the contributions' sum, in the numbers of `basis`.
+        total: the sum of the contributions, in the coefficients of `basis`.
         received: the gradient that the optimizer is about to use.
+        basis: the basis of the coefficients.
         tolerance: relative distance allowed between the two.
+        step: the step, for the error message.
 
     Raises:
-        SecateurError: the gradient is no multiple of the contributions' sum.
+        SecateurError: the gradient is not a multiple of the contributions' sum.
     """
     power = float(total @ total)
     scale = float(received @ total) / power if power > 0 else 1.0
+    # Rounding alone must not look like clipping.
     scale = 1.0 if abs(scale - 1) < tolerance / 10 else scale
-    distance, length = float((received - scale * total).norm()), float(received.norm())
+    distance = float((received - scale * total).norm())
+    length = float(received.norm())
+    # Written with `not`, because a gradient that is not a number must fail too.
     if not distance <= tolerance * max(length, scale * power**0.5):
-        apart = {
+        distances = {
             block.name: float((received[span] - scale * total[span]).norm())
             for block, span in zip(basis.blocks, basis.spans, strict=True)
         }
+        worst = max(distances, key=lambda name: distances[name])
         raise SecateurError(
             f"the contributions of step {step} do not add up to the gradient (relative distance "
-            f"{distance / max(length, 1e-30):.2g}, most in {max(apart, key=lambda name: apart[name])}); record every sample "
-            f"of the batch, and let no other loss reach these parameters"
+            f"{distance / max(length, 1e-30):.2g}, most in {worst}); record every sample of the "
+            f"batch, and let no other loss reach these parameters"
         )
     return scale
 
@@ -49,11 +55,11 @@ def gradient_scale(
 def parameter_groups(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], basis: Basis
 ) -> Int[Tensor, " p"]:
-    """The parameter group of every number of the basis.
+    """Return the optimizer's parameter group of every coefficient of the basis.
 
     Raises:
-        SecateurError: the optimizer lacks a parameter, or a block's parameters are in several groups and the basis
-            mixes them.
+        SecateurError: the optimizer lacks a parameter, or a block's parameters are in several
+            groups and the basis mixes them.
     """
     groups = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
     absent = [n for n, p in parameters.items() if id(p) not in groups]
@@ -62,20 +68,16 @@ def parameter_groups(
             f"the optimizer does not train {absent[0]}; freeze it with requires_grad_(False)"
         )
     if basis.elementwise:
-        return (
-            basis.project_tensors(
-                {n: torch.full_like(p, groups[id(p)]) for n, p in parameters.items()}
-            )
-            .long()
-            .cpu()
-        )
-    numbers = torch.empty(basis.size, dtype=torch.int64)
+        filled = {n: torch.full_like(p, groups[id(p)]) for n, p in parameters.items()}
+        return basis.project_tensors(filled).long().cpu()
+    group_of = torch.empty(basis.size, dtype=torch.int64)
     for block, span in zip(basis.blocks, basis.spans, strict=True):
         own = {groups[id(parameters[name])] for name in block.parameters}
         if len(own) > 1:
             raise SecateurError(
-                f"block {block.name} has its weight and its bias in different parameter groups, which a kronecker basis "
-                f"cannot tell apart; put them in one group or set `basis: {{kind: coordinates}}`"
+                f"block {block.name} has its weight and its bias in different parameter groups, "
+                f"which a kronecker basis mixes; put them in one group, or use a basis of "
+                f"coordinates (in a plan `basis: {{kind: coordinates}}`)"
             )
-        numbers[span] = own.pop()
-    return numbers
+        group_of[span] = own.pop()
+    return group_of

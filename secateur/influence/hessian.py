@@ -1,4 +1,4 @@
-"""Room `secateur`: the exact Hessian in the numbers of a basis, by vector products with double backward."""
+"""The exact Hessian in the coefficients of a basis, by vector products with double backward."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from secateur.influence.basis import Basis
 
+# More products at a time are faster, and each needs the memory of one more backward pass.
 PRODUCTS_AT_ONCE = 64
 
 
@@ -20,57 +21,59 @@ def compute_hessian(
     basis: Basis,
     spans: Sequence[slice],
 ) -> Float[Tensor, " entries"]:
-    """`P^T (grad grad sum loss) P` of each span, flattened one after the other; no parameter's `.grad` is touched.
+    """Return `P^T (grad grad sum loss) P` of each span, flattened and concatenated.
+
+    No parameter's `.grad` is changed.
 
     Args:
-        losses: each runs a forward pass and returns a scalar; they are added up.
-        spans: what is coupled; between spans the Hessian is taken as zero.
+        losses: each runs a forward pass and returns a scalar. They are added up.
+        model: the model.
+        basis: the basis of the coefficients.
+        spans: the coefficients that are coupled. Between spans the Hessian is taken as zero.
     """
     names = {name for block in basis.blocks for name in block.parameters}
     parameters = {name: p for name, p in model.named_parameters() if name in names}
     total = [torch.zeros(0)] * len(spans)
-    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+    # Fused attention has no second derivative.
+    with sdpa_kernel(SDPBackend.MATH):
         for number, loss in enumerate(losses):
-            found = _of_one(loss, parameters, basis, spans)
-            total = [a + b for a, b in zip(total, found, strict=True)] if number else found
-    return torch.cat([part.flatten() for part in total])
+            matrices = _loss_hessian(loss, parameters, basis, spans)
+            total = [a + b for a, b in zip(total, matrices, strict=True)] if number else matrices
+    return torch.cat([matrix.flatten() for matrix in total])
 
 
-def _of_one(
+def _loss_hessian(
     loss: Callable[[], Tensor],
     parameters: Mapping[str, Tensor],
     basis: Basis,
     spans: Sequence[slice],
 ) -> list[Tensor]:
-    """The Hessian of one loss, a matrix a span."""
-    held = list(parameters.values())
-    gradients = torch.autograd.grad(loss(), held, create_graph=True, materialize_grads=True)
-    numbers = basis.project_tensors(dict(zip(parameters, gradients, strict=True)))
-    reduce = torch.func.vmap(basis.project_tensors)
+    """Return the Hessian of one loss, one matrix per span."""
+    tensors = list(parameters.values())
+    gradients = torch.autograd.grad(loss(), tensors, create_graph=True, materialize_grads=True)
+    gradient = basis.project_tensors(dict(zip(parameters, gradients, strict=True)))
+    project = torch.func.vmap(basis.project_tensors)
     matrices = []
     for span in spans:
         rows = []
-        for part in torch.arange(span.start, span.stop, device=numbers.device).split(
-            PRODUCTS_AT_ONCE
-        ):
-            directions = torch.zeros(
-                len(part), basis.size, dtype=numbers.dtype, device=numbers.device
-            )
+        numbers = torch.arange(span.start, span.stop, device=gradient.device)
+        for part in numbers.split(PRODUCTS_AT_ONCE):
+            directions = gradient.new_zeros(len(part), basis.size)
             directions[torch.arange(len(part)), part] = 1
-            products = _products(numbers, held, directions)
-            rows.append(reduce(dict(zip(parameters, products, strict=True)))[:, span])
+            products = _hessian_products(gradient, tensors, directions)
+            rows.append(project(dict(zip(parameters, products, strict=True)))[:, span])
         matrices.append(torch.cat(rows).detach())
     return matrices
 
 
-def _products(
-    numbers: Float[Tensor, " p"], parameters: Sequence[Tensor], directions: Float[Tensor, "n p"]
+def _hessian_products(
+    gradient: Float[Tensor, " p"], parameters: Sequence[Tensor], directions: Float[Tensor, "n p"]
 ) -> tuple[Tensor, ...]:
-    """`d(directions . numbers)/d parameter`, one tensor a parameter with the directions first."""
+    """Return `d(directions . gradient)/d parameter` per parameter, one row per direction."""
 
-    def product(outputs: Tensor, batched: bool) -> tuple[Tensor, ...]:
+    def differentiate(outputs: Tensor, batched: bool) -> tuple[Tensor, ...]:
         return torch.autograd.grad(
-            numbers,
+            gradient,
             parameters,
             outputs,
             retain_graph=True,
@@ -79,7 +82,8 @@ def _products(
         )
 
     try:
-        return product(directions, True)
-    except RuntimeError:  # a kernel whose second derivative takes no batches, such as GroupNorm's
-        each = [product(direction, False) for direction in directions]
+        return differentiate(directions, True)
+    except RuntimeError:
+        # The second derivative of some kernels, such as GroupNorm's, takes no batches.
+        each = [differentiate(direction, False) for direction in directions]
         return tuple(torch.stack(parts) for parts in zip(*each, strict=True))

@@ -1,4 +1,4 @@
-"""Room `secateur`: hooks that hand each bound layer's captures on, during the backward pass."""
+"""Hooks that capture the contributions to each bound layer during the backward pass."""
 
 from __future__ import annotations
 
@@ -26,27 +26,34 @@ def capture_hooks(
     watch: Callable[[Tensor], None] | None = None,
     batch: int | None = None,
 ) -> Iterator[list[GradientEdge]]:
-    """Within the block, every backward pass through a bound layer calls `sink` with what the layer contributed, and
-    before it `watch` with the gradient with respect to the layer's output, the last layer's first.
+    """Call `sink` at every backward pass through a bound layer within the block.
 
-    Given is a list that fills with the place of each call's output in the graph: whoever differentiates with respect to
-    these alone calls every sink, and no weight's gradient is formed on the way.
-
-    A layer that is called several times in a forward pass gives several captures. Outside the block the model has no
-    hooks, so that a step that isn't recorded costs nothing.
+    A layer that is called several times in a forward pass gives several captures. Outside the block
+    the model has no hooks, so a step that is not recorded costs nothing extra.
 
     Args:
-        batch: number of samples. Where it is given, an embedding that is looked up once for all of them (positions, in
-            many language models) is looked up for each, so that the samples can be told apart.
+        bindings: the layers.
+        sink: gets the layer's binding and the capture.
+        watch: called before `sink` with the gradient with respect to the layer's output. The last
+            layer's comes first.
+        batch: number of samples. If given, an embedding that is looked up once for all of them
+            (positions, in many language models) is looked up for each, so that the samples'
+            contributions can be separated.
+
+    Yields:
+        A list that fills with the edge of each call's output in the autograd graph. Differentiating
+        with respect to these alone calls every sink, and forms no weight's gradient.
     """
     outputs: list[GradientEdge] = []
-    listeners = [(b.module, _listener(b, sink, watch, outputs)) for b in bindings.bindings]
-    handles = [
-        module.register_forward_hook(listener, with_kwargs=True) for module, listener in listeners
-    ]
+    handles = []
+    for binding in bindings.bindings:
+        hook = _make_forward_hook(binding, sink, watch, outputs)
+        handles.append(binding.module.register_forward_hook(hook, with_kwargs=True))
     if batch is not None:
         tables = [b.module for b in bindings.bindings if isinstance(b.module, nn.Embedding)]
-        handles += [table.register_forward_pre_hook(_spreading(batch)) for table in tables]
+        handles += [
+            table.register_forward_pre_hook(_make_expanding_hook(batch)) for table in tables
+        ]
     try:
         yield outputs
     finally:
@@ -54,7 +61,7 @@ def capture_hooks(
             handle.remove()
 
 
-def _listener(
+def _make_forward_hook(
     binding: Binding,
     sink: Sink,
     watch: Callable[[Tensor], None] | None,
@@ -73,14 +80,13 @@ def _listener(
                     sink(binding, binding.family.capture(module, inputs, gradient))
 
             output.register_hook(backward_hook)
-            outputs.append(
-                get_gradient_edge(output)
-            )  # as it is now: an activation may overwrite it in place
+            # The edge is taken now, because an activation may overwrite the output in place.
+            outputs.append(get_gradient_edge(output))
 
     return forward_hook
 
 
-def _spreading(batch: int) -> Callable[..., Any]:
+def _make_expanding_hook(batch: int) -> Callable[..., Any]:
     def pre_hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not args or args[0].dim() < 2 or len(args[0]) != 1:
             return None
@@ -90,11 +96,12 @@ def _spreading(batch: int) -> Callable[..., Any]:
 
 
 class ContributionSum:
-    """A sink that adds up each sample's captures in the numbers of a basis.
+    """A sink that sums each sample's captures in the coefficients of a basis.
 
     Attributes:
         coefficients: `batch p`, the contributions of the batch so far.
-        errors: norm of each sample's gradient with respect to the output of the layer that the backward pass met first.
+        errors: norm of each sample's gradient with respect to the output of the layer that the
+            backward pass reached first.
     """
 
     def __init__(self, basis: Basis, batch: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -107,30 +114,36 @@ class ContributionSum:
     def __call__(self, binding: Binding, capture: Capture) -> None:
         if capture.batch != len(self.coefficients):
             raise SecateurError(
-                f"layer {binding.module_name} saw a batch of {capture.batch} where {len(self.coefficients)} samples were "
-                f"announced; the first dimension of every captured layer must be the sample"
+                f"layer {binding.module_name} saw a batch of {capture.batch} where "
+                f"{len(self.coefficients)} samples were announced; the first dimension of every "
+                f"captured layer must be the sample"
             )
         span = self._basis.spans[binding.block_index]
         self.coefficients[:, span] += self._basis.project_capture(binding, capture)
 
     def watch(self, gradient: Tensor) -> None:
-        """Keeps the first gradient's norms: over a sample's positions and features."""
+        """Keep the norms of the first gradient, over a sample's positions and features."""
         if self.errors is None:
-            self.errors = gradient.to(self.coefficients.dtype).reshape(len(gradient), -1).norm(dim=1)
+            flat = gradient.to(self.coefficients.dtype).reshape(len(gradient), -1)
+            self.errors = flat.norm(dim=1)
 
 
 def sample_gradients(
     losses: Callable[[], Float[Tensor, " batch"]], batch: int, bindings: Bindings, basis: Basis
 ) -> tuple[Float[Tensor, "batch p"], Float[Tensor, " batch"]]:
-    """Each sample's own loss gradient in the numbers of `basis`, and its loss; no parameter's `.grad` is touched.
+    """Return each sample's own loss gradient in the coefficients of `basis`, and its loss.
+
+    No parameter's `.grad` is changed.
 
     Args:
-        losses: runs the forward pass and returns one loss a sample.
+        losses: runs the forward pass and returns one loss per sample.
         batch: number of samples.
+        bindings: the captured layers.
+        basis: the basis of the coefficients.
     """
     first = bindings.parameters()[0]
-    reducer = ContributionSum(basis, batch, first.dtype, first.device)
-    with capture_hooks(bindings, reducer, batch=batch) as outputs:
+    total = ContributionSum(basis, batch, first.dtype, first.device)
+    with capture_hooks(bindings, total, batch=batch) as outputs:
         values = losses()
         torch.autograd.grad(values.sum(), outputs, allow_unused=True)
-    return reducer.coefficients, values.detach()
+    return total.coefficients, values.detach()

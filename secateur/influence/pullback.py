@@ -1,4 +1,4 @@
-"""Room `secateur`: the pull-back of a query through later stages, so that embeddings never have to be rewritten."""
+"""The pull-back of a query through later stages, so that embeddings are never rewritten."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from secateur.influence.recursion import Transition
 def query_at_stage_end(
     gradients: Float[Tensor, "m p"], spans: Sequence[slice], transition: Transition
 ) -> list[Float[Tensor, "m _"]]:
-    """Loss gradients at a stage's end as a query for its embeddings: the optimizer's slots have no part in a loss."""
+    """Return loss gradients at a stage's end as a query for its embeddings, one matrix per span.
+
+    A loss does not depend on the optimizer's slots, so their part of the query is zero.
+    """
     queries = []
     for span, matrix in zip(spans, transition, strict=True):
         theta = gradients[:, span].to(matrix.dtype)
@@ -25,12 +28,14 @@ def query_at_stage_end(
 def pull_back(
     query: Sequence[Float[Tensor, "m _"]], transition: Transition, earlier_rows: Sequence[int]
 ) -> list[Float[Tensor, "m _"]]:
-    """A query for a stage's embeddings as one for the stage before: `q_s = K^T q_{s+1}` (DESIGN, section 2).
+    """Turn a query for a stage's embeddings into one for the stage before: `q_s = K^T q_{s+1}`.
 
     Args:
+        query: one matrix per span.
         transition: of the stage that `query` is for.
-        earlier_rows: rows of the earlier stage's transition for each span: theta's alone where the optimizer was reset
-            in between, all slots where its state was carried.
+        earlier_rows: rows of the earlier stage's transition, for each span. These are theta's only
+            if the optimizer was reset between the stages, and all slots' if its state was carried
+            over.
     """
     flat = [q @ k.flatten(1) for q, k in zip(query, transition, strict=True)]
     return [q[:, :rows] for q, rows in zip(flat, earlier_rows, strict=True)]

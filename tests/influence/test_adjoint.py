@@ -91,7 +91,7 @@ class Setting:
         model = self.model()
         optimizer = self.make(p for p in model.parameters())
         scales = [0.5 if step == 2 else 1.0 for step in range(STEPS)]
-        tape = Tape(model, optimizer, lambda: scales[len(tape.moments)])
+        tape = Tape(model, optimizer, lambda: scales[len(tape.steps)])
         for step in range(STEPS):
             torch.manual_seed(step)
             optimizer.zero_grad()
@@ -115,7 +115,7 @@ class Setting:
         model, tape = self.train()
         named = dict(model.named_parameters())
         gradients = torch.autograd.grad(self.target(model), list(named.values()))
-        q = tape.groups.adjoint(
+        q = tape.groups.start_adjoint(
             dict(zip(named, gradients, strict=True)), len(tape.update_rule.slots)
         )
         found = []
@@ -124,7 +124,7 @@ class Setting:
             scores, q = step_back(
                 model,
                 tape.groups,
-                tape.moments[step],
+                tape.steps[step],
                 tape.update_rule,
                 self.parts(step),
                 q,
@@ -165,8 +165,8 @@ def test_float32_keeps_the_order() -> None:
 def test_the_model_is_left_as_it_was_before_the_step() -> None:
     setting = Setting("mlp", OPTIMIZERS["adamw"])
     model, tape = setting.train()
-    q = tape.groups.adjoint({n: torch.ones_like(p) for n, p in model.named_parameters()}, 2)
-    step_back(model, tape.groups, tape.moments[0], tape.update_rule, setting.parts(0), q)
+    q = tape.groups.start_adjoint({n: torch.ones_like(p) for n, p in model.named_parameters()}, 2)
+    step_back(model, tape.groups, tape.steps[0], tape.update_rule, setting.parts(0), q)
     for name, parameter in setting.model().named_parameters():
         assert torch.equal(dict(model.named_parameters())[name], parameter)
 
@@ -178,10 +178,10 @@ def test_the_default_step_changes_nothing_where_the_loss_is_smooth() -> None:
     place = (
         model,
         tape.groups,
-        tape.moments[3],
+        tape.steps[3],
         tape.update_rule,
         setting.parts(3),
-        tape.groups.adjoint(ones, 2),
+        tape.groups.start_adjoint(ones, 2),
         "central",
     )
     wide, _ = step_back(*place, partial(torch.manual_seed, 3))

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from secateur.errors import SecateurError
 from secateur.influence.bindings import bind_layers
 from secateur.influence.layers import LayerFamily, register_layer
-from secateur.influence.layers.linear import Linear
+from secateur.influence.layers.linear import LinearFamily
 from tests.influence.oracle import captured, one_by_one, relative
 
 LIMIT = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -119,7 +119,7 @@ def test_a_parameter_of_no_known_layer_is_named_and_counted() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Bilinear(4, 4, 2))
     with pytest.raises(
         SecateurError,
-        match=r"2 trainable parameters \(34 numbers\).*1\.weight \(32\), 1\.bias \(2\)",
+        match=r"2 trainable parameters \(34 elements\).*1\.weight \(32\), 1\.bias \(2\)",
     ):
         bind_layers(model)
     found = bind_layers(model, ["1.*"])
@@ -152,7 +152,7 @@ def test_a_user_registers_a_layer() -> None:
             return functional.linear(x, self.weight).cos()
 
     @register_layer(Cosine)
-    class CosineFamily(Linear):
+    class CosineFamily(LinearFamily):
         def capture(self, module: nn.Module, inputs: tuple, gradient: Tensor):
             inner = functional.linear(inputs[0], module.weight)
             return super().capture(module, inputs, -gradient * inner.sin())

@@ -55,7 +55,9 @@ def record(
 
 
 def dynamics(segment: Segment, recorder: Recorder, spans: list[slice]) -> Dynamics:
-    return Dynamics.from_segment(segment, recorder.update_rule, EmpiricalFisher(segment, spans), spans)
+    return Dynamics.from_segment(
+        segment, recorder.update_rule, EmpiricalFisher(segment, spans), spans
+    )
 
 
 def explicit(segment: Segment, spans: list[slice]) -> tuple[Tensor, Tensor]:

@@ -98,7 +98,9 @@ def test_alignment_takes_those_of_largest_inner_product(name: str) -> None:
     numbers, _ = sample_gradients(lambda: losses(model, candidates), 24, bindings, recorder.basis)
     drop, _ = sample_gradients(lambda: losses(model, target), 6, bindings, recorder.basis)
     numbers = numbers / 8
-    found = select_grad_align(numbers * recorder.step_sensitivity(numbers.sum(0) / 3), drop.mean(0), 8)
+    found = select_grad_align(
+        numbers * recorder.step_sensitivity(numbers.sum(0) / 3), drop.mean(0), 8
+    )
     assert found.order.tolist() == sorted(range(24), key=lambda i: -products[i])[:8]
     assert found.scores.tolist() == pytest.approx(products)
 

@@ -16,7 +16,7 @@ from secateur.tasks.data.samples import list_stage_samples, read_stage_samples
 from secateur.tasks.pruning.prune import write_pruned_stage
 from secateur.tasks.reporting.dry_run import estimate_run
 from secateur.tasks.reporting.summary import summarize_run
-from secateur.tasks.run.run import Run
+from secateur.tasks.run import Run
 from secateur.tasks.valuation.query import find_influential
 from tests.tasks.small import curate_small, make_data, sample, small_plan
 
@@ -78,7 +78,7 @@ def test_a_truncated_shard_that_may_be_skipped_is_left_out_whole_and_reported(
 
 def test_a_shard_that_changes_while_the_run_goes_on_stops_it(folder: Path) -> None:
     run = Run.start(small_plan(folder))
-    list_stage_samples.fn(run.url, 0)
+    list_stage_samples(run, 0)
     path = folder / "train-1.tar"
     data = bytearray(path.read_bytes())
     data[700] ^= 1
@@ -86,7 +86,7 @@ def test_a_shard_that_changes_while_the_run_goes_on_stops_it(folder: Path) -> No
     refused(
         folder,
         StorageError,
-        r"train-1\.tar has changed since it was listed; its sample digit-0070 is another",
+        r"train-1\.tar has changed since it was listed; its sample digit-0070 is different",
     )
 
 
@@ -99,7 +99,7 @@ def test_a_pruned_shard_that_changed_is_not_trained_on(folder: Path) -> None:
     shard.write_bytes(data)
     run.folder.stage(1).samples.remove()
     with pytest.raises(PlanError, match=r"the pruned shard .*train-0\.tar is changed; restore it"):
-        list_stage_samples.fn(run.url, 1)
+        list_stage_samples(run, 1)
 
 
 def test_a_shard_that_was_forged_before_it_was_pruned_is_not_trained_on(
@@ -117,7 +117,7 @@ def test_a_shard_that_was_forged_before_it_was_pruned_is_not_trained_on(
         data[700] ^= 1
         data[700 + len(data) // 2 // 512 * 512] ^= 1
         (folder / "train-0.tar").write_bytes(data)
-        write_pruned_stage.fn(run, stage)
+        write_pruned_stage(run, stage)
 
     monkeypatch.setattr("tests.tasks.small.write_pruned_stage", SimpleNamespace(fn=forge))
     refused(
@@ -132,7 +132,7 @@ def test_duplicate_keys(folder: Path) -> None:
     refused(
         folder,
         StorageError,
-        "key digit-0003 is there twice, as sample 3 of .*train-0.tar and as sample",
+        "key digit-0003 occurs twice, as sample 3 of .*train-0.tar and as sample",
     )
 
 
@@ -181,7 +181,7 @@ def test_a_window_outside_its_stage(folder: Path) -> None:
 
 def test_an_uncaptured_layer(folder: Path) -> None:
     model = {"factory": "tests.tasks.small:network", "args": {"uncaptured": True}}
-    sentence = r"1 trainable parameters \(1 numbers\).*4\.weight \(1\)"
+    sentence = r"1 trainable parameters \(1 elements\).*4\.weight \(1\)"
     refused(folder, SecateurError, sentence, model=model)
     run = curate_small(small_plan(folder, model=model, uncaptured=["4.*"], run="listed"))
     assert run.folder.stage(1).scores.committed
@@ -281,7 +281,7 @@ def test_questions_that_cannot_be_answered(
 ) -> None:
     run = curate_small(small_plan(folder))
     with pytest.raises(PlanError, match=sentence):
-        find_influential.fn(run.url, **question)
+        find_influential(run, **question)
 
 
 def test_a_folder_without_a_run(folder: Path) -> None:

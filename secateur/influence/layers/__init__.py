@@ -1,9 +1,7 @@
-"""Room `secateur.layers`: which layers can be captured; one small module a family, and this registry.
+"""Layer families: how each kind of layer is captured, one small module each.
 
-A family says how a layer's parameters form a block, and what a call contributed. Add your own::
-
-    @register_layer(MyLayer)
-    class MyFamily(Family): ...
+A family says how a layer's parameters form a block, and what a call of the layer contributed.
+`registry` shows how to add a family for another layer.
 """
 
 from secateur.influence.layers import conv, embedding, linear, norm

@@ -1,4 +1,4 @@
-"""Room `secateur.layers`: embedding tables."""
+"""Embedding tables."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from secateur.influence.layers.registry import LayerFamily, register_layer
 
 
 @register_layer(nn.Embedding)
-class Embedding(LayerFamily):
-    """Rows are looked up; the padding row gets no gradient."""
+class EmbeddingFamily(LayerFamily):
+    """Tables whose rows are looked up. The padding row gets no gradient."""
 
     def pieces(self, module: nn.Module) -> tuple[int, tuple[Piece, ...]]:
         assert isinstance(module, nn.Embedding)
         for setting in ("max_norm", "scale_grad_by_freq", "sparse"):
             if getattr(module, setting):
                 raise SecateurError(
-                    f"an Embedding with {setting} cannot be captured; leave {setting} at its default"
+                    f"an Embedding with {setting} cannot be captured; leave {setting} at its "
+                    f"default"
                 )
         return module.num_embeddings, (make_piece("weight", module.weight, module.num_embeddings),)
 

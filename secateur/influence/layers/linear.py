@@ -1,9 +1,10 @@
-"""Room `secateur.layers`: linear maps, stored either way round."""
+"""Linear maps, whichever way the weight is stored."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from secateur.influence.blocks import Piece, make_piece
@@ -12,8 +13,8 @@ from secateur.influence.layers.registry import LayerFamily, register_layer
 
 
 @register_layer(nn.Linear)
-class Linear(LayerFamily):
-    """`y = x W^T + b`; positions are all dimensions between the sample and the features."""
+class LinearFamily(LayerFamily):
+    """`y = x W^T + b`. Positions are all dimensions between the sample and the features."""
 
     transposed = False
 
@@ -27,20 +28,19 @@ class Linear(LayerFamily):
         return rows, tuple(own)
 
     def capture(self, module: nn.Module, inputs: tuple[Any, ...], gradient: Tensor) -> OuterCapture:
-        return OuterCapture(
-            _positions(gradient), _positions(inputs[0]), ones=module.bias is not None
-        )
+        left = _flatten_positions(gradient)
+        right = _flatten_positions(inputs[0])
+        return OuterCapture(left, right, ones=module.bias is not None)
 
 
 @register_layer("transformers.pytorch_utils.Conv1D")
-class TransposedLinear(Linear):
+class TransposedLinearFamily(LinearFamily):
     """`y = x W + b`, as in Hugging Face's GPT-2."""
 
     transposed = True
 
 
-def _positions(tensor: Tensor) -> Tensor:
-    """`batch positions features`."""
-    return (
-        tensor[:, None] if tensor.dim() == 2 else tensor.reshape(len(tensor), -1, tensor.shape[-1])
-    )
+def _flatten_positions(tensor: Tensor) -> Float[Tensor, "batch positions features"]:
+    if tensor.dim() == 2:
+        return tensor[:, None]
+    return tensor.reshape(len(tensor), -1, tensor.shape[-1])

@@ -1,10 +1,32 @@
-"""Room `secateur.layers`: the registry of layer families."""
+"""The registry of layer families, by layer class.
+
+To capture another layer, say in a subclass of `LayerFamily` which parameters form its block and
+what each sample of a call contributed to their gradient. For a layer `Scale(nn.Module)` that
+multiplies its input `batch features` by a parameter `weight` of shape `features`::
+
+    from secateur.influence.blocks import make_piece
+    from secateur.influence.captures import DenseCapture
+    from secateur.influence.layers import LayerFamily, register_layer
+
+    @register_layer(Scale)
+    class ScaleFamily(LayerFamily):
+        def pieces(self, module):
+            rows = module.weight.numel()
+            return rows, (make_piece("weight", module.weight, rows),)
+
+        def capture(self, module, inputs, gradient):
+            return DenseCapture((gradient * inputs[0])[:, :, None])  # batch x rows x columns
+
+A layer that is a linear map of its inputs gives an `OuterCapture` of output gradients and inputs
+instead. It is never multiplied out if the basis does not need it. The module that registers a
+family must be imported before the model's layers are bound.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -17,30 +39,41 @@ class LayerFamily(ABC):
 
     @abstractmethod
     def pieces(self, module: nn.Module) -> tuple[int, tuple[Piece, ...]]:
-        """Rows of the layer's block and a piece a parameter, weight first, named as in the module itself."""
+        """Return the rows of the layer's block, and one piece per parameter.
+
+        The weight's piece is first. Each is named as in the module itself.
+
+        Raises:
+            SecateurError: the layer has a setting that cannot be captured.
+        """
 
     @abstractmethod
     def capture(self, module: nn.Module, inputs: tuple[Any, ...], gradient: Tensor) -> Capture:
-        """What a call contributed.
+        """Return the contribution of each sample of one call.
 
         Args:
             inputs: the call's arguments.
-            gradient: of the loss by the call's output, the sample first.
+            gradient: of the loss with respect to the call's output; the first dimension is the
+                sample.
 
         Raises:
-            SecateurError: the layer is set up so that its samples cannot be told apart.
+            SecateurError: the layer's setting mixes the samples of a batch.
         """
 
+
+Family = TypeVar("Family", bound=LayerFamily)
 
 _families: dict[type[nn.Module] | str, LayerFamily] = {}
 
 
-def register_layer(
-    *kinds: type[nn.Module] | str,
-) -> Callable[[type[LayerFamily]], type[LayerFamily]]:
-    """Registers a family for layer classes, given as classes or as `module.Class` where importing them is dear."""
+def register_layer(*kinds: type[nn.Module] | str) -> Callable[[type[Family]], type[Family]]:
+    """Register a family for layer classes, as a decorator of the family's class.
 
-    def register(family: type[LayerFamily]) -> type[LayerFamily]:
+    Args:
+        kinds: layer classes, or their full names `module.Class` if importing them takes long.
+    """
+
+    def register(family: type[Family]) -> type[Family]:
         for kind in kinds:
             _families[kind] = family()
         return family
@@ -49,9 +82,9 @@ def register_layer(
 
 
 def find_layer_family(module: nn.Module) -> LayerFamily | None:
-    """The family of a layer, by its class or the nearest of its bases; None where it isn't known."""
+    """Return the family of a layer's class or nearest base class, or None if there is none."""
     for kind in type(module).__mro__:
-        found = _families.get(kind) or _families.get(f"{kind.__module__}.{kind.__qualname__}")
-        if found:
-            return found
+        family = _families.get(kind) or _families.get(f"{kind.__module__}.{kind.__qualname__}")
+        if family:
+            return family
     return None

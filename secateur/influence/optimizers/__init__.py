@@ -1,49 +1,28 @@
-"""Room `secateur.optimizers`: the linearised step of each known optimizer; one small class an optimizer.
+"""Update rules: the differentiable form of each known optimizer's step, one small class each.
 
-A class states the optimizer's own update, element by element, on the state `(theta, slots...)`. Its Jacobian is taken
-by automatic differentiation of that update, so there is no second formula to keep right (DESIGN, section 1).
+A rule states the optimizer's own update, element by element, on the state `(theta, slots...)`. Its
+Jacobian comes from automatic differentiation of that update, so there is no second formula that
+could disagree with the first. `registry` shows how to add a rule for another optimizer.
 """
 
-from __future__ import annotations
-
-import torch
-
-from secateur.errors import SecateurError
+from secateur.influence.optimizers import adam, rmsprop, sgd
 from secateur.influence.optimizers.adam import AdamUpdate, AdamWUpdate
+from secateur.influence.optimizers.registry import find_update_rule, register_update_rule
 from secateur.influence.optimizers.rmsprop import RMSpropUpdate
 from secateur.influence.optimizers.sgd import SGDUpdate
-from secateur.influence.optimizers.update_rule import UpdateRule
+from secateur.influence.optimizers.update_rule import Hyperparameters, UpdateRule, refuse_option
 
-__all__ = ["AdamUpdate", "AdamWUpdate", "RMSpropUpdate", "SGDUpdate", "SecateurError", "UpdateRule"]
-
-
-def find_update_rule(optimizer: torch.optim.Optimizer) -> UpdateRule:
-    """The linearised form of `optimizer`.
-
-    Raises:
-        SecateurError: its update is not one of those known here.
-    """
-    kind, groups = type(optimizer), optimizer.param_groups
-    for option in ("amsgrad", "centered"):
-        if any(group.get(option) for group in groups):
-            raise SecateurError(
-                f"{kind.__name__} with {option}=True is not known, and the recursion must follow it; leave it off"
-            )
-    if any(isinstance(group["lr"], torch.Tensor) and group["lr"].requires_grad for group in groups):
-        raise SecateurError(
-            f"{kind.__name__} with a learning rate that is itself learned is not known; give a number"
-        )
-    momentum = any(group.get("momentum") for group in groups)
-    if kind is torch.optim.SGD:
-        return SGDUpdate(momentum)
-    if kind is torch.optim.RMSprop:
-        return RMSpropUpdate(momentum)
-    if kind in (torch.optim.Adam, torch.optim.AdamW):
-        decoupled = kind is torch.optim.AdamW or any(
-            group.get("decoupled_weight_decay") for group in groups
-        )
-        return AdamWUpdate() if decoupled else AdamUpdate()
-    raise SecateurError(
-        f"the optimizer {kind.__module__}.{kind.__qualname__} is not known, and the recursion must follow the real "
-        f"one; use SGD, Adam, AdamW or RMSprop of torch.optim"
-    )
+__all__ = [
+    "AdamUpdate",
+    "AdamWUpdate",
+    "Hyperparameters",
+    "RMSpropUpdate",
+    "SGDUpdate",
+    "UpdateRule",
+    "adam",
+    "find_update_rule",
+    "refuse_option",
+    "register_update_rule",
+    "rmsprop",
+    "sgd",
+]

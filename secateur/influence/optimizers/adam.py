@@ -1,23 +1,36 @@
-"""Room `secateur.optimizers`: Adam and AdamW, through theta and both moments."""
+"""Adam and AdamW: theta and both moments."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from secateur.influence.optimizers.update_rule import Hyperparameters, UpdateRule
+from secateur.influence.optimizers.registry import register_update_rule
+from secateur.influence.optimizers.update_rule import Hyperparameters, UpdateRule, refuse_option
 
 
+@register_update_rule(torch.optim.Adam)
 class AdamUpdate(UpdateRule):
-    """`torch.optim.Adam`: bias correction, epsilon, weight decay added to the gradient, maximize."""
+    """`torch.optim.Adam`: bias correction, epsilon, weight decay added to the gradient, maximize.
+
+    `amsgrad` is refused. With `decoupled_weight_decay` the rule is AdamW's.
+    """
 
     hyper = ("lr", "beta1", "beta2", "eps", "weight_decay", "maximize", "step")
     slots = ("exp_avg", "exp_avg_sq")
 
+    @classmethod
+    def from_optimizer(cls, optimizer: torch.optim.Optimizer) -> UpdateRule:
+        refuse_option(optimizer, "amsgrad")
+        # Newer versions of torch have this option of Adam, and set it for AdamW.
+        if any(group.get("decoupled_weight_decay") for group in optimizer.param_groups):
+            return AdamWUpdate()
+        return cls()
+
     def update(self, state: Tensor, grad: Tensor, h: Hyperparameters) -> Tensor:
         theta, mean, square = state
         grad = grad * (1 - 2 * h["maximize"])
-        theta, grad = self.decayed(theta, grad, h)
+        theta, grad = self.apply_weight_decay(theta, grad, h)
         mean = h["beta1"] * mean + (1 - h["beta1"]) * grad
         square = h["beta2"] * square + (1 - h["beta2"]) * grad.square()
         root = (square / (1 - h["beta2"] ** h["step"])).sqrt() + h["eps"]
@@ -25,13 +38,18 @@ class AdamUpdate(UpdateRule):
             [theta - h["lr"] * mean / (1 - h["beta1"] ** h["step"]) / root, mean, square]
         )
 
-    def decayed(self, theta: Tensor, grad: Tensor, h: Hyperparameters) -> tuple[Tensor, Tensor]:
-        """Parameters and gradient after weight decay."""
+    def apply_weight_decay(
+        self, theta: Tensor, grad: Tensor, h: Hyperparameters
+    ) -> tuple[Tensor, Tensor]:
+        """Return parameters and gradient after weight decay."""
         return theta, grad + h["weight_decay"] * theta
 
 
+@register_update_rule(torch.optim.AdamW)
 class AdamWUpdate(AdamUpdate):
-    """`torch.optim.AdamW`: the same with decoupled weight decay."""
+    """`torch.optim.AdamW`: Adam with decoupled weight decay."""
 
-    def decayed(self, theta: Tensor, grad: Tensor, h: Hyperparameters) -> tuple[Tensor, Tensor]:
+    def apply_weight_decay(
+        self, theta: Tensor, grad: Tensor, h: Hyperparameters
+    ) -> tuple[Tensor, Tensor]:
         return theta * (1 - h["lr"] * h["weight_decay"]), grad

@@ -1,20 +1,30 @@
-"""Room `secateur.optimizers`: RMSProp."""
+"""RMSProp."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from secateur.influence.optimizers.update_rule import Hyperparameters, UpdateRule
+from secateur.influence.optimizers.registry import register_update_rule
+from secateur.influence.optimizers.update_rule import Hyperparameters, UpdateRule, refuse_option
 
 
+@register_update_rule(torch.optim.RMSprop)
 class RMSpropUpdate(UpdateRule):
-    """`torch.optim.RMSprop`: epsilon, weight decay added to the gradient, momentum, maximize; not `centered`."""
+    """`torch.optim.RMSprop`: epsilon, weight decay added to the gradient, momentum, maximize.
+
+    `centered` is refused.
+    """
 
     hyper = ("lr", "alpha", "eps", "weight_decay", "momentum", "maximize")
 
     def __init__(self, momentum: bool) -> None:
         self.slots = ("square_avg", "momentum_buffer") if momentum else ("square_avg",)
+
+    @classmethod
+    def from_optimizer(cls, optimizer: torch.optim.Optimizer) -> UpdateRule:
+        refuse_option(optimizer, "centered")
+        return cls(momentum=any(group.get("momentum") for group in optimizer.param_groups))
 
     def update(self, state: Tensor, grad: Tensor, h: Hyperparameters) -> Tensor:
         grad = grad * (1 - 2 * h["maximize"]) + h["weight_decay"] * state[0]

@@ -1,4 +1,4 @@
-"""Room `secateur.optimizers`: an optimizer's step, linearised by automatic differentiation of its own update."""
+"""The base class of update rules: an optimizer's step and its derivatives."""
 
 from __future__ import annotations
 
@@ -10,32 +10,54 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from secateur.errors import SecateurError
 from secateur.influence.segment import Segment
 
 Hyperparameters = Mapping[str, Tensor]
 
 
 class UpdateRule(ABC):
-    """One optimizer's update, element by element, and the names of what it reads.
+    """One optimizer's update, element by element, and the names of the values that it reads.
 
     Attributes:
         hyper: names of the settings recorded for each parameter group and step.
         slots: names of the optimizer's state tensors, after theta.
-        linear: the update is linear in state and gradient, so its Jacobian needs neither and holds in any basis.
+        linear: whether the update is linear in state and gradient. Its Jacobian then needs neither,
+            and holds in any basis.
     """
 
     hyper: ClassVar[tuple[str, ...]]
     slots: tuple[str, ...]
     linear: ClassVar[bool] = False
 
+    @classmethod
+    def from_optimizer(cls, optimizer: torch.optim.Optimizer) -> UpdateRule:
+        """Return the rule for an optimizer and its options.
+
+        Raises:
+            SecateurError: the optimizer has an option that the rule does not follow.
+        """
+        return cls()
+
     @abstractmethod
     def update(
         self, state: Float[Tensor, "S *n"], grad: Float[Tensor, "*n"], h: Hyperparameters
     ) -> Float[Tensor, "S *n"]:
-        """The state after one step, from the state before it and the gradient received."""
+        """Return the state after one step.
+
+        Args:
+            state: theta and the slots before the step.
+            grad: the gradient received.
+            h: the settings that `hyper` names, in shapes that broadcast with `grad`.
+        """
 
     def settings(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> list[float]:
-        """The `hyper` row of a parameter group whose parameters' state is like `state` (empty before step one)."""
+        """Return the `hyper` row of a parameter group.
+
+        Args:
+            group: the parameter group.
+            state: the optimizer's state of one of its parameters; empty before the first step.
+        """
         values = dict(group, step=float(state.get("step", 0)) + 1)
         if "betas" in values:
             values["beta1"], values["beta2"] = values["betas"]
@@ -44,21 +66,24 @@ class UpdateRule(ABC):
     def jacobian(
         self, segment: Segment
     ) -> tuple[Float[Tensor, "steps S S p"], Float[Tensor, "steps S p"]]:
-        """Diagonals of `dF/ds` and `dF/dg` of every step, without the gradient's own dependence on theta.
+        """Return the diagonals of `dF/ds` and `dF/dg` of every step, in float64.
 
-        `[t, i, j]` is the derivative of slot i after step t with respect to slot j before it. Computed in float64.
+        The gradient's own dependence on theta is not included. Entry `[t, i, j]` is the derivative
+        of slot i after step t with respect to slot j before it.
         """
-        width, count = segment.size, len(self.slots) + 1
-        if self.linear:  # the derivative is the same at every point
-            state = torch.zeros(count, segment.length, width, dtype=torch.float64)
-            grad = torch.zeros(segment.length, width, dtype=torch.float64)
+        count = len(self.slots) + 1
+        if self.linear:
+            # The derivative is the same at every point, so the segment has not recorded any.
+            state = torch.zeros(count, segment.length, segment.size, dtype=torch.float64)
+            grad = torch.zeros(segment.length, segment.size, dtype=torch.float64)
         else:
-            state, grad = segment.states.double().transpose(0, 1), segment.gradients.double()
+            state = segment.states.double().transpose(0, 1)
+            grad = segment.gradients.double()
         h = dict(zip(self.hyper, segment.hyper.double()[:, segment.groups].unbind(-1), strict=True))
         rows = []
-        for slot in range(
-            count
-        ):  # the gradient of a slot's sum holds the derivative of each element
+        for slot in range(count):
+            # The update works element by element, so the gradient of a slot's sum holds the
+            # derivative of each of its elements.
             direction = torch.zeros_like(state)
             direction[slot] = 1
             by_state, by_grad = self.vjp(direction, state, grad, h)
@@ -73,10 +98,32 @@ class UpdateRule(ABC):
         grad: Float[Tensor, "*n"],
         h: Hyperparameters,
     ) -> tuple[Float[Tensor, "S *n"], Float[Tensor, "*n"]]:
-        """`(dF/ds)^T later` and `(dF/dg)^T later`: a sensitivity to the state after the step, brought before it."""
-        state, grad = state.clone().requires_grad_(), grad.clone().requires_grad_()
+        """Return `(dF/ds)^T later` and `(dF/dg)^T later`.
+
+        Args:
+            later: a sensitivity to the state after the step.
+            state: theta and the slots before the step.
+            grad: the gradient received.
+            h: the settings that `hyper` names.
+        """
+        state = state.clone().requires_grad_()
+        grad = grad.clone().requires_grad_()
         with torch.enable_grad():
             after = (self.update(state, grad, h) * later).sum()
             by_state, by_grad = torch.autograd.grad(after, (state, grad), materialize_grads=True)
-        # 0 * inf where a root is taken of a slot that, like its gradient, has stayed zero: nothing flows there
+        # A root of a slot that has stayed zero, like its gradient, differentiates to 0 * inf.
+        # Nothing flows through such an element.
         return by_state.nan_to_num(nan=0.0), by_grad.nan_to_num(nan=0.0)
+
+
+def refuse_option(optimizer: torch.optim.Optimizer, option: str) -> None:
+    """Check that an option is off in every parameter group.
+
+    Raises:
+        SecateurError: it is on.
+    """
+    if any(group.get(option) for group in optimizer.param_groups):
+        raise SecateurError(
+            f"{type(optimizer).__name__} with {option}=True is not known, and the recursion must "
+            f"follow the real update; turn {option} off"
+        )
