@@ -403,6 +403,10 @@ def _record_tensors(
 
 def _step_tensors(steps: _StepColumns, empty: Float[Tensor, "0 p"]) -> dict[str, Tensor]:
     """Return the fields of a segment that have one row per step."""
+    # A tensor of an empty list would have one dimension.
+    hyper = torch.empty(0, 0, 0, dtype=torch.float64)
+    if steps.hyper:
+        hyper = torch.tensor(steps.hyper, dtype=torch.float64)
     gradients = empty
     states = empty[:, None].expand(0, 0, empty.shape[1])
     if steps.gradients:
@@ -411,7 +415,7 @@ def _step_tensors(steps: _StepColumns, empty: Float[Tensor, "0 p"]) -> dict[str,
     return {
         "strides": torch.tensor(steps.strides, dtype=torch.float64),
         "scales": torch.tensor(steps.scales, dtype=torch.float64),
-        "hyper": torch.tensor(steps.hyper, dtype=torch.float64),
+        "hyper": hyper,
         "gradients": gradients,
         "states": states,
     }
