@@ -36,14 +36,14 @@ class StageTrained(StageEvent):
     steps: int = Field(description="optimizer steps")
     segments: int = Field(description="ledger files")
     by: str = Field(
-        description="whose loop trained it: `secateur` (the curate flow), or another trainer's name"
+        description="whose loop trained it: `secateur` (the flow `curate`), or the name of another trainer"
     )
 
 
 class StageEmbedded(StageEvent):
     """`secateur.stage.embedded`: every recorded use of a sample has its embedding."""
 
-    embeddings: int = Field(description="recorded uses of samples, one embedding each")
+    embeddings: int = Field(description="recorded uses of samples; each has one embedding")
 
 
 class StageIndexed(StageEvent):
@@ -57,14 +57,14 @@ class StagePruned(StageEvent):
     """`secateur.stage.pruned`: the next stage's shards are there."""
 
     name: str = Field(
-        description="`plan` for the plan's own policy, else the policy and its settings"
+        description="`plan` for the plan's own policy, otherwise the policy and its settings"
     )
     samples: int = Field(description="samples before")
     kept: int = Field(description="samples in the shards")
     dropped: int = Field(description="samples left out")
     reasons: dict[str, int] = Field(description="how many were dropped for each reason")
     folder: str = Field(description="path or URL of the folder that holds the pruned shards")
-    shards: int = Field(description="how many there are")
+    shards: int = Field(description="number of pruned shards")
 
 
 class RunFinished(RunEvent):
@@ -78,10 +78,14 @@ class FidelityLow(StageEvent):
     95% interval reaches down to 0."""
 
     target: str = Field(description="the target audited")
-    estimate: str = Field(description="embedding or replay, whichever the plan scores by")
+    estimate: str = Field(description="`embedding` or `replay`, as the plan scores")
     spearman: float = Field(description="rank correlation of the scores with true retraining")
-    interval: tuple[float, float] = Field(description="holds 95% of its bootstrap")
-    least: float = Field(description="what it was held against")
+    interval: tuple[float, float] = Field(
+        description="95% interval of the correlation, by bootstrap"
+    )
+    least: float = Field(
+        description="the least correlation that is accepted: `trust.min_fidelity`, or 0"
+    )
 
 
 NAMES: dict[type[RunEvent], str] = {
