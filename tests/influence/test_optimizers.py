@@ -1,18 +1,80 @@
-"""Each linearised optimizer against torch's own: its update, and the Jacobian of that update by differences."""
+"""Each update rule against the real optimizer: its update, and the Jacobian by differences."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import textwrap
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from secateur.errors import SecateurError
 from secateur.influence.basis import CoordinateBasis
 from secateur.influence.bindings import bind_layers
-from secateur.influence.optimizers import find_update_rule
+from secateur.influence.optimizers import (
+    AdamUpdate,
+    AdamWUpdate,
+    Hyperparameters,
+    UpdateRule,
+    find_update_rule,
+    refuse_option,
+    register_update_rule,
+    registry,
+)
 from secateur.influence.recorder import Recorder
+
+
+class SmoothLion(torch.optim.Optimizer):
+    """A user's own optimizer: Lion with tanh in place of the sign, warm-up and decoupled decay."""
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, **options: Any) -> None:
+        defaults = {"betas": (0.9, 0.99), "width": 0.5, "weight_decay": 0.1, "cautious": False}
+        super().__init__(params, {"lr": lr, **defaults, **options})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                assert parameter.grad is not None
+                state = self.state[parameter]
+                average = state.setdefault("average", torch.zeros_like(parameter))
+                state["step"] = state.get("step", 0) + 1
+                new = lion(parameter, average, parameter.grad, group, state["step"])
+                parameter.copy_(new[0])
+                average.copy_(new[1])
+
+
+def lion(
+    theta: Tensor, average: Tensor, grad: Tensor, group: dict[str, Any], step: int
+) -> tuple[Tensor, Tensor]:
+    """The optimizer's own arithmetic, written apart from the rule."""
+    beta1, beta2 = group["betas"]
+    direction = torch.tanh((average * beta1 + grad * (1 - beta1)) / group["width"])
+    rate = group["lr"] * (1 - math.exp(-step))
+    decayed = theta - rate * group["weight_decay"] * theta
+    return decayed - rate * direction, average * beta2 + grad * (1 - beta2)
+
+
+@register_update_rule(SmoothLion)
+class SmoothLionUpdate(UpdateRule):
+    hyper = ("lr", "beta1", "beta2", "width", "weight_decay", "step")
+    slots = ("average",)
+
+    @classmethod
+    def from_optimizer(cls, optimizer: torch.optim.Optimizer) -> UpdateRule:
+        refuse_option(optimizer, "cautious")
+        return cls()
+
+    def update(self, state: Tensor, grad: Tensor, h: Hyperparameters) -> Tensor:
+        theta, average = state
+        mixed = h["beta1"] * average + (1 - h["beta1"]) * grad
+        rate = h["lr"] * (1 - torch.exp(-h["step"]))
+        theta = theta * (1 - rate * h["weight_decay"]) - rate * torch.tanh(mixed / h["width"])
+        return torch.stack([theta, h["beta2"] * average + (1 - h["beta2"]) * grad])
+
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, 0.1, weight_decay=0.01),
@@ -27,6 +89,7 @@ OPTIMIZERS = {
     "adam": lambda p: torch.optim.Adam(p, 0.1, betas=(0.8, 0.9), weight_decay=0.1),
     "rmsprop": lambda p: torch.optim.RMSprop(p, 0.1, weight_decay=0.1),
     "rmsprop with momentum": lambda p: torch.optim.RMSprop(p, 0.1, momentum=0.8, eps=0.1),
+    "a user's own": lambda p: SmoothLion(p, 0.1),
 }
 STEPS = 4
 
@@ -34,7 +97,10 @@ STEPS = 4
 def play(
     name: str, nudge: tuple[int, str, float] | None = None
 ) -> tuple[list[torch.Tensor], Recorder]:
-    """States after each of some steps with given gradients; `nudge` changes theta, a slot or the gradient of a step."""
+    """Return the states after each of some steps with given gradients.
+
+    `nudge` names a step, changes theta, a slot or the gradient before it, and says by how much.
+    """
     torch.manual_seed(0)
     model = nn.Linear(3, 2, bias=False).double()
     gradients = torch.randn(STEPS, 2, 3).double()
@@ -50,10 +116,8 @@ def play(
         if nudge and nudge[0] == step:
             _nudge(model.weight, optimizer, nudge[1], nudge[2])
         optimizer.step()
-        held = [optimizer.state[model.weight][slot] for slot in slots]
-        states.append(
-            torch.stack([model.weight.detach().clone(), *(h.clone() for h in held)]).flatten(1)
-        )
+        tensors = [model.weight.detach(), *(optimizer.state[model.weight][s] for s in slots)]
+        states.append(torch.stack([tensor.clone() for tensor in tensors]).flatten(1))
     return states, recorder
 
 
@@ -68,7 +132,7 @@ def _nudge(weight: nn.Parameter, optimizer: torch.optim.Optimizer, what: str, by
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_jacobian_is_that_of_torchs_own_step(name: str) -> None:
+def test_the_jacobian_is_that_of_the_real_step(name: str) -> None:
     _, recorder = play(name)
     segment = recorder.take_segment()
     ds, dg = recorder.update_rule.jacobian(segment)
@@ -84,20 +148,82 @@ def test_jacobian_is_that_of_torchs_own_step(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_update_is_torchs_own_step(name: str) -> None:
+def test_the_update_is_that_of_the_real_step(name: str) -> None:
     states, recorder = play(name)
-    segment, linearised = recorder.take_segment(), recorder.update_rule
+    segment = recorder.take_segment()
+    rule = recorder.update_rule
     torch.manual_seed(0)
-    weight, gradients = (
-        nn.Linear(3, 2, bias=False).double().weight.detach(),
-        torch.randn(STEPS, 6).double(),
-    )
-    state = torch.zeros(1 + len(linearised.slots), 6, dtype=torch.float64)
+    weight = nn.Linear(3, 2, bias=False).double().weight.detach()
+    gradients = torch.randn(STEPS, 6).double()
+    state = torch.zeros(1 + len(rule.slots), 6, dtype=torch.float64)
     state[0] = weight.flatten()
     for step in range(STEPS):
-        h = dict(zip(linearised.hyper, segment.hyper[step, segment.groups].unbind(-1), strict=True))
-        state = linearised.update(state, gradients[step], h)
+        h = dict(zip(rule.hyper, segment.hyper[step, segment.groups].unbind(-1), strict=True))
+        state = rule.update(state, gradients[step], h)
         torch.testing.assert_close(state, states[step])
+
+
+def test_a_users_rule_has_the_derivatives_of_the_users_optimizer() -> None:
+    states, recorder = play("a user's own")
+    assert isinstance(recorder.update_rule, SmoothLionUpdate)
+    ds, dg = recorder.update_rule.jacobian(recorder.take_segment())
+    torch.manual_seed(0)
+    nn.Linear(3, 2, bias=False)  # `play` draws the gradients after the layer's weights
+    gradients = torch.randn(STEPS, 6).double()
+    group = SmoothLion(nn.Linear(1, 1).parameters(), 0.1).param_groups[0]
+    for step in range(1, STEPS):
+        theta, average = states[step - 1]
+        for slot in range(2):
+            by_theta, by_average, by_gradient = torch.autograd.functional.jacobian(
+                lambda *place, slot=slot, step=step: lion(*place, group, step + 1)[slot],
+                (theta, average, gradients[step]),
+            )
+            torch.testing.assert_close(ds[step, slot, 0], by_theta.diag())
+            torch.testing.assert_close(ds[step, slot, 1], by_average.diag())
+            torch.testing.assert_close(dg[step, slot], by_gradient.diag())
+
+
+def test_the_registrys_example_works() -> None:
+    class SignMomentum(torch.optim.Optimizer):
+        pass
+
+    assert registry.__doc__ is not None
+    example = registry.__doc__.partition("::\n")[2].partition("\nThe module")[0]
+    names: dict[str, Any] = {"SignMomentum": SignMomentum}
+    exec(textwrap.dedent(example), names)
+    optimizer = SignMomentum(nn.Linear(3, 2).parameters(), {"lr": 0.1, "beta": 0.9})
+    rule = find_update_rule(optimizer)
+    assert isinstance(rule, names["SignMomentumUpdate"])
+    theta, average, grad = torch.tensor([0.5, 2.0, 3.0], dtype=torch.float64)
+    state = torch.stack([theta, average])
+    found = rule.update(state, grad, {"lr": torch.tensor(0.1), "beta": torch.tensor(0.9)})
+    assert found.tolist() == pytest.approx([0.5 - 0.1 * math.tanh(2.1), 2.1])
+
+
+def test_only_the_exact_class_of_an_optimizer_counts() -> None:
+    class Changed(torch.optim.SGD):
+        pass
+
+    with pytest.raises(SecateurError, match="Changed is not known"):
+        find_update_rule(Changed(nn.Linear(3, 2).parameters(), 0.1))
+
+
+def test_adam_with_decoupled_decay_is_adamw() -> None:
+    parameters = list(nn.Linear(3, 2).parameters())
+    assert type(find_update_rule(torch.optim.Adam(parameters))) is AdamUpdate
+    assert type(find_update_rule(torch.optim.AdamW(parameters))) is AdamWUpdate
+    decoupled = torch.optim.Adam(parameters)
+    # An option of Adam in newer versions of torch.
+    decoupled.param_groups[0]["decoupled_weight_decay"] = True
+    assert type(find_update_rule(decoupled)) is AdamWUpdate
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, SmoothLion])
+def test_a_learned_learning_rate_is_refused(kind: type[torch.optim.Optimizer]) -> None:
+    optimizer = kind(nn.Linear(3, 2).parameters(), lr=0.1)  # type: ignore[call-arg]
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.1, requires_grad=True)
+    with pytest.raises(SecateurError, match=f"{kind.__name__} with a learning rate that is itself"):
+        find_update_rule(optimizer)
 
 
 @pytest.mark.parametrize(
@@ -106,6 +232,7 @@ def test_update_is_torchs_own_step(name: str) -> None:
         lambda p: torch.optim.Adam(p, amsgrad=True),
         lambda p: torch.optim.AdamW(p, amsgrad=True),
         lambda p: torch.optim.RMSprop(p, centered=True),
+        lambda p: SmoothLion(p, 0.1, cautious=True),
     ],
 )
 def test_an_option_that_is_not_followed_is_refused(
@@ -120,5 +247,7 @@ def test_an_unknown_optimizer_is_refused_by_name(kind: type[torch.optim.Optimize
     model = nn.Linear(3, 2)
     bindings = bind_layers(model)
     basis = CoordinateBasis(bindings.blocks, [torch.arange(8)])
-    with pytest.raises(SecateurError, match=f"{kind.__name__} is not known"):
+    with pytest.raises(SecateurError, match=f"{kind.__name__} is not known") as caught:
         Recorder(model, kind(model.parameters(), lr=0.1), bindings, basis)
+    for part in ("torch.optim.adamw.AdamW", "torch.optim.sgd.SGD", "register_update_rule"):
+        assert part in str(caught.value)

@@ -5,7 +5,7 @@ Jacobian comes from automatic differentiation of that update, so there is no sec
 could disagree with the first. `registry` shows how to add a rule for another optimizer.
 """
 
-from secateur.influence.optimizers import adam, rmsprop, sgd
+from secateur.influence.optimizers import adam, registry, rmsprop, sgd
 from secateur.influence.optimizers.adam import AdamUpdate, AdamWUpdate
 from secateur.influence.optimizers.registry import find_update_rule, register_update_rule
 from secateur.influence.optimizers.rmsprop import RMSpropUpdate
@@ -23,6 +23,7 @@ __all__ = [
     "find_update_rule",
     "refuse_option",
     "register_update_rule",
+    "registry",
     "rmsprop",
     "sgd",
 ]
