@@ -19,10 +19,10 @@ SECONDS = 120
 
 def main() -> None:
     _watch("damage")
-    fuzz.test_a_mutated_shard_is_listed_within_its_bounds_or_refused()
-    fuzz.test_a_shard_mutated_after_listing_gives_the_same_samples_or_is_refused()
+    fuzz.test_mutated_shard_is_listed_within_its_bounds_or_refused()
+    fuzz.test_shard_mutated_after_listing_gives_same_samples_or_is_refused()
     for name in ("manifest.json", "frame.parquet", "ledger.safetensors", "index.faiss"):
-        fuzz.test_a_mutated_artefact_is_what_was_committed_or_refused(name)
+        fuzz.test_mutated_output_reads_as_committed_or_is_refused(name)
     inputs = 0
     for kind in dict.fromkeys(kind for kind, _ in fuzz.OUTCOMES):
         found = {outcome: count for (k, outcome), count in fuzz.OUTCOMES.items() if k == kind}

@@ -11,11 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, cast
 
-from botocore.exceptions import (  # type: ignore[import-untyped]
-    BotoCoreError,
-    ConnectionError,
-    HTTPClientError,
-)
+from botocore.exceptions import BotoCoreError, ConnectionError, HTTPClientError
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
@@ -109,7 +105,7 @@ class Folder:
         """Check whether a file exists now."""
         if self.is_local:
             return os.path.exists(self._path_of(name))
-        with wrap_io_errors(self.url_of(name), "looked for"):
+        with wrap_io_errors(self.url_of(name), "checked"):
             # s3fs caches listings, but other processes write meanwhile.
             self._filesystem.invalidate_cache()
             return bool(self._filesystem.exists(self._path_of(name)))
@@ -275,7 +271,7 @@ def wrap_io_errors(subject: str, verb: str) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         raise StorageError(
-            f"{subject} does not exist; check the path and that the run got so far"
+            f"{subject} does not exist; check the path, and that the run has reached this step"
         ) from error
     except (OSError, BotoCoreError) as error:
         number = getattr(error, "errno", None)

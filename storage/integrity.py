@@ -1,4 +1,4 @@
-"""Verification of all files that a folder's manifests list, and removal of files that none lists."""
+"""Verification of the files that manifests list, and removal of files that no manifest lists."""
 
 from __future__ import annotations
 

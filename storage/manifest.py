@@ -1,4 +1,4 @@
-"""Manifests: the file that lists and seals the content of an output, and makes it count as written."""
+"""Manifests: files that list and seal the content of outputs, and so make them count as written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commit protocol: an output counts as written once its manifest exists, which is written last."""
+"""The commit protocol: an output counts as written once its manifest exists."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Attempt:
         for name, entry in self.files.items():
             if sizes.get(name) != entry["size"]:
                 raise StorageError(
-                    f"{self.root.url_of(name)} is gone or cut short before it was committed "
+                    f"{self.root.url_of(name)} is missing or was truncated before it was committed "
                     f"(does `secateur gc` run at the same time?); run the same command again"
                 )
 
@@ -92,7 +92,7 @@ class Output:
         if self._manifest is None:
             if not self.committed:
                 raise StorageError(
-                    f"{self.root.url} is not there yet; the step that writes it has not finished"
+                    f"{self.root.url} is not written yet; the step that writes it has not finished"
                 )
             data = self.root.read_bytes(MANIFEST_FILE)
             self._manifest = parse_manifest(data, self.root.url_of(MANIFEST_FILE))
@@ -240,7 +240,7 @@ def list_outputs(root: Folder) -> list[Output]:
 
 
 def copy_output(source: Output, target: Output) -> None:
-    """Copy an output with its inputs and facts, and so its fingerprint, unless the target exists."""
+    """Copy an output with its inputs and facts, and so its fingerprint, unless it exists."""
 
     def link(attempt: Attempt) -> None:
         attempt.link_files(source)

@@ -127,7 +127,8 @@ def _member_gaps(samples: pl.DataFrame) -> Iterator[Gap]:
 def _read(source: IO[bytes], buffer: memoryview, url: str) -> int:
     """Fill a buffer, and return the number of bytes read."""
     with wrap_io_errors(f"shard {url}", "read"):
-        return int(source.readinto(buffer))  # type: ignore[attr-defined]  # all binary files have it
+        # Every binary file has `readinto`, but its declared type does not.
+        return int(source.readinto(buffer))  # type: ignore[attr-defined]
 
 
 def _shard_names(urls: Sequence[str]) -> list[str]:

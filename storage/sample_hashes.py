@@ -102,8 +102,8 @@ def shard_changed_error(url: str, key: str | None = None) -> StorageError:
         url: path or URL of the shard.
         key: the sample that differs, if it is known.
     """
-    sample = f"; its sample {key} is another" if key is not None else ""
+    sample = f"; its sample {key} is different" if key is not None else ""
     return StorageError(
-        f"shard {url} has changed since it was listed{sample}; restore it, or start a run of "
-        f"another name on the new data"
+        f"shard {url} has changed since it was listed{sample}; restore it, or start a run "
+        f"under another name on the new data"
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import polars as pl
 
-Schema = dict[str, pl.DataType | type[pl.DataType]]
+Schema = Mapping[str, pl.DataType | type[pl.DataType]]
 
 # samples.parquet: a row per sample of a stage, in the order of its shards. `shard` is a position
 # among the shards. The lists have an entry per member of the sample: its extension (`names`), the

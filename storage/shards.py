@@ -1,4 +1,4 @@
-"""WebDataset shards: expanding their URLs, listing their samples, reading the bytes of any sample."""
+"""WebDataset shards: their URLs, the list of their samples, and the bytes of any sample."""
 
 from __future__ import annotations
 
@@ -194,8 +194,8 @@ def _iter_sample_members(url: str) -> Iterator[Member]:
             names = set(RESERVED)
         if name in names:
             raise StorageError(
-                f"sample {key} of {url} has a member .{name} twice, or of a name that WebDataset "
-                f"keeps for itself; rename it"
+                f"sample {key} of {url} has a member .{name} twice, or one with a name that "
+                f"WebDataset reserves; rename it"
             )
         names.add(name)
         yield Member(begins_sample, key, name, info.offset, info.offset_data, info.size)
@@ -208,7 +208,7 @@ def _check_member_name(url: str, name: str) -> None:
     """
     if name.startswith("/") or ".." in name.split("/"):
         raise StorageError(
-            f"shard {url} has a member whose name leads out of it ({name!a}); rename it"
+            f"shard {url} has a member whose name points outside it ({name!a}); rename it"
         )
     # `isprintable` is quick, but it also rejects harmless characters such as rare spaces.
     if not name.isprintable() and any(unicodedata.category(c) in MISLEADING for c in name):
@@ -234,9 +234,9 @@ def _check_unique_keys(
     )
     one, other = (f"sample {number} of {urls[shard]}" for shard, number in numbered.iter_rows())
     raise StorageError(
-        f"key {places['key'][0]} is there twice, as {one} and as {other}, with "
-        f"{repeated['key'].n_unique()} keys repeated in all; give every sample a key of its own "
-        f"and write its members side by side"
+        f"key {places['key'][0]} occurs twice, as {one} and as {other}, with "
+        f"{repeated['key'].n_unique()} repeated keys in all; give every sample a unique key and "
+        f"write its members consecutively"
     )
 
 

@@ -35,7 +35,7 @@ def open_shard(url: str) -> Iterator[IO[bytes]]:
 
 def shard_exists(url: str) -> bool:
     """Check whether a shard exists."""
-    with wrap_io_errors(f"shard {url}", "looked for"):
+    with wrap_io_errors(f"shard {url}", "checked"):
         filesystem, path = url_to_fs(url)
         filesystem.invalidate_cache()
         return bool(filesystem.exists(path))
@@ -66,8 +66,8 @@ def iter_members(url: str) -> Iterator[tarfile.TarInfo]:
             raise
         except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
             raise StorageError(
-                f"shard {url} is truncated, damaged, compressed or no tar ({error}); "
-                f"write it anew, uncompressed"
+                f"shard {url} is truncated, damaged, compressed or not a tar ({error}); "
+                f"write it again, uncompressed"
             ) from error
 
 
@@ -98,8 +98,8 @@ def _walk(file: IO[bytes], url: str) -> Iterator[tarfile.TarInfo]:
                 raise tarfile.ReadError(f"it ends within the member at byte {member.offset}")
             if member.sparse is not None or not (member.isfile() or member.isdir()):
                 raise StorageError(
-                    f"shard {url} has a member {member.name!a} that is no regular file "
-                    f"(a link, a device or a sparse file); write it anew without that member"
+                    f"shard {url} has a member {member.name!a} that is not a regular file "
+                    f"(a link, a device or a sparse file); write it again without that member"
                 )
             if member.isfile():
                 yield member
@@ -115,7 +115,7 @@ def _check_end(file: IO[bytes], end: int) -> None:
         raise tarfile.ReadError(f"no end of archive at byte {end}")
     while data := file.read(BUFFER):
         if data.count(0) != len(data):
-            raise tarfile.ReadError(f"there is more after the end of archive at byte {end}")
+            raise tarfile.ReadError(f"there is data after the end of archive at byte {end}")
 
 
 class _HeaderFile:

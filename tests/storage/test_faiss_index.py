@@ -1,4 +1,4 @@
-"""FAISS results equal brute force, whatever the index and whichever ids are asked."""
+"""Tests of FAISS indexes: results equal brute force for every kind of index and any ids."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from secateur.storage.folder import Folder
 from secateur.storage.outputs import Output
 
 RNG = np.random.default_rng(0)
-# Norms vary over five orders of magnitude, as contributions' do.
+# The norms vary over five orders of magnitude, like those of contributions.
 VECTORS = (RNG.standard_normal((3000, 24)) * 10.0 ** RNG.uniform(-6, -1, (3000, 1))).astype(
     np.float32
 )
@@ -30,39 +30,39 @@ QUERIES = RNG.standard_normal((5, 24)).astype(np.float32)
 
 
 def brute(queries: np.ndarray, k: int, ids: np.ndarray) -> list[np.ndarray]:
-    """The ids of the largest products, by sorting them all."""
+    """Return the ids of the largest products, by sorting all of them."""
     products = queries.astype(np.float64) @ VECTORS[ids].T.astype(np.float64)
     return [ids[np.argsort(-row, kind="stable")[:k]] for row in products]
 
 
 @pytest.mark.parametrize("kind", INDEX_KINDS)
 @pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("some", [None, np.arange(40, 3000, 7), np.array([5])])
+@pytest.mark.parametrize("subset", [None, np.arange(40, 3000, 7), np.array([5])])
 def test_results_equal_brute_force(
-    tmp_path: Path, kind: str, sign: int, some: np.ndarray | None
+    tmp_path: Path, kind: str, sign: int, subset: np.ndarray | None
 ) -> None:
-    artefact = Output(Folder(str(tmp_path)))
-    with artefact.attempt("index", {}) as attempt:
+    output = Output(Folder(str(tmp_path)))
+    with output.attempt("index", {}) as attempt:
         write_index(
             attempt, build_index([VECTORS[:1000], VECTORS[1000:1000], VECTORS[1000:]], kind, 24)
         )
     exact = None if kind == "flat" else (lambda ids: VECTORS[ids])
-    found = search_index(read_index(artefact), sign * QUERIES, 50, some, exact)
-    expected = brute(sign * QUERIES, 50, np.arange(3000) if some is None else some)
-    for (scores, ids), truth, query in zip(found, expected, sign * QUERIES, strict=True):
+    results = search_index(read_index(output), sign * QUERIES, 50, subset, exact)
+    expected = brute(sign * QUERIES, 50, np.arange(3000) if subset is None else subset)
+    for (scores, ids), truth, query in zip(results, expected, sign * QUERIES, strict=True):
         assert ids.tolist() == truth.tolist()
         np.testing.assert_allclose(scores, VECTORS[truth] @ query, rtol=1e-5)
 
 
-def test_more_asked_than_there_are(tmp_path: Path) -> None:
-    """FAISS pads short results with id -1; no such row may be seen."""
+def test_fewer_vectors_than_requested(tmp_path: Path) -> None:
+    """FAISS pads short results with the id -1, which must not be returned."""
     index = build_index([VECTORS[:3]], "flat", 24)
     (scores, ids), *_ = search_index(index, QUERIES, 10)
     assert sorted(ids) == [0, 1, 2]
     assert len(scores) == 3
 
 
-def test_an_empty_index_answers_with_nothing() -> None:
+def test_empty_index_returns_no_results() -> None:
     for kind in INDEX_KINDS:
         index = build_index([], kind, 24)
         assert all(
@@ -72,14 +72,14 @@ def test_an_empty_index_answers_with_nothing() -> None:
 
 
 @pytest.mark.parametrize("size", [0, 10, 2000])
-def test_a_truncated_index_is_one_sentence(tmp_path: Path, size: int) -> None:
-    artefact = Output(Folder(str(tmp_path)))
-    with artefact.attempt("index", {}) as attempt:
+def test_truncated_index_is_an_error(tmp_path: Path, size: int) -> None:
+    output = Output(Folder(str(tmp_path)))
+    with output.attempt("index", {}) as attempt:
         write_index(attempt, build_index([VECTORS], "flat", 24))
-    path = Path(artefact.url("index.faiss"))
+    path = Path(output.url("index.faiss"))
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(StorageError, match=r"index\.faiss is damaged"):
-        read_index(artefact)
+        read_index(output)
 
 
 FORGED = """
@@ -99,11 +99,11 @@ for place in sys.argv[1:]:
 
 
 @pytest.mark.parametrize("kind", INDEX_KINDS)
-def test_an_index_whose_length_is_not_what_it_declares_never_reaches_faiss(
-    tmp_path: Path, kind: str
-) -> None:
-    """FAISS maps the file and reads on beyond its end: a short header ended the process. Here the manifests agree with the
-    files, as those of somebody who forges both."""
+def test_index_of_wrong_length_never_reaches_faiss(tmp_path: Path, kind: str) -> None:
+    """FAISS maps the file and reads beyond its end, so a short header once ended the process.
+
+    Here the manifests match the files, as if someone had forged both.
+    """
     whole = faiss.serialize_index(build_index([VECTORS[:9]], kind, 24)).tobytes()
     forged = [whole[:n] for n in (0, 4, 29, 45, 60, len(whole) - 1)] + [whole + b"x"]
     forged += [
@@ -118,9 +118,8 @@ def test_an_index_whose_length_is_not_what_it_declares_never_reaches_faiss(
     done = subprocess.run(
         [sys.executable, "-c", FORGED, *places], capture_output=True, text=True, check=True
     )
-    found = done.stdout.split()
-    assert len(found) == len(places)
-    assert found[0] == "read"
-    assert (
-        found[1:11] == ["refused"] * 10
-    )  # the lengths, and the header's first fields; further on they are numbers
+    outcomes = done.stdout.split()
+    assert len(outcomes) == len(places)
+    assert outcomes[0] == "read"
+    # The lengths, and the first fields of the header. The later fields are coefficients.
+    assert outcomes[1:11] == ["refused"] * 10

@@ -1,4 +1,4 @@
-"""Folders, on the local disk and on two S3 servers, by the same tests; and a disk that is full."""
+"""Tests of folders on a local disk and two S3 servers, and of a full disk."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def root(base: str) -> Folder:
     return Folder(f"{base}/folder")
 
 
-def test_files_come_back(root: Folder) -> None:
+def test_written_files_are_read_back(root: Folder) -> None:
     with root.open("a/b.bin", "wb") as file:
         file.write(b"x" * 7_000_000)
     root.create("c", b"y")
@@ -32,33 +32,33 @@ def test_files_come_back(root: Folder) -> None:
     assert root.files() == []
 
 
-def test_creating_twice_is_refused_and_changes_nothing(root: Folder) -> None:
+def test_second_create_is_refused_and_changes_nothing(root: Folder) -> None:
     root.create("a", b"first")
     with pytest.raises(FileExistsError):
         root.create("a", b"second")
     assert root.read_bytes("a") == b"first"
 
 
-def test_a_place_that_keeps_the_first_of_two_says_so_and_is_left_as_it_was(root: Folder) -> None:
+def test_conditional_put_is_detected_and_leaves_no_file(root: Folder) -> None:
     assert root.supports_conditional_put()
     assert root.files() == []
 
 
-def test_a_store_that_ignores_conditions_is_found_out(rclone: str) -> None:
+def test_store_that_ignores_conditional_puts_is_detected(rclone: str) -> None:
     assert not Folder(f"{rclone}/folder").supports_conditional_put()
     assert Folder(f"{rclone}/folder").files() == []
 
 
-def test_artefacts(root: Folder) -> None:
-    artefact = Output(root)
-    with artefact.attempt("test", {}) as attempt:
+def test_outputs(root: Folder) -> None:
+    output = Output(root)
+    with output.attempt("test", {}) as attempt:
         attempt.write("a", b"one")
     assert Output(root).read("a") == b"one"
-    artefact.remove()
+    output.remove()
     assert root.files() == []
 
 
-def test_what_is_missing_is_named(root: Folder) -> None:
+def test_missing_file_is_named(root: Folder) -> None:
     with pytest.raises(StorageError, match="nothing does not exist"):
         root.read_bytes("nothing")
 
@@ -68,18 +68,18 @@ import sys
 from secateur.errors import StorageError
 from secateur.storage.outputs import Output
 from secateur.storage.folder import Folder
-artefact = Output(Folder(sys.argv[1] + "/artefact"))
+output = Output(Folder(sys.argv[1] + "/output"))
 try:
-    with artefact.attempt("test", {}) as attempt:
+    with output.attempt("test", {}) as attempt:
         attempt.write("big", bytes(4 << 20))
 except StorageError as error:
     print(error)
-print(artefact.committed, artefact.root.files())
+print(output.committed, output.root.files())
 """
 
 
-def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
-    """In a mount namespace of its own, on a tmpfs of 1 MiB."""
+def test_full_disk_is_an_error_and_leaves_no_file(tmp_path: Path) -> None:
+    """A separate mount namespace provides a tmpfs of 1 MiB."""
     script = (
         f"mount -t tmpfs -o size=1m none {tmp_path} && exec {sys.executable} -c '{FILL}' {tmp_path}"
     )
@@ -94,7 +94,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
     assert state == "False []"
 
 
-def test_a_file_of_another_folder_is_taken_as_it_is(root: Folder) -> None:
+def test_file_of_another_folder_is_linked_or_copied(root: Folder) -> None:
     other = root.child("other")
     other.create("deep/a", b"x" * 100)
     root.link_or_copy(other, "deep/a")
@@ -123,7 +123,9 @@ def test_a_file_of_another_folder_is_taken_as_it_is(root: Folder) -> None:
         (NoCredentialsError(), False),
     ],
 )
-def test_what_can_pass_is_told_from_what_cannot(error: Exception, passes: bool) -> None:
+def test_transient_errors_are_distinguished_from_permanent_ones(
+    error: Exception, passes: bool
+) -> None:
     with pytest.raises(StorageError) as raised, wrap_io_errors("a file", "read"):
         raise error
     assert isinstance(raised.value, UnavailableError) is passes

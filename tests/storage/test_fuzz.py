@@ -1,4 +1,4 @@
-"""Mutated files of every kind: an error in one sentence, or what was there before; never a crash or another content."""
+"""Tests of mutated files: an error of one sentence or the original content, never a crash."""
 
 from __future__ import annotations
 
@@ -30,14 +30,13 @@ pytestmark = pytest.mark.slow
 
 FUZZ = settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 Mutation = Callable[[bytes], bytes]
-OUTCOMES = Counter[
-    tuple[str, str]
-]()  # what became of mutated files, by kind, for `benchmarks.fuzz`
+# Counts of what happened to mutated files, by kind and outcome, for `benchmarks.fuzz`.
+OUTCOMES = Counter[tuple[str, str]]()
 
 
 @st.composite
 def mutations(draw: st.DrawFn) -> Mutation:
-    """Some flips, cuts, insertions, repetitions and swaps, at places given as shares of the length."""
+    """Draw a few edits of bytes, at positions that are fractions of the length."""
     place = st.floats(0, 1, exclude_max=True)
     kind = st.sampled_from(["flip", "cut", "drop", "insert", "repeat", "zero", "digits"])
     edits = draw(
@@ -68,13 +67,16 @@ def mutations(draw: st.DrawFn) -> Mutation:
 
 
 @contextmanager
-def folder() -> Iterator[Path]:
+def temporary_folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as name:
         yield Path(name)
 
 
-def shard(where: Path) -> str:
-    """Six samples of two members, the names of some in headers of their own."""
+def write_shard(where: Path) -> str:
+    """Write a shard of six samples with two members each.
+
+    Some names are so long that they need extra headers.
+    """
     rng = np.random.default_rng(0)
     members = [
         (f"{'d' * (1 + 90 * (n % 2))}/{n:03d}.{ext}", rng.bytes(200 + 300 * n))
@@ -84,20 +86,21 @@ def shard(where: Path) -> str:
     return write_tar(where / "a.tar", members)
 
 
-def refused(kind: str, error: StorageError) -> None:
-    """An error is one sentence."""
+def count_refused(kind: str, error: StorageError) -> None:
+    """Check that an error is one sentence, and count it."""
     assert "\n" not in str(error)
     OUTCOMES[kind, "refused"] += 1
 
 
-def accepted(kind: str, changed: bool) -> None:
+def count_accepted(kind: str, changed: bool) -> None:
+    """Count a file that was read correctly."""
     OUTCOMES[
         kind, "read, and the same as before" if changed else "not changed by the mutation"
     ] += 1
 
 
 def damage(path: Path, mutate: Mutation) -> bool:
-    """Whether the file is another now."""
+    """Mutate a file, and return whether its content has changed."""
     before = path.read_bytes()
     path.write_bytes(mutate(before))
     return path.read_bytes() != before
@@ -105,14 +108,14 @@ def damage(path: Path, mutate: Mutation) -> bool:
 
 @FUZZ
 @given(mutations())
-def test_a_mutated_shard_is_listed_within_its_bounds_or_refused(mutate: Mutation) -> None:
-    with folder() as where:
-        url = shard(where)
+def test_mutated_shard_is_listed_within_its_bounds_or_refused(mutate: Mutation) -> None:
+    with temporary_folder() as where:
+        url = write_shard(where)
         damage(Path(url), mutate)
         try:
             frame = list_shards([url])
         except StorageError as error:
-            refused("shard, before listing", error)
+            count_refused("shard, before listing", error)
             return
         OUTCOMES["shard, before listing", "listed: a whole tar"] += 1
         size = Path(url).stat().st_size
@@ -123,31 +126,31 @@ def test_a_mutated_shard_is_listed_within_its_bounds_or_refused(mutate: Mutation
 
 @FUZZ
 @given(mutations())
-def test_a_shard_mutated_after_listing_gives_the_same_samples_or_is_refused(
+def test_shard_mutated_after_listing_gives_same_samples_or_is_refused(
     mutate: Mutation,
 ) -> None:
-    with folder() as where:
-        url = shard(where)
+    with temporary_folder() as where:
+        url = write_shard(where)
         before = Path(url).read_bytes()
         frame = list_shards([url])
         samples = Samples([url], frame)
         expected = samples.read(range(6))
-        other = damage(Path(url), mutate)
+        changed = damage(Path(url), mutate)
         try:
             assert Samples([url], frame).read(range(6)) == expected
-            accepted("shard, read after listing", other)
+            count_accepted("shard, read after listing", changed)
         except StorageError as error:
-            refused("shard, read after listing", error)
-        artefact = Output(Folder(str(where / "out")))
+            count_refused("shard, read after listing", error)
+        output = Output(Folder(str(where / "out")))
         try:
-            with artefact.attempt("prune", {}) as attempt:
+            with output.attempt("prune", {}) as attempt:
                 rewrite_shards(attempt, [url], frame, np.ones(6, bool))
         except StorageError as error:
-            refused("shard, rewritten after listing", error)
-            assert artefact.root.files() == []
+            count_refused("shard, rewritten after listing", error)
+            assert output.root.files() == []
             return
-        assert Path(artefact.url("shards/a.tar")).read_bytes() == before
-        accepted("shard, rewritten after listing", other)
+        assert Path(output.url("shards/a.tar")).read_bytes() == before
+        count_accepted("shard, rewritten after listing", changed)
 
 
 FRAME = pl.DataFrame({"key": [f"k{n}" for n in range(200)], "score": np.linspace(0, 1, 200)})
@@ -156,24 +159,24 @@ VECTORS = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
 
 
 def commit(where: Path) -> Output:
-    artefact = Output(Folder(str(where / "artefact")))
-    with artefact.attempt("test", {"from": "x"}) as attempt:
+    output = Output(Folder(str(where / "output")))
+    with output.attempt("test", {"from": "x"}) as attempt:
         write_frame(attempt, "frame.parquet", FRAME)
         write_ledger(attempt, LEDGER, 7)
         write_index(attempt, build_index([VECTORS], "flat", 8))
         attempt.facts["count"] = 3
-    return artefact
+    return output
 
 
-def read_back(artefact: Output) -> None:
-    """Reads everything, and holds it against what was written."""
-    assert read_frame(artefact, "frame.parquet").equals(FRAME)
-    tensors, first = read_ledger(artefact)
+def read_back(output: Output) -> None:
+    """Read every file, and compare it with the content that was written."""
+    assert read_frame(output, "frame.parquet").equals(FRAME)
+    tensors, first = read_ledger(output)
     assert first == 7
     assert all(torch.equal(tensors[name], LEDGER[name]) for name in LEDGER)
-    index = read_index(artefact)
+    index = read_index(output)
     assert np.array_equal(faiss.rev_swig_ptr(index.get_xb(), 400).reshape(50, 8), VECTORS)
-    assert (artefact.manifest.facts, artefact.manifest.inputs) == ({"count": 3}, {"from": "x"})
+    assert (output.manifest.facts, output.manifest.inputs) == ({"count": 3}, {"from": "x"})
 
 
 @pytest.mark.parametrize(
@@ -181,13 +184,13 @@ def read_back(artefact: Output) -> None:
 )
 @FUZZ
 @given(mutations())
-def test_a_mutated_artefact_is_what_was_committed_or_refused(name: str, mutate: Mutation) -> None:
-    with folder() as where:
-        artefact = commit(where)
-        place = name if name == "manifest.json" else f"{artefact.manifest.attempt}/{name}"
-        other = damage(where / "artefact" / place, mutate)
+def test_mutated_output_reads_as_committed_or_is_refused(name: str, mutate: Mutation) -> None:
+    with temporary_folder() as where:
+        output = commit(where)
+        place = name if name == "manifest.json" else f"{output.manifest.attempt}/{name}"
+        changed = damage(where / "output" / place, mutate)
         try:
-            read_back(Output(artefact.root))
-            accepted(name, other)
+            read_back(Output(output.root))
+            count_accepted(name, changed)
         except StorageError as error:
-            refused(name, error)
+            count_refused(name, error)

@@ -1,4 +1,4 @@
-"""What is missing, changed or extra is named, on disk and on two S3 servers; what is collected is what no manifest names."""
+"""Tests of verification and garbage collection, on a local disk and two S3 servers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from secateur.errors import StorageError
 from secateur.storage.folder import Folder
 from secateur.storage.integrity import Finding, find_stray_files, remove_stray_files, verify_folder
-from secateur.storage.outputs import Output
+from secateur.storage.outputs import Attempt, Output
 
 
 @pytest.fixture
@@ -23,9 +23,9 @@ def root(base: str) -> Folder:
 
 
 def files(root: Folder, name: str) -> dict[str, str]:
-    """The artefact's files by name, as names within the root."""
-    artefact = Output(root.child(*name.split("/")))
-    return {n: f"{name}/{artefact.manifest.attempt}/{n}" for n in artefact.names()}
+    """Return the files of an output by name, as names within the root."""
+    output = Output(root.child(*name.split("/")))
+    return {n: f"{name}/{output.manifest.attempt}/{n}" for n in output.names()}
 
 
 def write(root: Folder, name: str, data: bytes) -> None:
@@ -33,14 +33,14 @@ def write(root: Folder, name: str, data: bytes) -> None:
         file.write(data)
 
 
-def test_a_whole_folder_has_no_findings(root: Folder) -> None:
+def test_intact_folder_has_no_findings(root: Folder) -> None:
     assert list(verify_folder(root)) == []
     assert find_stray_files(root) == []
 
 
 def test_every_kind_of_damage_is_named(root: Folder) -> None:
     one, two = files(root, "one"), files(root, "deep/two")
-    write(root, one["a"], b"x" * 999 + b"z")  # a flip that keeps the size
+    write(root, one["a"], b"x" * 999 + b"z")  # a changed byte that keeps the size
     write(root, one["b/c"], b"y" * 9)
     root.remove(two["a"])
     write(root, "deep/two/never-committed/a", b"half")
@@ -56,45 +56,45 @@ def test_every_kind_of_damage_is_named(root: Folder) -> None:
     assert find_stray_files(root) == ["deep/two/never-committed/a"]
 
 
-def test_nothing_near_a_damaged_manifest_is_collected(root: Folder) -> None:
+def test_files_of_a_damaged_manifest_are_not_stray(root: Folder) -> None:
     write(root, "one/manifest.json", b"{")
     assert list(verify_folder(root)) == [Finding("damaged", "one/manifest.json")]
     assert find_stray_files(root) == []
 
 
-def test_what_is_committed_while_strays_are_sought_is_none(
+def test_output_committed_during_the_search_is_not_stray(
     root: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An artefact that got its manifest after the manifests were listed, but before the files were, would be lost."""
-    listed = Folder.files
+    """If manifests were listed before files, an output committed in between would be lost."""
+    list_files = Folder.files
 
-    def and_commit(folder: Folder) -> list[str]:
-        found = listed(folder)
+    def list_and_commit(folder: Folder) -> list[str]:
+        names = list_files(folder)
         late = Output(root.child("late"))
         if not late.committed:
             with late.attempt("test", {}) as attempt:
                 attempt.write("a", b"x")
-        return found
+        return names
 
-    monkeypatch.setattr(Folder, "files", and_commit)
+    monkeypatch.setattr(Folder, "files", list_and_commit)
     assert find_stray_files(root) == []
 
 
-def test_an_attempt_whose_files_are_collected_ends_with_an_error(root: Folder) -> None:
-    artefact = Output(root.child("late"))
-    with (
-        pytest.raises(StorageError, match=r"gone or cut short .*secateur gc"),
-        artefact.attempt("test", {}) as attempt,
-    ):
+def test_attempt_whose_files_are_removed_ends_with_an_error(root: Folder) -> None:
+    def write_and_remove(attempt: Attempt) -> None:
         attempt.write("a", b"x")
         assert len(remove_stray_files(root)) == 1
+
+    output = Output(root.child("late"))
+    with pytest.raises(StorageError, match=r"missing or was truncated .*secateur gc"):
+        output.write_once("test", {}, write_and_remove)
     assert list(verify_folder(root)) == []
 
 
-def test_an_attempt_that_commits_as_its_files_are_collected_is_taken_back(
+def test_manifest_of_removed_files_is_removed_too(
     root: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the last look at its files and its manifest."""
+    """The files are removed between the last check of them and the manifest."""
     late = root.child("late")
     with Output(late).attempt("test", {}) as attempt:
         attempt.write("a", b"x")
@@ -102,19 +102,19 @@ def test_an_attempt_that_commits_as_its_files_are_collected_is_taken_back(
     late.remove("manifest.json")
     remove = Folder.remove
 
-    def and_commit(folder: Folder, name: str) -> None:
+    def remove_and_commit(folder: Folder, name: str) -> None:
         remove(folder, name)
         if name.endswith("/a"):
             late.create("manifest.json", manifest)
 
-    monkeypatch.setattr(Folder, "remove", and_commit)
+    monkeypatch.setattr(Folder, "remove", remove_and_commit)
     assert len(remove_stray_files(root)) == 1
     assert not Output(late).committed
     assert list(verify_folder(root)) == []
 
 
-def test_nothing_outside_a_run_is_touched_through_links(tmp_path: Path) -> None:
-    """Links that lead out of the folder are collected as what they are; what they lead to stays."""
+def test_links_out_of_a_run_are_not_followed(tmp_path: Path) -> None:
+    """Links that point outside the folder are removed, but not the files that they point to."""
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "precious").write_bytes(b"x")

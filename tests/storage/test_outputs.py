@@ -1,4 +1,4 @@
-"""The commit protocol: nothing exists before its manifest, and of two attempts one wins."""
+"""Tests of the commit protocol: an output exists from its manifest on, and one attempt wins."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,37 +15,37 @@ import pytest
 
 from secateur.errors import StorageError
 from secateur.storage.folder import Folder
-from secateur.storage.outputs import Output
+from secateur.storage.outputs import Attempt, Output
 
-WHOLE = {"size": 1, "sha256": "0" * 64}
+ENTRY = {"size": 1, "sha256": "0" * 64}
 RACER = """
 import pathlib, sys, time
-from secateur.storage.outputs import Output
+from secateur.storage.outputs import Attempt, Output
 from secateur.storage.folder import Folder
 base, name, meeting, turns = sys.argv[1:]
 for number in range(int(turns)):
     (pathlib.Path(meeting) / f"{number}-{name}").write_text("")
     while len(list(pathlib.Path(meeting).glob(f"{number}-*"))) < 2:
         time.sleep(0.0005)
-    artefact = Output(Folder(f"{base}/a{number}"))
-    with artefact.attempt("race", {}) as attempt:
+    output = Output(Folder(f"{base}/a{number}"))
+    with output.attempt("race", {}) as attempt:
         attempt.write("who", name.encode() * 2000)
-    print(artefact.read("who")[:1].decode(), end="")
+    print(output.read("who")[:1].decode(), end="")
 """
 
 
 def commit(root: Path, **files: bytes) -> Output:
-    artefact = Output(Folder(str(root)))
-    with artefact.attempt("test", {"from": "x"}) as attempt:
+    output = Output(Folder(str(root)))
+    with output.attempt("test", {"from": "x"}) as attempt:
         for name, data in files.items():
             attempt.write(name, data)
         attempt.facts["count"] = len(files)
-    return artefact
+    return output
 
 
-def test_an_artefact_is_there_once_its_block_ends(tmp_path: Path) -> None:
-    artefact = Output(Folder(str(tmp_path)))
-    with artefact.attempt("test", {}) as attempt:
+def test_output_is_committed_at_the_end_of_its_block(tmp_path: Path) -> None:
+    output = Output(Folder(str(tmp_path)))
+    with output.attempt("test", {}) as attempt:
         attempt.write("a", b"one")
         assert not Output(Folder(str(tmp_path))).committed
     again = Output(Folder(str(tmp_path)))
@@ -52,20 +53,47 @@ def test_an_artefact_is_there_once_its_block_ends(tmp_path: Path) -> None:
     assert again.manifest.files["a"]["size"] == 3
 
 
-def test_a_failing_attempt_leaves_no_file(tmp_path: Path) -> None:
-    artefact = Output(Folder(str(tmp_path)))
+def test_write_once_writes_only_once(tmp_path: Path) -> None:
+    output = Output(Folder(str(tmp_path)))
+    calls: list[str] = []
+
+    def write(attempt: Attempt) -> None:
+        calls.append("write")
+        attempt.write("a", b"one")
+        attempt.facts["count"] = 1
+
+    first = output.write_once("test", {"from": "x"}, write)
+    second = Output(output.root).write_once("test", {"from": "x"}, write)
+    assert first == second == output.manifest
+    assert (first.kind, first.inputs, first.facts) == ("test", {"from": "x"}, {"count": 1})
+    assert calls == ["write"]
+
+
+def test_write_once_returns_the_manifest_of_the_attempt_that_won(tmp_path: Path) -> None:
+    def write(attempt: Attempt) -> None:
+        attempt.write("a", b"late")
+        commit(tmp_path, a=b"first")
+
+    output = Output(Folder(str(tmp_path)))
+    manifest = output.write_once("test", {}, write)
+    assert manifest.inputs == {"from": "x"}
+    assert output.read("a") == b"first"
+
+
+def test_failed_attempt_leaves_no_file(tmp_path: Path) -> None:
+    output = Output(Folder(str(tmp_path)))
 
     def fail() -> None:
-        with artefact.attempt("test", {}) as attempt:
+        with output.attempt("test", {}) as attempt:
             attempt.write("a", b"one")
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
         fail()
-    assert artefact.root.files() == []
+    assert output.root.files() == []
 
 
-def test_the_later_attempt_yields_and_cleans_up(tmp_path: Path) -> None:
+def test_later_attempt_is_discarded(tmp_path: Path) -> None:
     late = Output(Folder(str(tmp_path)))
     with late.attempt("test", {}) as attempt:
         attempt.write("a", b"late")
@@ -75,7 +103,7 @@ def test_the_later_attempt_yields_and_cleans_up(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("turns", [8, pytest.param(100, marks=pytest.mark.slow)])
-def test_of_two_processes_exactly_one_wins_each_time(base: str, tmp_path: Path, turns: int) -> None:
+def test_exactly_one_of_two_processes_wins(base: str, tmp_path: Path, turns: int) -> None:
     seen = race(base, tmp_path, turns)
     assert seen[0] == seen[1]
     assert len(seen[0]) == turns
@@ -83,7 +111,11 @@ def test_of_two_processes_exactly_one_wins_each_time(base: str, tmp_path: Path, 
 
 
 def race(base: str, folder: Path, turns: int) -> list[str]:
-    """What two processes that commit the same artefacts at the same moments read back: the winner's name, each time."""
+    """Let two processes commit the same outputs at the same moments.
+
+    Returns:
+        For each process, the name of the winner of each output, as the process read it.
+    """
     meeting = folder / "meeting"
     meeting.mkdir()
     racers = [
@@ -99,7 +131,7 @@ def race(base: str, folder: Path, turns: int) -> list[str]:
     return seen
 
 
-def test_fingerprints_follow_content_not_attempts(tmp_path: Path) -> None:
+def test_fingerprint_depends_on_content_only(tmp_path: Path) -> None:
     one, same, other = (
         commit(tmp_path / n, a=d) for n, d in (("1", b"x"), ("2", b"x"), ("3", b"y"))
     )
@@ -117,7 +149,7 @@ def test_fingerprints_follow_content_not_attempts(tmp_path: Path) -> None:
         lambda text: text.replace(b'"count": 1', b'"count": 2'),
     ],
 )
-def test_a_damaged_manifest_is_one_sentence(tmp_path: Path, damage) -> None:  # type: ignore[no-untyped-def]
+def test_damaged_manifest_is_an_error(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     commit(tmp_path, a=b"x")
     manifest = tmp_path / "manifest.json"
     manifest.write_bytes(damage(manifest.read_bytes()))
@@ -125,81 +157,90 @@ def test_a_damaged_manifest_is_one_sentence(tmp_path: Path, damage) -> None:  # 
         Output(Folder(str(tmp_path))).read("a")
 
 
-def test_manifests_are_readable(tmp_path: Path) -> None:
+def test_manifest_is_readable_json(tmp_path: Path) -> None:
     commit(tmp_path, a=b"x")
-    found = json.loads((tmp_path / "manifest.json").read_text())
-    assert (found["kind"], found["facts"], found["inputs"]) == ("test", {"count": 1}, {"from": "x"})
+    written = json.loads((tmp_path / "manifest.json").read_text())
+    assert (written["kind"], written["facts"], written["inputs"]) == (
+        "test",
+        {"count": 1},
+        {"from": "x"},
+    )
 
 
 @pytest.mark.parametrize(
     "values",
     [
-        {"files": {"../../a": {}}}, {"files": {"a\0": WHOLE}}, {"files": {"a//b": WHOLE}}, {"files": {"a": {}}},
-        {"files": {"a": WHOLE | {"sha256": "../../a"}}}, {"attempt": "/etc"}, {"attempt": ".."}, {"attempt": 5},
-        {"format": 9}, {"facts": []},
+        {"files": {"../../a": {}}},
+        {"files": {"a\0": ENTRY}},
+        {"files": {"a//b": ENTRY}},
+        {"files": {"a": {}}},
+        {"files": {"a": ENTRY | {"sha256": "../../a"}}},
+        {"attempt": "/etc"},
+        {"attempt": ".."},
+        {"attempt": 5},
+        {"format": 9},
+        {"facts": []},
     ],
-)  # fmt: skip
-def test_a_manifest_that_is_sealed_but_not_ours_is_one_sentence(
+)
+def test_sealed_manifest_of_wrong_content_is_an_error(
     tmp_path: Path, values: dict[str, Any]
 ) -> None:
-    """Whoever can write manifests can seal them: what they name is still held within the folder."""
+    """Anyone who can write a manifest can seal it, but its files must still be in its folder."""
     commit(tmp_path, a=b"x")
     manifest = tmp_path / "manifest.json"
-    found = json.loads(manifest.read_text()) | values
-    del found["seal"]
-    sealed = found | {
-        "seal": hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
-    }
-    manifest.write_text(json.dumps(sealed))
+    forged = json.loads(manifest.read_text()) | values
+    del forged["seal"]
+    forged |= {"seal": hashlib.sha256(json.dumps(forged, sort_keys=True).encode()).hexdigest()}
+    manifest.write_text(json.dumps(forged))
     with pytest.raises(StorageError, match=r"manifest\.json"):
         Output(Folder(str(tmp_path))).read("a")
 
 
-def test_removing_an_artefact_spares_what_another_attempt_is_writing(base: str) -> None:
-    """The other would commit a manifest whose files are gone."""
-    artefact = Output(Folder(f"{base}/a"))
-    with artefact.attempt("test", {}) as first:
+def test_remove_spares_files_of_another_attempt(base: str) -> None:
+    """Otherwise the other attempt would commit a manifest whose files are missing."""
+    output = Output(Folder(f"{base}/a"))
+    with output.attempt("test", {}) as first:
         first.write("a", b"first")
-    removed = Output(artefact.root)
+    removed = Output(output.root)
     assert removed.committed
-    late = Output(artefact.root)
+    late = Output(output.root)
     with late.attempt("test", {}) as attempt:
         attempt.write("a", b"late")
         removed.remove()
-        removed.remove()  # twice is once
-        assert not Output(artefact.root).committed
-    assert Output(artefact.root).read("a") == b"late"
-    assert len(artefact.root.files()) == 2
+        removed.remove()  # a second call changes nothing
+        assert not Output(output.root).committed
+    assert Output(output.root).read("a") == b"late"
+    assert len(output.root.files()) == 2
 
 
-def test_a_file_that_the_store_cut_short_is_not_committed(base: str) -> None:
-    artefact = Output(Folder(f"{base}/a"))
-    with (
-        pytest.raises(StorageError, match=r"b is gone or cut short"),
-        artefact.attempt("test", {}) as attempt,
-    ):
+def test_truncated_file_is_not_committed(base: str) -> None:
+    def write_and_truncate(attempt: Attempt) -> None:
         attempt.write("a", b"one")
         attempt.write("b", b"two")
         with attempt.root.open("b", "wb") as file:
             file.write(b"tw")
-    assert artefact.root.files() == []
+
+    output = Output(Folder(f"{base}/a"))
+    with pytest.raises(StorageError, match=r"b is missing or was truncated"):
+        output.write_once("test", {}, write_and_truncate)
+    assert output.root.files() == []
 
 
-def test_files_and_the_folders_that_name_them_are_on_the_disk_before_and_after_the_manifest(
+def test_files_are_synced_before_the_manifest_and_its_folder_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A power cut may otherwise take the names of files from a folder whose manifest promises them."""
+    """Otherwise a power cut may remove files from a folder whose manifest lists them."""
     synced: list[tuple[str, bool]] = []
-    sync = os.fsync
+    fsync = os.fsync
 
-    def noted(handle: int) -> None:
-        sync(handle)
+    def record_fsync(handle: int) -> None:
+        fsync(handle)
         place = os.readlink(f"/proc/self/fd/{handle}").removeprefix(str(tmp_path)).lstrip("/")
         synced.append((place, (tmp_path / "run/a/manifest.json").exists()))
 
-    monkeypatch.setattr(os, "fsync", noted)
-    artefact = commit(tmp_path / "run/a", **{"deep/b": b"x"})
-    attempt = artefact.manifest.attempt
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    output = commit(tmp_path / "run/a", **{"deep/b": b"x"})
+    attempt = output.manifest.attempt
     before = {place for place, committed in synced if not committed}
     assert {
         f"run/a/{attempt}/deep/b",

@@ -1,4 +1,4 @@
-"""Pruned shards hold the bytes of what stays, in order, and nothing else changes."""
+"""Tests of pruned shards: the bytes of the kept samples in order, and no other change."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from tests.storage.test_shards import CONTENTS, write_tar
 
 
 def rewrite(folder: Path, urls: list[str], keep: list[bool]) -> list[str]:
-    """Paths of the rewritten shards."""
-    artefact = Output(Folder(str(folder / "out")))
-    with artefact.attempt("prune", {}) as attempt:
+    """Rewrite shards, and return the paths of the results."""
+    output = Output(Folder(str(folder / "out")))
+    with output.attempt("prune", {}) as attempt:
         names = rewrite_shards(attempt, urls, list_shards(urls), np.array(keep))
-    return [artefact.url(name) for name in names]
+    return [output.url(name) for name in names]
 
 
 @settings(deadline=None, max_examples=60)
 @given(CONTENTS, st.data())
-def test_what_stays_is_what_a_tar_without_the_rest_holds(
+def test_rewritten_shard_equals_a_tar_of_the_kept_samples(
     content: list, data: st.DataObject
 ) -> None:
-    """The oracle writes the kept members anew with tarfile: the same bytes must come out."""
+    """tarfile writes the kept members to a new tar, which must have the same bytes."""
     keep = data.draw(st.lists(st.booleans(), min_size=len(content), max_size=len(content)))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -47,14 +47,14 @@ def test_what_stays_is_what_a_tar_without_the_rest_holds(
             member for sample, stays in zip(flat, keep, strict=True) if stays for member in sample
         ]
         expected = Path(write_tar(folder / "b.tar", kept)).read_bytes()
-        found = Path(written[0]).read_bytes()
-        assert found.rstrip(b"\0") == expected.rstrip(b"\0")
+        rewritten = Path(written[0]).read_bytes()
+        assert rewritten.rstrip(b"\0") == expected.rstrip(b"\0")
         assert list_shards(written)["key"].to_list() == [
             k for (k, _), stays in zip(content, keep, strict=True) if stays
         ]
 
 
-def test_side_files_headers_and_order_survive_and_webdataset_reads_it(tmp_path: Path) -> None:
+def test_side_files_headers_and_order_do_not_change(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         for number, name in enumerate(["__meta__/x.json", "0.a", "0.b", "1.a", "2.a"]):
             (tmp_path / "payload").write_bytes(bytes([number]) * 600)
@@ -64,9 +64,9 @@ def test_side_files_headers_and_order_survive_and_webdataset_reads_it(tmp_path: 
                 archive.addfile(info, file)
     (written,) = rewrite(tmp_path, [str(tmp_path / "a.tar")], [True, False, True])
     with tarfile.open(written) as archive:
-        found = [(m.name, m.uid, m.mtime, m.uname) for m in archive]
+        rewritten = [(m.name, m.uid, m.mtime, m.uname) for m in archive]
     expected = [(0, "__meta__/x.json"), (1, "0.a"), (2, "0.b"), (4, "2.a")]
-    assert found == [(name, 1000 + n, 77 + n, f"user{n}") for n, name in expected]
+    assert rewritten == [(name, 1000 + n, 77 + n, f"user{n}") for n, name in expected]
     read = list(webdataset.WebDataset(written, shardshuffle=False))
     assert [(s["__key__"], sorted(k for k in s if not k.startswith("__"))) for s in read] == [
         ("0", ["a", "b"]),
@@ -74,7 +74,7 @@ def test_side_files_headers_and_order_survive_and_webdataset_reads_it(tmp_path: 
     ]
 
 
-def test_shards_of_one_name_are_numbered_apart(tmp_path: Path) -> None:
+def test_shards_of_equal_names_are_numbered(tmp_path: Path) -> None:
     urls = []
     for number in range(2):
         (tmp_path / str(number)).mkdir()
@@ -85,15 +85,15 @@ def test_shards_of_one_name_are_numbered_apart(tmp_path: Path) -> None:
     ]
 
 
-def test_a_shard_that_shrank_leaves_nothing_written(tmp_path: Path) -> None:
+def test_shard_that_shrank_is_not_rewritten(tmp_path: Path) -> None:
     url = write_tar(tmp_path / "a.tar", [("0.a", b"x" * 700), ("1.a", b"y" * 700)])
     frame = list_shards([url])
     Path(url).write_bytes(Path(url).read_bytes()[:1600])
-    artefact = Output(Folder(str(tmp_path / "out")))
+    output = Output(Folder(str(tmp_path / "out")))
     with (
         pytest.raises(StorageError, match="has changed since it was listed"),
-        artefact.attempt("prune", {}) as attempt,
+        output.attempt("prune", {}) as attempt,
     ):
         rewrite_shards(attempt, [url], frame, np.array([True, True]))
-    assert not artefact.committed
-    assert artefact.root.files() == []
+    assert not output.committed
+    assert output.root.files() == []

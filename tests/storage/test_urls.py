@@ -1,4 +1,4 @@
-"""Credentials in URLs: refused where they would be kept, hidden where they would be shown."""
+"""Tests of credentials in URLs: refused if they would be stored, hidden if they would be shown."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SECRET = "s3cr3t-of-the-tests"
         f"s3://b/a?sig={SECRET}",
     ],
 )
-def test_a_url_with_credentials_is_refused_without_repeating_them(url: str) -> None:
+def test_url_with_credentials_is_refused_without_repeating_them(url: str) -> None:
     for use in (Folder, expand_shard_urls):
         with pytest.raises(
             StorageError, match="holds credentials, which would be written into the run"
@@ -33,17 +33,18 @@ def test_a_url_with_credentials_is_refused_without_repeating_them(url: str) -> N
     "url",
     ["s3://bucket/runs", "/home/me@work/runs", "runs/a@b", "https://host/a@b/c.tar", "a?b.tar"],
 )
-def test_other_urls_stay_as_they_are(url: str) -> None:
+def test_other_urls_do_not_change(url: str) -> None:
     assert redact_credentials(url) == url
 
 
-def test_an_error_of_the_store_shows_no_credentials_of_its_endpoint() -> None:
+def test_store_errors_show_no_credentials() -> None:
     with pytest.raises(StorageError) as raised, wrap_io_errors("s3://bucket/a", "read"):
         raise OSError(
             f'Could not connect to the endpoint URL: "http://key:{SECRET}@localhost:1/bucket/a"'
         )
     assert str(raised.value) == (
-        's3://bucket/a cannot be read: Could not connect to the endpoint URL: "http://***@localhost:1/bucket/a"; check the disk '
-        "or the connection and run the same command again"
+        "s3://bucket/a cannot be read: Could not connect to the endpoint URL: "
+        '"http://***@localhost:1/bucket/a"; check the disk or the connection and run the same '
+        "command again"
     )
     assert raised.value.__cause__ is None
