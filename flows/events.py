@@ -36,7 +36,7 @@ class StageTrained(StageEvent):
     steps: int = Field(description="optimizer steps")
     segments: int = Field(description="ledger files")
     by: str = Field(
-        description="whose loop trained it: `secateur` (the flow `curate`), or the name of another trainer"
+        description="whose loop trained it: `secateur` (flow `curate`), or another trainer's name"
     )
 
 
