@@ -73,7 +73,8 @@ def report_domains(results: Results) -> None:
         [r["unpruned"]["loss"] - r["ours"]["loss"] for r in runs],
     )
     print(
-        f"\nloss that ours is under random: {spread(less[0], 3)}; under unpruned: {spread(less[1], 3)}"
+        f"\ndifference in loss, random minus ours: {spread(less[0], 3)}; "
+        f"unpruned minus ours: {spread(less[1], 3)}"
     )
     draw_domains({arm: {c: [r[arm][c] for r in runs] for c in columns} for arm in arms})
 
