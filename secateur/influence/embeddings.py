@@ -1,4 +1,4 @@
-"""Embeddings of a recorded training run, and scores of its samples for any question about the model."""
+"""Embeddings of recorded training, and scores of its samples for any question."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ class Embeddings:
     Attributes:
         samples: the sample of each record, as the caller numbered it.
         steps: the step of each record.
-        vectors: the predicted effect on the optimizer's state, after the last recorded step, of leaving
-            that use of the sample out. The columns are grouped by span, then by slot (theta first).
+        vectors: the predicted effect on the optimizer's state, after the last recorded step, of
+            leaving that use of the sample out. The columns are grouped by span, then by slot (theta
+            first).
         spans: the coefficients that are coupled.
         transition: from the start of the recorded steps to their end, one matrix per span.
         basis: the basis of the coefficients.
@@ -74,8 +75,8 @@ def embed(
     Args:
         recorder: the recorder, after training.
         curvature: a curvature class, such as `EmpiricalFisher` or `NoCurvature`.
-        coupled: whether a change in one block changes the gradient of the others. If not, every block
-            is walked alone, which is faster and less exact.
+        coupled: whether a change in one block changes the gradient of the others. If not, every
+            block is walked alone, which is faster and less exact.
 
     Raises:
         SecateurError: nothing was recorded.

@@ -1,4 +1,4 @@
-"""Independent oracles: autograd one sample at a time, and contributions captured all at once."""
+"""Independent oracles: autograd one sample at a time, and contributions captured in one pass."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Losses = Callable[[nn.Module, Tensor], Tensor]
 
 
 def everything(bindings: Bindings) -> CoordinateBasis:
-    """The basis of all parameters."""
+    """Return the basis of all parameters."""
     return CoordinateBasis(bindings.blocks, [torch.arange(block.size) for block in bindings.blocks])
 
 
 def captured(model: nn.Module, losses: Losses, inputs: Tensor) -> Tensor:
-    """`batch parameters`: contributions by hooks, in the order of the blocks."""
+    """Return the contributions `batch parameters` by hooks, in the order of the blocks."""
     bindings = bind_layers(model)
     return sample_gradients(
         lambda: losses(model, inputs), len(inputs), bindings, everything(bindings)
@@ -28,7 +28,7 @@ def captured(model: nn.Module, losses: Losses, inputs: Tensor) -> Tensor:
 
 
 def one_by_one(model: nn.Module, losses: Losses, inputs: Tensor) -> Tensor:
-    """The same by autograd, each sample by itself."""
+    """Return the same by autograd, each sample alone."""
     bindings = bind_layers(model)
     basis = everything(bindings)
     rows = []
@@ -43,6 +43,6 @@ def one_by_one(model: nn.Module, losses: Losses, inputs: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    """Distance relative to the expected norm."""
-    return float((found - expected).norm() / expected.norm())
+def relative(actual: Tensor, expected: Tensor) -> float:
+    """Return the distance relative to the expected norm."""
+    return float((actual - expected).norm() / expected.norm())

@@ -1,4 +1,4 @@
-"""Replay against training with other weights, for every optimizer, layer family and way of differentiating."""
+"""Replay against training with other weights, for every optimizer, layer family and method."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from secateur.errors import SecateurError
 from secateur.influence.adjoint import LossPart, Tape, step_back
 from tests.influence.test_truth import OPTIMIZERS, Make
 
-STEPS, BATCH, TARGETS = 6, 4, 5
+STEPS = 6
+BATCH = 4
+TARGETS = 5
 
 
 class Attention(nn.Module):
@@ -22,7 +24,9 @@ class Attention(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.table, self.qkv, self.norm = nn.Embedding(7, 8), nn.Linear(8, 24), nn.LayerNorm(8)
+        self.table = nn.Embedding(7, 8)
+        self.qkv = nn.Linear(8, 24)
+        self.norm = nn.LayerNorm(8)
         self.head = nn.Linear(8, 7, bias=False)
         self.head.weight = self.table.weight
 
@@ -55,10 +59,12 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, tuple[int, ...] | None]]] = {
 
 
 class Setting:
-    """A model, its data, and training whose weights can be changed at one place."""
+    """A model, its data, and training in which one sample's weight can be changed at one step."""
 
     def __init__(self, name: str, make: Make, dtype: torch.dtype = torch.float64) -> None:
-        self.name, self.make, self.dtype = name, make, dtype
+        self.name = name
+        self.make = make
+        self.dtype = dtype
         _, shape = MODELS[name]()
         generator = torch.Generator().manual_seed(1)
         size = (STEPS * BATCH + TARGETS, *(shape or (5,)))
@@ -77,7 +83,7 @@ class Setting:
         return functional.cross_entropy(model(self.x[rows]), self.y[rows], reduction="none")
 
     def parts(self, step: int, removed: tuple[int, int, float] | None = None) -> list[LossPart]:
-        """Two micro-batches a step, of unequal weights."""
+        """Return a step's two micro-batches, of unequal weights."""
         weights = torch.linspace(0.1, 0.4, BATCH, dtype=torch.float64)
         if removed and removed[0] == step:
             weights[removed[1]] *= 1 - removed[2]
@@ -118,7 +124,7 @@ class Setting:
         q = tape.groups.start_adjoint(
             dict(zip(named, gradients, strict=True)), len(tape.update_rule.slots)
         )
-        found = []
+        all_scores: list[Tensor] = []
         for step in reversed(range(STEPS)):
             reseed = partial(torch.manual_seed, step)
             scores, q = step_back(
@@ -132,8 +138,8 @@ class Setting:
                 reseed,
                 1e-5,
             )
-            found.insert(0, scores)
-        return torch.stack(found)
+            all_scores.insert(0, scores)
+        return torch.stack(all_scores)
 
 
 @pytest.mark.parametrize("method", ["central", "jvp"])
@@ -145,13 +151,14 @@ def test_scores_are_derivatives_of_training(name: str, optimizer: str, method: s
         with pytest.raises(SecateurError, match="no forward mode"):
             setting.scores(method)
         return
-    found, eps = setting.scores(method), 1e-5
+    actual = setting.scores(method)
+    eps = 1e-5
     for step, place in ((0, 1), (2, 0), (3, 3), (STEPS - 1, 2)):
         up, down = (
             float(setting.target(setting.train((step, place, s * eps))[0]).detach())
             for s in (1, -1)
         )
-        assert float(found[step, place]) == pytest.approx(
+        assert float(actual[step, place]) == pytest.approx(
             (up - down) / (2 * eps), rel=1e-4, abs=1e-8
         )
 
@@ -171,11 +178,11 @@ def test_the_model_is_left_as_it_was_before_the_step() -> None:
         assert torch.equal(dict(model.named_parameters())[name], parameter)
 
 
-def test_the_default_step_changes_nothing_where_the_loss_is_smooth() -> None:
+def test_the_default_step_changes_nothing_if_the_loss_is_smooth() -> None:
     setting = Setting("attention", OPTIMIZERS["adamw"])
     model, tape = setting.train()
     ones = {n: torch.ones_like(p) for n, p in model.named_parameters()}
-    place = (
+    arguments = (
         model,
         tape.groups,
         tape.steps[3],
@@ -184,6 +191,6 @@ def test_the_default_step_changes_nothing_where_the_loss_is_smooth() -> None:
         tape.groups.start_adjoint(ones, 2),
         "central",
     )
-    wide, _ = step_back(*place, partial(torch.manual_seed, 3))
-    narrow, _ = step_back(*place, partial(torch.manual_seed, 3), 1e-5)
+    wide, _ = step_back(*arguments, partial(torch.manual_seed, 3))
+    narrow, _ = step_back(*arguments, partial(torch.manual_seed, 3), 1e-5)
     assert float((wide - narrow).norm() / narrow.norm()) < 0.01

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from secateur.influence.recorder import Recorder
 from secateur.influence.segment import Segment
 from tests.influence.oracle import everything, one_by_one
 
+Make = Callable[[], tuple[nn.Module, Tensor, Tensor]]
 WEIGHTS = torch.tensor([1.0, 4, 2, 3, 5, 1], dtype=torch.float64) / 16
 
 
@@ -40,7 +43,7 @@ def losses(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     )
 
 
-def recorded(
+def record(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
@@ -48,7 +51,7 @@ def recorded(
     clip: float | None = None,
     steps: int = 1,
 ) -> Segment:
-    """Some steps on the same batch, at a rate that falls."""
+    """Record some steps on the same batch, at a falling learning rate."""
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     bindings = bind_layers(model)
     recorder = Recorder(model, optimizer, bindings, everything(bindings))
@@ -66,7 +69,7 @@ def recorded(
 
 @pytest.mark.parametrize("make", [classifier, language])
 @pytest.mark.parametrize(("parts", "clip"), [(1, None), (3, 0.01)])
-def test_errors_are_softmax_minus_onehot(make, parts: int, clip: float | None) -> None:  # type: ignore[no-untyped-def]
+def test_errors_are_softmax_minus_onehot(make: Make, parts: int, clip: float | None) -> None:
     model, x, y = make()
     with torch.no_grad():
         logits = model(x)
@@ -74,20 +77,21 @@ def test_errors_are_softmax_minus_onehot(make, parts: int, clip: float | None) -
     if y.dim() == 2:
         error = error / y.shape[1]  # each position is an equal part of the mean
     expected = error.flatten(1).square().sum(1).sqrt()
-    torch.testing.assert_close(recorded(model, x, y, parts, clip).errors, expected)
+    torch.testing.assert_close(record(model, x, y, parts, clip).errors, expected)
 
 
 @pytest.mark.parametrize("make", [classifier, language])
-def test_gradient_norms_are_autograds(make) -> None:  # type: ignore[no-untyped-def]
+def test_gradient_norms_are_autograds(make: Make) -> None:
     model, x, y = make()
     rows = torch.arange(6)
     own = one_by_one(model, lambda m, i: losses(m, x[i], y[i]), rows)
-    torch.testing.assert_close(gradient_norms(recorded(model, x, y, clip=0.01)), own.norm(dim=1))
+    torch.testing.assert_close(gradient_norms(record(model, x, y, clip=0.01)), own.norm(dim=1))
 
 
-def test_a_sample_that_weighs_nothing_has_no_baseline() -> None:
+def test_a_sample_of_weight_zero_has_no_baseline() -> None:
     model, x, y = classifier()
-    optimizer, bindings = torch.optim.SGD(model.parameters(), 0.1), bind_layers(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    bindings = bind_layers(model)
     recorder = Recorder(model, optimizer, bindings, everything(bindings))
     weights = torch.tensor([0.0, 1, 1, 1, 1, 1], dtype=torch.float64)
     with recorder.batch(torch.arange(6), weights):
@@ -103,21 +107,22 @@ def test_a_sample_that_weighs_nothing_has_no_baseline() -> None:
 
 def test_tracin_is_the_sum_of_explicit_products() -> None:
     model, x, y = classifier()
-    segment = recorded(model, x, y, steps=5)
-    before, after = torch.randn(2, segment.size).double(), torch.randn(2, segment.size).double()
+    segment = record(model, x, y, steps=5)
+    before = torch.randn(2, segment.size).double()
+    after = torch.randn(2, segment.size).double()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    found = tracin_scores(
+    actual = tracin_scores(
         segment,
         Recorder(model, optimizer, bind_layers(model), everything(bind_layers(model))).update_rule,
         before,
         after,
     )
-    for record in range(30):
-        step = record // 6
+    for row in range(30):
+        step = row // 6
         near = before if step <= 2 else after
         for target in range(2):
             product = sum(
                 float(a) * float(b)
-                for a, b in zip(segment.contributions[record], near[target], strict=True)
+                for a, b in zip(segment.contributions[row], near[target], strict=True)
             )
-            assert float(found[record, target]) == pytest.approx(0.1 / (1 + step) * product)
+            assert float(actual[row, target]) == pytest.approx(0.1 / (1 + step) * product)

@@ -20,24 +20,26 @@ from tests.influence.oracle import one_by_one
 from tests.influence.test_layers import Tied, squares
 
 
-def fitted(kind: str, model: nn.Module, inputs: Tensor) -> tuple[Basis, Bindings]:
+def fit_basis(kind: str, model: nn.Module, inputs: Tensor) -> tuple[Basis, Bindings]:
     bindings = bind_layers(model)
     if kind == "random":
         return random_kronecker_basis(bindings, 3, 1, torch.float64), bindings
-    fit = MomentFit(bindings) if kind == "pca" else EnergyFit(bindings)
-    with capture_hooks(bindings, fit.add):
+    moments = MomentFit(bindings)
+    energy = EnergyFit(bindings)
+    with capture_hooks(bindings, moments.add if kind == "pca" else energy.add):
         squares(model, inputs).mean().backward()
-    return fit.basis(
-        3 if kind == "pca" else 20, *([torch.float64] if kind == "pca" else [])
-    ), bindings
+    if kind == "pca":
+        return moments.basis(3, torch.float64), bindings
+    return energy.basis(20), bindings
 
 
 @pytest.mark.parametrize("kind", ["random", "pca", "coordinates"])
 def test_reduced_contributions_are_projections_of_whole_ones(kind: str) -> None:
     torch.manual_seed(0)
-    model, inputs = Tied().double(), torch.randint(7, (5, 6))
-    basis, bindings = fitted(kind, model, inputs)
-    found, losses = sample_gradients(lambda: squares(model, inputs), 5, bindings, basis)
+    model = Tied().double()
+    inputs = torch.randint(7, (5, 6))
+    basis, bindings = fit_basis(kind, model, inputs)
+    actual, losses = sample_gradients(lambda: squares(model, inputs), 5, bindings, basis)
     whole = one_by_one(model, squares, inputs)
     torch.testing.assert_close(losses, squares(model, inputs).detach())
     for i in range(5):
@@ -45,33 +47,39 @@ def test_reduced_contributions_are_projections_of_whole_ones(kind: str) -> None:
         for b, (block, span) in enumerate(zip(basis.blocks, basis.spans, strict=True)):
             matrix = whole[i, start : start + block.size].view(block.rows, block.cols)
             start += block.size
-            torch.testing.assert_close(found[i, span], basis.project_block(b, [matrix]))
+            torch.testing.assert_close(actual[i, span], basis.project_block(b, [matrix]))
 
 
 @pytest.mark.parametrize("kind", ["random", "pca", "coordinates"])
 def test_lift_is_the_transpose_of_project_and_columns_are_orthonormal(kind: str) -> None:
     torch.manual_seed(0)
-    basis, _ = fitted(kind, Tied().double(), torch.randint(7, (5, 6)))
-    numbers = torch.randn(basis.size, dtype=torch.float64)
-    torch.testing.assert_close(basis.project_tensors(basis.lift_to_tensors(numbers)), numbers)
+    basis, _ = fit_basis(kind, Tied().double(), torch.randint(7, (5, 6)))
+    coefficients = torch.randn(basis.size, dtype=torch.float64)
+    torch.testing.assert_close(
+        basis.project_tensors(basis.lift_to_tensors(coefficients)), coefficients
+    )
     again = restore_basis(basis_kind(basis), basis.blocks, basis.tensors())
-    torch.testing.assert_close(again.project_tensors(basis.lift_to_tensors(numbers)), numbers)
+    torch.testing.assert_close(
+        again.project_tensors(basis.lift_to_tensors(coefficients)), coefficients
+    )
 
 
 def test_pca_spans_the_leading_eigenvectors_of_the_moments() -> None:
     torch.manual_seed(0)
-    model, inputs = nn.Linear(6, 4).double(), torch.randn(9, 6).double()
-    basis, _ = fitted("pca", model, inputs)
+    model = nn.Linear(6, 4).double()
+    inputs = torch.randn(9, 6).double()
+    basis, _ = fit_basis("pca", model, inputs)
     ones = torch.cat([inputs, torch.ones(9, 1).double()], 1)
     expected = torch.linalg.svd(ones).Vh[:3]
     inner = basis.tensors()["0.in"]
     torch.testing.assert_close(inner @ inner.T, expected.T @ expected)
 
 
-def test_coordinates_are_those_of_most_energy() -> None:
+def test_coordinates_are_the_entries_of_most_energy() -> None:
     torch.manual_seed(0)
-    model, inputs = nn.Linear(6, 4).double(), torch.randn(9, 6).double()
-    basis, _ = fitted("coordinates", model, inputs)
+    model = nn.Linear(6, 4).double()
+    inputs = torch.randn(9, 6).double()
+    basis, _ = fit_basis("coordinates", model, inputs)
     energy = (one_by_one(model, squares, inputs) / 9).square().sum(0)
     assert set(basis.tensors()["0.entries"].tolist()) == set(
         energy.argsort(descending=True)[:20].tolist()
@@ -91,7 +99,7 @@ def test_pca_of_a_huge_side_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "numbers", "expected"),
+    ("sizes", "coefficients", "expected"),
     [
         ([2080, 330], 416, [208, 208]),
         ([2080, 100], 416, [316, 100]),
@@ -102,6 +110,6 @@ def test_pca_of_a_huge_side_is_refused() -> None:
     ],
 )
 def test_blocks_share_a_budget_equally(
-    sizes: list[int], numbers: int | None, expected: list[int]
+    sizes: list[int], coefficients: int | None, expected: list[int]
 ) -> None:
-    assert share_coefficients(sizes, numbers) == expected
+    assert share_coefficients(sizes, coefficients) == expected

@@ -1,4 +1,4 @@
-"""Factored captures against the matrices they stand for."""
+"""Factored captures against the matrices that they represent."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import torch
 
 from secateur.influence.captures import Capture, DenseCapture, LookupCapture, OuterCapture
 
-ROWS, COLS = 6, 5
+ROWS = 6
+COLS = 5
 
 
 def make(kind: str, positions: int) -> Capture:
@@ -26,7 +27,7 @@ def make(kind: str, positions: int) -> Capture:
 
 
 def explicit(capture: Capture) -> torch.Tensor:
-    """The matrices by explicit sums of outer products."""
+    """Return the matrices by explicit sums of outer products."""
     if isinstance(capture, DenseCapture):
         return capture.values
     whole = torch.zeros(3, ROWS, COLS, dtype=torch.float64)
@@ -43,15 +44,17 @@ def explicit(capture: Capture) -> torch.Tensor:
 
 @pytest.mark.parametrize("positions", [1, 4])
 @pytest.mark.parametrize("kind", ["outer", "lookup", "dense"])
-def test_every_reading_is_of_the_same_matrix(kind: str, positions: int) -> None:
+def test_all_methods_read_the_same_matrix(kind: str, positions: int) -> None:
     capture = make(kind, positions)
     whole = explicit(capture)
-    p_out, p_in = torch.randn(ROWS, 2).double(), torch.randn(COLS, 3).double()
+    p_out = torch.randn(ROWS, 2).double()
+    p_in = torch.randn(COLS, 3).double()
     torch.testing.assert_close(capture.dense(), whole)
     torch.testing.assert_close(capture.project(p_out, p_in), p_out.T @ whole @ p_in)
     torch.testing.assert_close(capture.energy(), whole.square().sum(0))
-    for count in (1, 25):  # few entries, and most of them
-        rows, cols = torch.randint(ROWS, (count,)), torch.randint(COLS, (count,))
+    for count in (1, 25):  # few entries, and most entries
+        rows = torch.randint(ROWS, (count,))
+        cols = torch.randint(COLS, (count,))
         torch.testing.assert_close(capture.entries(rows, cols), whole[:, rows, cols])
 
 

@@ -1,4 +1,4 @@
-"""Embeddings and their scores, against retraining without a sample and against the explicit route."""
+"""Scores of embeddings, against retraining without a sample and the explicit route."""
 
 from __future__ import annotations
 
@@ -111,7 +111,8 @@ def test_scores_are_those_of_the_explicit_route(
     scores = embeddings.scores(lambda: question(model))
 
     _, again = record(OPTIMIZERS[name], coefficients=30)
-    segment, basis = again.take_segment(), again.basis
+    segment = again.take_segment()
+    basis = again.basis
     spans = [slice(0, basis.size)] if coupled else list(basis.spans)
     dynamics = Dynamics.from_segment(segment, again.update_rule, curvature(segment, spans), spans)
     slots = len(again.update_rule.slots) + 1

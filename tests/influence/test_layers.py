@@ -1,6 +1,9 @@
-"""Contributions of every layer family, held to autograd one sample at a time."""
+"""Contributions of every layer family against autograd one sample at a time."""
 
 from __future__ import annotations
+
+import textwrap
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import SecateurError
 from secateur.influence.bindings import bind_layers
-from secateur.influence.layers import LayerFamily, register_layer
+from secateur.influence.layers import LayerFamily, register_layer, registry
 from secateur.influence.layers.linear import LinearFamily
 from tests.influence.oracle import captured, one_by_one, relative
 
@@ -19,7 +22,7 @@ LIMIT = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
 def squares(model: nn.Module, inputs: Tensor) -> Tensor:
-    """A loss a sample in which every output counts differently."""
+    """Return one loss per sample, in which every output counts differently."""
     out = model(inputs).flatten(1)
     return (out * torch.linspace(0.5, 1.5, out.shape[1], dtype=out.dtype)).sin().sum(1)
 
@@ -87,11 +90,13 @@ def test_embedding(padding: int | None) -> None:
 
 
 class Tied(nn.Module):
-    """An embedding whose table is also the head's weight; the head has a bias of its own, and a layer runs twice."""
+    """An embedding whose table is also the weight of a head with a bias, and a layer run twice."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.table, self.twice, self.head = nn.Embedding(7, 4), nn.Linear(4, 4), nn.Linear(4, 7)
+        self.table = nn.Embedding(7, 4)
+        self.twice = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 7)
         self.head.weight = self.table.weight
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -100,7 +105,8 @@ class Tied(nn.Module):
 
 def test_tied_weights_and_a_layer_called_twice() -> None:
     torch.manual_seed(0)
-    model, inputs = Tied().double(), torch.randint(7, (5, 6))
+    model = Tied().double()
+    inputs = torch.randint(7, (5, 6))
     assert len(bind_layers(model).blocks) == 2
     assert relative(captured(model, squares, inputs), one_by_one(model, squares, inputs)) < 1e-12
 
@@ -110,9 +116,9 @@ def test_frozen_parameters_have_no_column(frozen: str) -> None:
     model = nn.Linear(5, 3).double()
     getattr(model, frozen).requires_grad_(False)
     inputs = images(4, 5)
-    found = captured(model, squares, inputs)
-    assert found.shape[1] == (3 if frozen == "weight" else 15)
-    assert relative(found, one_by_one(model, squares, inputs)) < 1e-12
+    actual = captured(model, squares, inputs)
+    assert actual.shape[1] == (3 if frozen == "weight" else 15)
+    assert relative(actual, one_by_one(model, squares, inputs)) < 1e-12
 
 
 def test_a_parameter_of_no_known_layer_is_named_and_counted() -> None:
@@ -122,9 +128,9 @@ def test_a_parameter_of_no_known_layer_is_named_and_counted() -> None:
         match=r"2 trainable parameters \(34 elements\).*1\.weight \(32\), 1\.bias \(2\)",
     ):
         bind_layers(model)
-    found = bind_layers(model, ["1.*"])
-    assert found.uncaptured == {"1.weight": 32, "1.bias": 2}
-    assert [block.name for block in found.blocks] == ["0.weight"]
+    actual = bind_layers(model, ["1.*"])
+    assert actual.uncaptured == {"1.weight": 32, "1.bias": 2}
+    assert [block.name for block in actual.blocks] == ["0.weight"]
 
 
 def test_a_pattern_that_matches_nothing_is_an_error() -> None:
@@ -146,7 +152,8 @@ def test_a_user_registers_a_layer() -> None:
     class Cosine(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.weight, self.bias = nn.Parameter(torch.randn(3, 5).double()), None
+            self.weight = nn.Parameter(torch.randn(3, 5).double())
+            self.bias = None
 
         def forward(self, x: Tensor) -> Tensor:
             return functional.linear(x, self.weight).cos()
@@ -157,6 +164,26 @@ def test_a_user_registers_a_layer() -> None:
             inner = functional.linear(inputs[0], module.weight)
             return super().capture(module, inputs, -gradient * inner.sin())
 
-    model, inputs = Cosine(), images(4, 5)
+    model = Cosine()
+    inputs = images(4, 5)
     assert issubclass(CosineFamily, LayerFamily)
+    assert relative(captured(model, squares, inputs), one_by_one(model, squares, inputs)) < 1e-12
+
+
+def test_the_registrys_example_works() -> None:
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(5).double())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.weight
+
+    assert registry.__doc__ is not None
+    example = registry.__doc__.partition("::\n")[2].partition("\nA layer that is")[0]
+    names: dict[str, Any] = {"Scale": Scale}
+    exec(textwrap.dedent(example), names)
+    model = Scale()
+    inputs = images(4, 5)
+    assert issubclass(names["ScaleFamily"], LayerFamily)
     assert relative(captured(model, squares, inputs), one_by_one(model, squares, inputs)) < 1e-12

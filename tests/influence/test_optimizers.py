@@ -143,8 +143,8 @@ def test_the_jacobian_is_that_of_the_real_step(name: str) -> None:
                 continue  # the slots do not exist yet
             up, down = (play(name, (step, what, sign * eps))[0][step] for sign in (1, -1))
             expected = (up - down) / (2 * eps)
-            found = dg[step] if what == "gradient" else ds[step, :, j]
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+            actual = dg[step] if what == "gradient" else ds[step, :, j]
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -196,8 +196,8 @@ def test_the_registrys_example_works() -> None:
     assert isinstance(rule, names["SignMomentumUpdate"])
     theta, average, grad = torch.tensor([0.5, 2.0, 3.0], dtype=torch.float64)
     state = torch.stack([theta, average])
-    found = rule.update(state, grad, {"lr": torch.tensor(0.1), "beta": torch.tensor(0.9)})
-    assert found.tolist() == pytest.approx([0.5 - 0.1 * math.tanh(2.1), 2.1])
+    actual = rule.update(state, grad, {"lr": torch.tensor(0.1), "beta": torch.tensor(0.9)})
+    assert actual.tolist() == pytest.approx([0.5 - 0.1 * math.tanh(2.1), 2.1])
 
 
 def test_only_the_exact_class_of_an_optimizer_counts() -> None:

@@ -1,4 +1,4 @@
-"""Recorded contributions add up to the gradient that the optimizer received, however the loss is reduced."""
+"""Recorded contributions against the gradient received, however the loss is reduced."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_contributions_add_up(weights: Tensor, parts: int, clip: float | None) -
     segment = recorder.take_segment()
     assert relative(segment.contributions.sum(0), received) < 1e-12
     assert segment.samples.tolist() == list(range(8))
-    for i in range(8):  # each one is its weight times the gradient of its own loss
+    for i in range(8):  # each is its weight times the gradient of its own loss
         own = torch.autograd.functional.jacobian(
             lambda *p, i=i: losses_at(model, before, p, x[i : i + 1], y[i : i + 1]),
             tuple(before.values()),
@@ -137,7 +137,7 @@ def test_a_step_without_a_batch_has_no_records() -> None:
 
 
 def test_a_forward_pass_outside_the_block_is_noticed() -> None:
-    """Nothing was captured, and a sum of zero agreed with any gradient."""
+    """A regression: nothing was captured, and a sum of zero agreed with any gradient."""
     model, optimizer, recorder, x, y = setting()
     loss = losses(model, x, y).mean()
     with recorder.batch(IDS):
@@ -154,8 +154,8 @@ def test_a_gradient_that_is_not_a_number_is_noticed() -> None:
         optimizer.step()
 
 
-def recorded(how: str) -> dict[str, Tensor]:
-    """Two clipped steps, each with its backward pass before it, or in a closure."""
+def record_steps(how: str) -> dict[str, Tensor]:
+    """Record two clipped steps, each with its backward pass before it or in a closure."""
     model, optimizer, recorder, x, y = setting(momentum=0.5)
 
     def backward() -> Tensor:
@@ -179,14 +179,14 @@ def recorded(how: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("how", ["closure", "keyword"])
 def test_a_step_with_a_closure_is_recorded_after_it(how: str) -> None:
-    """Lightning's way; the gradients before the closure were the last step's, and the step was refused."""
-    expected = recorded("before")
-    for name, tensor in recorded(how).items():
+    """A regression with Lightning: the gradients read were those of the step before."""
+    expected = record_steps("before")
+    for name, tensor in record_steps(how).items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("parts", [1, 4])
-def test_weights_are_read_off_losses_in_the_graph(parts: int) -> None:
+def test_weights_are_read_from_losses_in_the_graph(parts: int) -> None:
     model, optimizer, recorder, x, y = setting()
     for rows in IDS.chunk(parts):
         with recorder.batch(rows) as batch:
@@ -204,7 +204,7 @@ def test_weights_are_read_off_losses_in_the_graph(parts: int) -> None:
 
 
 def test_a_batch_without_a_step_is_forgotten() -> None:
-    """A scaler that met an overflow takes no step; its batch then counted for the next one."""
+    """A regression: a scaler that meets an overflow takes no step, and its batch counted twice."""
     model, optimizer, recorder, x, y = setting()
     for rows in (IDS[:5], IDS[5:]):
         optimizer.zero_grad()
@@ -215,15 +215,13 @@ def test_a_batch_without_a_step_is_forgotten() -> None:
 
 
 class Placed(nn.Module):
-    """Positions that are looked up once for the whole batch."""
+    """A model whose positions are looked up once for the whole batch."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.tokens, self.places, self.head = (
-            nn.Embedding(7, 4),
-            nn.Embedding(6, 4),
-            nn.Linear(4, 7),
-        )
+        self.tokens = nn.Embedding(7, 4)
+        self.places = nn.Embedding(6, 4)
+        self.head = nn.Linear(4, 7)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.head(
@@ -231,10 +229,11 @@ class Placed(nn.Module):
         )
 
 
-def test_positions_that_samples_share_are_told_apart() -> None:
-    """GPT-2's way; their table saw a batch of one, and the batch was refused."""
+def test_shared_positions_have_a_contribution_per_sample() -> None:
+    """A regression with GPT-2: its table of positions saw a batch of one, and was refused."""
     torch.manual_seed(0)
-    model, ids = Placed().double(), torch.randint(7, (8, 6))
+    model = Placed().double()
+    ids = torch.randint(7, (8, 6))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     bindings = bind_layers(model)
     recorder = Recorder(model, optimizer, bindings, everything(bindings))
@@ -245,8 +244,8 @@ def test_positions_that_samples_share_are_told_apart() -> None:
 
     expected = []
     for row in ids:
-        found = torch.autograd.grad(each(row[None])[0] / 8, list(model.parameters()))
-        named = dict(zip(dict(model.named_parameters()), found, strict=True))
+        actual = torch.autograd.grad(each(row[None])[0] / 8, list(model.parameters()))
+        named = dict(zip(dict(model.named_parameters()), actual, strict=True))
         expected.append(everything(bindings).project_tensors(named))
     with recorder.batch(IDS):
         each(ids).mean().backward()

@@ -1,4 +1,4 @@
-"""The recursion against explicit products of `(I - eta H)`, and segments against the whole."""
+"""The recursion against explicit products of `(I - eta H)`, and segments against the whole run."""
 
 from __future__ import annotations
 
@@ -24,13 +24,16 @@ from secateur.influence.recursion import (
 from secateur.influence.segment import Segment
 from tests.influence.oracle import everything
 
-STEPS, BATCH, ETA, DECAY = 12, 6, 0.2, 0.03
+STEPS = 12
+BATCH = 6
+ETA = 0.2
+DECAY = 0.03
 
 
 def record(
     parts: int, kronecker: bool = False, unrecorded: tuple[int, ...] = (), **options: float
 ) -> tuple[list[Segment], Recorder, Basis]:
-    """A short SGD run, recorded in `parts` segments."""
+    """Record a short SGD run in `parts` segments."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)).double()
     bindings = bind_layers(model)
@@ -39,7 +42,8 @@ def record(
     )
     optimizer = torch.optim.SGD(model.parameters(), ETA, weight_decay=DECAY, **options)
     recorder = Recorder(model, optimizer, bindings, basis)
-    x, y = torch.randn(STEPS, BATCH, 4).double(), torch.randint(3, (STEPS, BATCH))
+    x = torch.randn(STEPS, BATCH, 4).double()
+    y = torch.randint(3, (STEPS, BATCH))
     segments = []
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -61,15 +65,13 @@ def dynamics(segment: Segment, recorder: Recorder, spans: list[slice]) -> Dynami
 
 
 def explicit(segment: Segment, spans: list[slice]) -> tuple[Tensor, Tensor]:
-    """Embeddings `eta c` times the explicit product of `(1 - eta wd) I - eta H`, and that whole product."""
+    """Return `eta c` times the explicit product of `(1 - eta wd) I - eta H`, and that product."""
     size = segment.size
     mask = torch.zeros(size, size, dtype=torch.float64)
     for span in spans:
         mask[span, span] = 1
-    product, embeddings = (
-        torch.eye(size, dtype=torch.float64),
-        torch.zeros_like(segment.contributions),
-    )
+    product = torch.eye(size, dtype=torch.float64)
+    embeddings = torch.zeros_like(segment.contributions)
     for step in reversed(range(STEPS)):
         rows = segment.rows(step)
         c = segment.contributions[rows]
@@ -93,11 +95,11 @@ def test_embeddings_are_the_papers_formula(
 ) -> None:
     (segment,), recorder, basis = record(1, kronecker, unrecorded)
     spans = [slice(0, basis.size)] if coupled else list(basis.spans)
-    found, transition = walk_segment(
+    actual, transition = walk_segment(
         dynamics(segment, recorder, spans), identity_transition(spans, 1, torch.float64)
     )
     expected, product = explicit(segment, spans)
-    assert (torch.cat(found, 1) - expected).norm() < 1e-8 * expected.norm()
+    assert (torch.cat(actual, 1) - expected).norm() < 1e-8 * expected.norm()
     for span, matrix in zip(spans, transition, strict=True):
         assert (matrix[:, 0] - product[span, span]).norm() < 1e-8
 
@@ -107,10 +109,12 @@ def test_embeddings_are_the_papers_formula(
 def test_segments_compose_to_the_whole(options: dict[str, float], carried: bool) -> None:
     (whole,), recorder, basis = record(1, **options)
     segments, *_ = record(4, **options)
-    spans, slots = list(basis.spans), len(recorder.update_rule.slots) + 1
+    spans = list(basis.spans)
+    slots = len(recorder.update_rule.slots) + 1
     start = identity_transition(spans, slots, torch.float64, theta_only=not carried)
     expected, transition = walk_segment(dynamics(whole, recorder, spans), start)
-    later, parts = start, []
+    later = start
+    parts = []
     for segment in reversed(segments):
         own, k = walk_segment(
             dynamics(segment, recorder, spans), identity_transition(spans, slots, torch.float64)
@@ -126,7 +130,8 @@ def test_segments_compose_to_the_whole(options: dict[str, float], carried: bool)
 def test_a_pulled_back_query_scores_as_the_rewritten_embeddings(options: dict[str, float]) -> None:
     (whole,), recorder, basis = record(1, **options)
     (first, second), *_ = record(2, **options)
-    spans, slots = list(basis.spans), len(recorder.update_rule.slots) + 1
+    spans = list(basis.spans)
+    slots = len(recorder.update_rule.slots) + 1
     gradient = torch.randn(3, basis.size, dtype=torch.float64)
     all_at_end, _ = walk_segment(
         dynamics(whole, recorder, spans),
@@ -170,7 +175,7 @@ def test_a_short_horizon_reads_effects_some_steps_later(horizon: int) -> None:
     segments, recorder, basis = record(3, momentum=0.8)
     (whole,), *_ = record(1, momentum=0.8)
     spans = [slice(0, basis.size)]
-    found = [
+    actual = [
         short_horizon_effects([dynamics(s, recorder, spans) for s in segments[n:]], horizon)
         for n in range(3)
     ]
@@ -191,4 +196,4 @@ def test_a_short_horizon_reads_effects_some_steps_later(horizon: int) -> None:
                 ],
                 1,
             )
-        torch.testing.assert_close(torch.cat(found)[whole.rows(step)], state[:, 0])
+        torch.testing.assert_close(torch.cat(actual)[whole.rows(step)], state[:, 0])

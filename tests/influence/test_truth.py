@@ -1,4 +1,4 @@
-"""Embeddings with the exact Hessian are derivatives of the trained parameters; the oracle trains with other weights."""
+"""Embeddings with the exact Hessian against derivatives of training with other weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from secateur.influence.recursion import Dynamics, identity_transition, walk_seg
 from secateur.influence.segment import Segment
 from tests.influence.oracle import everything
 
-STEPS, BATCH = 7, 5
+STEPS = 7
+BATCH = 5
 Make = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 OPTIMIZERS: dict[str, Make] = {
@@ -41,11 +42,12 @@ def data() -> tuple[Tensor, Tensor]:
     return x, torch.randint(3, (STEPS, BATCH), generator=generator)
 
 
-def trained(
+def train(
     make: Make, removed: tuple[int, int, float] | None = None, clip: float | None = None
 ) -> Tensor:
-    """The parameters at the end, where one sample of one step weighs less by a share."""
-    model, (x, y) = network(), data()
+    """Return the parameters at the end, with one sample of one step weighted less by a share."""
+    model = network()
+    x, y = data()
     optimizer = make(model.parameters())
     scales = _clips(make, clip) if clip else [1.0] * STEPS
     for step in range(STEPS):
@@ -61,16 +63,19 @@ def trained(
 
 
 def _clips(make: Make, clip: float) -> list[float]:
-    """The factors that clipping applies in the run itself; a removal is held to them (clipping is treated as a scale)."""
-    segment, _ = recorded(make, clip)
+    """Return the factors of clipping in the run itself.
+
+    A removal keeps them, because clipping is treated as a scale.
+    """
+    segment, _ = record(make, clip)
     return segment.scales.tolist()
 
 
-def recorded(
-    make: Make, clip: float | None = None, fisher: bool = False
-) -> tuple[Segment, Recorder]:
-    model, (x, y) = network(), data()
-    optimizer, bindings = make(model.parameters()), bind_layers(model)
+def record(make: Make, clip: float | None = None, fisher: bool = False) -> tuple[Segment, Recorder]:
+    model = network()
+    x, y = data()
+    optimizer = make(model.parameters())
+    bindings = bind_layers(model)
     basis = everything(bindings)
     recorder = Recorder(model, optimizer, bindings, basis)
     for step in range(STEPS):
@@ -78,7 +83,7 @@ def recorded(
         recorder.record_hessian(compute_hessian([loss], model, basis, [slice(0, basis.size)]))
         if fisher:
             weights = torch.full((BATCH,), 1 / BATCH, dtype=torch.float64)
-            recorder.record_fisher(partial(drawn_losses, model, x[step], y[step]), weights)
+            recorder.record_fisher(partial(sampled_losses, model, x[step], y[step]), weights)
         optimizer.zero_grad()
         with recorder.batch(torch.arange(BATCH)):
             loss().backward()
@@ -88,13 +93,13 @@ def recorded(
     return recorder.take_segment(), recorder
 
 
-def drawn_losses(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Losses against labels that stand for drawn ones."""
+def sampled_losses(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Return losses with other labels, in place of sampled ones."""
     return functional.cross_entropy(model(x), (y + 1) % 3, reduction="none")
 
 
 def in_model_order(embeddings: Tensor, recorder: Recorder) -> Tensor:
-    """Rows of numbers as rows of the model's parameters, in its own order."""
+    """Return rows of coefficients as rows of the model's parameters, in the model's order."""
     names = [n for n, _ in network().named_parameters()]
     rows = [recorder.basis.lift_to_tensors(row) for row in embeddings]
     return torch.stack([torch.cat([row[n].flatten() for n in names]) for row in rows])
@@ -104,18 +109,18 @@ def in_model_order(embeddings: Tensor, recorder: Recorder) -> Tensor:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_embeddings_are_derivatives_of_training(name: str, clip: float | None) -> None:
     make = OPTIMIZERS[name]
-    segment, recorder = recorded(make, clip)
+    segment, recorder = record(make, clip)
     spans = [slice(0, segment.size)]
     dynamics = Dynamics.from_segment(segment, recorder.update_rule, Hessian(segment, spans), spans)
     (embeddings,), _ = walk_segment(
         dynamics, identity_transition(spans, 1 + len(recorder.update_rule.slots), torch.float64)
     )
-    found = in_model_order(embeddings[:, : segment.size], recorder)
+    actual = in_model_order(embeddings[:, : segment.size], recorder)
     eps = 1e-5
     for step, place in ((0, 1), (1, 0), (3, 4), (STEPS - 1, 2)):
-        up, down = (trained(make, (step, place, sign * eps), clip) for sign in (1, -1))
+        up, down = (train(make, (step, place, sign * eps), clip) for sign in (1, -1))
         expected = (up - down) / (2 * eps)
-        distance = (found[step * BATCH + place] - expected).norm() / expected.norm()
+        distance = (actual[step * BATCH + place] - expected).norm() / expected.norm()
         assert distance < 1e-6, (step, place)
 
 
@@ -153,9 +158,9 @@ def test_the_hessian_is_autograds(family: str) -> None:
     basis = everything(bind_layers(model))
     named = dict(model.named_parameters())
 
-    def loss(numbers: Tensor) -> Tensor:
+    def loss(coefficients: Tensor) -> Tensor:
         return functional.cross_entropy(
-            torch.func.functional_call(model, basis.lift_to_tensors(numbers), (x,)), y
+            torch.func.functional_call(model, basis.lift_to_tensors(coefficients), (x,)), y
         )
 
     expected = torch.autograd.functional.hessian(
@@ -176,9 +181,10 @@ def test_the_hessian_is_autograds(family: str) -> None:
 
 
 def test_the_sampled_fisher_is_the_sum_of_outer_products() -> None:
-    segment, recorder = recorded(OPTIMIZERS["sgd"], clip=0.5, fisher=True)
+    segment, recorder = record(OPTIMIZERS["sgd"], clip=0.5, fisher=True)
     a = torch.randn(4, segment.size, dtype=torch.float64)
-    model, (x, y) = network(), data()
+    model = network()
+    x, y = data()
     expected = torch.zeros(segment.size, segment.size, dtype=torch.float64)
     for place in range(BATCH):  # at step 0, where the weights are the initial ones
         model.zero_grad()
@@ -190,5 +196,5 @@ def test_the_sampled_fisher_is_the_sum_of_outer_products() -> None:
         )
         expected += torch.outer(row, row) / BATCH * segment.scales[0]
     spans = [slice(0, segment.size)]
-    found = Fisher(segment, spans).product(0, spans[0], a, a)
-    torch.testing.assert_close(found, a @ expected)
+    actual = Fisher(segment, spans).product(0, spans[0], a, a)
+    torch.testing.assert_close(actual, a @ expected)

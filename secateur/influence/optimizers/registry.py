@@ -19,7 +19,7 @@ state and does `average = beta * average + (1 - beta) * grad` and
             average = h["beta"] * average + (1 - h["beta"]) * grad
             return torch.stack([theta - h["lr"] * average.tanh(), average])
 
-The module that registers it must be imported before the recorder is made.
+The module that registers it must be imported before the recorder is created.
 """
 
 from __future__ import annotations
