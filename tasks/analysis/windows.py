@@ -8,7 +8,6 @@ from pydantic import BaseModel
 
 from secateur.errors import PlanError
 from secateur.storage.outputs import Attempt
-from secateur.tasks.analysis.influence_profile import write_profile
 from secateur.tasks.data.batches import BatchSchedule
 from secateur.tasks.data.samples import read_stage_samples
 from secateur.tasks.plan import PREVIOUS, AutoWindowsConfig, Plan, WindowConfig
@@ -153,7 +152,7 @@ def preview_windows(plan: Plan, stage: int, samples: int) -> tuple[Plan, str]:
 
 def _suggestion(run: Run, stage: int, budget: float) -> WindowSuggestion:
     """A stage's suggestion. Its profile is written if it is missing."""
-    write_profile(run, stage)
+    _write_profile(run, stage)
     phases = read_phases(run, stage, run.plan.pruning_target)
     ranges = allocate_windows(phases, budget, phases.steps) if phases.is_complete else []
     windows = []
@@ -238,7 +237,7 @@ def _profile_source(
         raise PlanError(
             f"stage {stage} takes its windows from {where}, which is not scored yet; run that first"
         )
-    write_profile(source, number)
+    _write_profile(source, number)
     phases = read_phases(source, number, source.plan.pruning_target)
     if not phases.is_complete:
         raise PlanError(
@@ -247,3 +246,11 @@ def _profile_source(
             f"full"
         )
     return phases, where
+
+
+def _write_profile(run: Run, stage: int) -> None:
+    # Imported here, because it imports matplotlib and ruptures, which take seconds, and a dry run
+    # of a plan without automatic windows needs neither.
+    from secateur.tasks.analysis.influence_profile import write_profile
+
+    write_profile(run, stage)
