@@ -132,7 +132,7 @@ def share_coefficients(sizes: Sequence[int], coefficients: int | None) -> list[i
         return list(sizes)
     shares = [0] * len(sizes)
     rest = coefficients
-    # Smallest blocks first: what they cannot use goes to the larger ones.
+    # Smallest blocks first, because the larger ones take the coefficients that these cannot use.
     for rank, block in enumerate(sorted(range(len(sizes)), key=lambda b: sizes[b])):
         shares[block] = min(sizes[block], max(1, rest // (len(sizes) - rank)))
         rest -= shares[block]

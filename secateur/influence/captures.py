@@ -1,4 +1,4 @@
-"""Captures: what one call of a layer contributed, sample by sample, in the cheapest form.
+"""Captures: the contributions of one call of a layer, by sample, in the cheapest form.
 
 Each sample's contribution to a block is a matrix `C_i` of `rows x cols`. It is rarely formed.
 Layers give factors of it, and a basis computes from the factors only the coefficients that it

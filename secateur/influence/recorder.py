@@ -216,7 +216,7 @@ class Recorder:
     ) -> None:
         """Record the coming step's contributions under labels sampled from the model.
 
-        They are what the curvature `Fisher` needs.
+        The curvature `Fisher` needs them.
 
         Args:
             losses: runs the forward pass and returns one loss per sample, with sampled labels.
@@ -372,7 +372,7 @@ def _random_basis(
 
 
 def _finish_batch(batch: RecordedBatch, scale: float) -> None:
-    """Apply the step's scale to a batch, and set what is not known to not-a-number."""
+    """Apply the step's scale to a batch, and set unknown values to not-a-number."""
     unknown = torch.full((len(batch.samples),), float("nan"))
     batch.losses = unknown if batch.losses is None else batch.losses
     batch.errors = unknown if batch.errors is None else batch.errors
