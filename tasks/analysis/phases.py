@@ -1,4 +1,4 @@
-"""Room `tasks`: the phases of an influence profile, warm-up, basin and ascent, by change points (docs/windows.md)."""
+"""Find the phases of an influence profile (warm-up, basin, ascent) by change points."""
 
 from __future__ import annotations
 
@@ -10,120 +10,155 @@ from ruptures import KernelCPD
 
 from secateur.tasks.results.profile_results import Boundary, Phase, PhaseName, Phases
 
-BINS = 200  # a profile is cut into at most so many bins of consecutive steps
-PIECES = 6
-SHORTEST = 3  # bins that a piece holds at least
-LEAST_RATIO = 1.5  # between the levels of neighbouring pieces
-BASIN_RATIO = (
-    2.0  # neighbours of the lowest piece below so many times its level are of the basin too
-)
+MOST_BINS = 200  # bins of consecutive steps that a profile is averaged in
+MOST_PIECES = 6
+BINS_PER_PIECE = 3  # at least
+LEAST_RATIO = 1.5  # between the levels of neighboring pieces
+BASIN_RATIO = 2.0  # pieces next to the lowest one belong to the basin below this ratio to its level
 RESAMPLES = 200
 COVERAGE = 0.95
 
+# The bin at which each piece of a partition ends.
+Partition = list[int]
+
 
 def find_phases(steps: Sequence[int], influence: Sequence[float], length: int) -> Phases:
-    """Cuts a profile into pieces of constant level, in logarithms, and names them.
+    """Cut a profile into pieces of constant level, in logarithms, and name the pieces.
 
-    The partitions of least squares into at most six pieces (Truong, Oudre and Vayatis, 2020; `ruptures`), their number by
-    Bayes' criterion at three times log n a change point (the leading term of Zhang and Siegmund, 2007), among partitions
-    whose neighbours differ by half at least. The lowest piece is the basin, with the neighbours that are below twice its
-    level; what comes before it is the warm-up, what comes after it the ascent. The intervals of the boundaries are those
-    of 200 profiles made of the pieces' levels and their residuals, drawn again within each piece.
+    `ruptures` (Truong, Oudre and Vayatis, 2020) finds the least-squares partitions into at most six
+    pieces. Only partitions are considered in which the levels of neighboring pieces differ by a
+    factor of at least 1.5. Bayes' criterion chooses among them, with 3 log n per change point (the
+    leading term of Zhang and Siegmund, 2007).
+
+    The lowest piece is the basin, together with neighbors below twice its level. The pieces before
+    the basin are the warm-up, those after it the ascent. The intervals of the boundaries come from
+    200 resampled profiles: each has the levels of the pieces, and residuals that are drawn again
+    within each piece.
 
     Args:
-        steps: steps of the stage that were recorded, in order.
-        influence: mean absolute influence over learning rate at each; where it is not positive the step is left out.
-        length: steps of the stage.
+        steps: the recorded steps of the stage, in order.
+        influence: mean absolute influence over learning rate at each of them. A step is left out if
+            its value is not positive.
+        length: number of steps of the stage.
     """
-    values, recorded = np.asarray(influence, dtype=np.float64), np.asarray(steps)
+    recorded = np.asarray(steps)
+    values = np.asarray(influence, dtype=np.float64)
+    result = Phases(steps=length, recorded=len(recorded), phases=[], boundaries=[], support=1.0)
     usable = np.isfinite(values) & (values > 0)
-    values, places = values[usable], recorded[usable]
-    nothing = Phases(steps=length, recorded=len(recorded), phases=[], boundaries=[], support=1.0)
-    if not nothing.is_complete or len(values) < 2 * SHORTEST:
-        return nothing
-    groups = np.array_split(np.arange(len(values)), min(BINS, len(values)))
-    series = np.log([values[group].mean() for group in groups])
-    edges = np.array([0, *(places[group[0]] for group in groups[1:]), length])
-    ends = _choose(series, _partitions(series))
-    profiles = _resampled(series, ends)
-    again = [_partitions(profile) for profile in profiles]
+    if not result.is_complete or usable.sum() < 2 * BINS_PER_PIECE:
+        return result
+    series, edges = _bin_profile(recorded[usable], values[usable], length)
+    ends = _choose_partition(series, _find_partitions(series))
+    names = _name_pieces(series, ends)
+    profiles = _resample(series, ends)
+    partitions = [_find_partitions(profile) for profile in profiles]
     alike = [
-        _shown(p, _choose(p, cut)) == _shown(series, ends)
-        for p, cut in zip(profiles, again, strict=True)
+        set(_name_pieces(profile, _choose_partition(profile, candidates))) == set(names)
+        for profile, candidates in zip(profiles, partitions, strict=True)
     ]
-    spread = np.quantile(
-        [found[len(ends) - 1] for found in again], [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2], axis=0
-    )
-    names = _names(series, ends)
-    phases = [
-        Phase(
-            name=name,
-            start=int(edges[a]),
-            stop=int(edges[b]),
-            level=float(np.exp(series[a:b].mean())),
-        )
-        for name, a, b in zip(names, [0, *ends], ends, strict=False)
-    ]
-    boundaries = [
-        Boundary(step=int(edges[end]), low=int(edges[int(low)]), high=int(edges[math.ceil(high)]))
-        for end, low, high in zip(ends[:-1], *spread[:, :-1], strict=True)
-    ]
-    found = {"phases": phases, "boundaries": boundaries} if names else {}
-    return nothing.model_copy(update=found | {"support": float(np.mean(alike))})
+    result.support = float(np.mean(alike))
+    if names:
+        result.phases = _make_phases(series, edges, ends, names)
+        same_size = [candidates[len(ends) - 1] for candidates in partitions]
+        result.boundaries = _make_boundaries(edges, ends, same_size)
+    return result
 
 
-def _partitions(series: np.ndarray) -> list[list[int]]:
-    """Where the pieces end in the partitions of least squares into one piece, two, and so on."""
-    search = KernelCPD(kernel="linear", min_size=SHORTEST).fit(series[:, None])
-    most = min(PIECES, len(series) // SHORTEST)
-    larger = [
-        search.predict(n_bkps=pieces - 1) for pieces in range(most, 1, -1)
-    ]  # the largest answers for the others
+def _bin_profile(
+    steps: np.ndarray, values: np.ndarray, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The logarithm of each bin's mean, and the steps at which the bins begin and the last ends."""
+    bins = np.array_split(np.arange(len(values)), min(MOST_BINS, len(values)))
+    series = np.log([values[rows].mean() for rows in bins])
+    edges = np.array([0, *(steps[rows[0]] for rows in bins[1:]), length])
+    return series, edges
+
+
+def _find_partitions(series: np.ndarray) -> list[Partition]:
+    """The least-squares partitions into one piece, two pieces, and so on."""
+    search = KernelCPD(kernel="linear", min_size=BINS_PER_PIECE).fit(series[:, None])
+    most = min(MOST_PIECES, len(series) // BINS_PER_PIECE)
+    # The largest is asked for first: `ruptures` then knows the smaller ones without a new search.
+    larger = [search.predict(n_bkps=pieces - 1) for pieces in range(most, 1, -1)]
     return [[len(series)], *reversed(larger)]
 
 
-def _choose(series: np.ndarray, partitions: list[list[int]]) -> list[int]:
-    """The partition of greatest criterion among those whose neighbours differ enough."""
+def _choose_partition(series: np.ndarray, partitions: list[Partition]) -> Partition:
+    """The partition with the largest criterion, among those whose pieces differ enough."""
+    return max(
+        (ends for ends in partitions if _pieces_differ(series, ends)),
+        key=lambda ends: _bayes_criterion(series, ends),
+    )
+
+
+def _pieces_differ(series: np.ndarray, ends: Partition) -> bool:
+    differences = np.diff(_piece_levels(series, ends))
+    return all(abs(difference) >= math.log(LEAST_RATIO) for difference in differences)
+
+
+def _bayes_criterion(series: np.ndarray, ends: Partition) -> float:
     n = len(series)
-    exact = 1e-12 * n * max(float(np.var(series)), 1e-12)  # the residual of a partition without any
-
-    def criterion(ends: list[int]) -> float:
-        parts = np.split(series, ends[:-1])
-        residual = sum(float(np.var(part)) * len(part) for part in parts)
-        return float(-n * np.log(max(residual, exact) / n) - 3 * (len(parts) - 1) * np.log(n))
-
-    def differ(ends: list[int]) -> bool:
-        levels = [part.mean() for part in np.split(series, ends[:-1])]
-        return all(abs(step) >= math.log(LEAST_RATIO) for step in np.diff(levels))
-
-    return max(filter(differ, partitions), key=criterion)
+    pieces = np.split(series, ends[:-1])
+    residual = sum(float(np.var(piece)) * len(piece) for piece in pieces)
+    # A profile of exact steps has no residual, and the logarithm of 0 is infinite.
+    least_residual = 1e-12 * n * max(float(np.var(series)), 1e-12)
+    fit = -n * np.log(max(residual, least_residual) / n)
+    return float(fit - 3 * (len(pieces) - 1) * np.log(n))
 
 
-def _resampled(series: np.ndarray, ends: list[int]) -> list[np.ndarray]:
-    """Profiles of the same pieces, each of its values at the piece's level plus a residual drawn from the piece's."""
-    rng = np.random.default_rng(0)  # the same profile has the same intervals
-    parts = np.split(series, ends[:-1])
+def _resample(series: np.ndarray, ends: Partition) -> list[np.ndarray]:
+    """Profiles with the same pieces, whose bins are drawn again from the bins of their piece."""
+    rng = np.random.default_rng(0)  # the same profile always gets the same intervals
+    pieces = np.split(series, ends[:-1])
     return [
-        np.concatenate([rng.choice(part, len(part)) for part in parts]) for _ in range(RESAMPLES)
+        np.concatenate([rng.choice(piece, len(piece)) for piece in pieces])
+        for _ in range(RESAMPLES)
     ]
 
 
-def _names(series: np.ndarray, ends: list[int]) -> list[PhaseName]:
-    """The phase of each piece; none where all of them are of the basin."""
-    levels = [float(part.mean()) for part in np.split(series, ends[:-1])]
+def _piece_levels(series: np.ndarray, ends: Partition) -> list[float]:
+    return [float(piece.mean()) for piece in np.split(series, ends[:-1])]
+
+
+def _name_pieces(series: np.ndarray, ends: Partition) -> list[PhaseName]:
+    """The phase of each piece. The list is empty if all pieces belong to the basin."""
+    levels = _piece_levels(series, ends)
     first = last = int(np.argmin(levels))
-    below = levels[first] + math.log(BASIN_RATIO)
-    while first > 0 and levels[first - 1] < below:
+    basin_limit = levels[first] + math.log(BASIN_RATIO)
+    while first > 0 and levels[first - 1] < basin_limit:
         first -= 1
-    while last < len(levels) - 1 and levels[last + 1] < below:
+    while last < len(levels) - 1 and levels[last + 1] < basin_limit:
         last += 1
     if (first, last) == (0, len(levels) - 1):
         return []
-    return [
-        "warm-up" if n < first else "basin" if n <= last else "ascent" for n in range(len(levels))
-    ]
+    names: list[PhaseName] = ["basin"] * len(levels)
+    names[:first] = ["warm-up"] * first
+    names[last + 1 :] = ["ascent"] * (len(levels) - 1 - last)
+    return names
 
 
-def _shown(series: np.ndarray, ends: list[int]) -> set[PhaseName]:
-    """Which phases there are."""
-    return set(_names(series, ends))
+def _make_phases(
+    series: np.ndarray, edges: np.ndarray, ends: Partition, names: list[PhaseName]
+) -> list[Phase]:
+    phases = []
+    start = 0
+    for name, end in zip(names, ends, strict=True):
+        level = float(np.exp(series[start:end].mean()))
+        phases.append(Phase(name=name, start=int(edges[start]), stop=int(edges[end]), level=level))
+        start = end
+    return phases
+
+
+def _make_boundaries(
+    edges: np.ndarray, ends: Partition, resampled: list[Partition]
+) -> list[Boundary]:
+    """The ends of all pieces but the last, with their quantiles over the resampled profiles."""
+    tails = [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2]
+    lows, highs = np.quantile(resampled, tails, axis=0)
+    boundaries = []
+    for end, low, high in zip(ends[:-1], lows, highs, strict=False):
+        # Quantiles may lie between two bins, so the interval is rounded outwards.
+        low_step = int(edges[int(low)])
+        high_step = int(edges[math.ceil(high)])
+        boundaries.append(Boundary(step=int(edges[end]), low=low_step, high=high_step))
+    return boundaries
