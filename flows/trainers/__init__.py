@@ -1,4 +1,4 @@
-"""Room `flows.trainers`: training a plan's stages elsewhere: a loop of your own, Hugging Face's `Trainer`, Lightning's."""
+"""Train a plan's stages in your own loop, or with the trainers of Hugging Face and Lightning."""
 
 from __future__ import annotations
 

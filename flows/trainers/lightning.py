@@ -1,4 +1,4 @@
-"""Room `flows.trainers`: a callback that records what Lightning's `Trainer` trains."""
+"""A callback that records what Lightning's `Trainer` trains."""
 
 from __future__ import annotations
 
@@ -21,18 +21,25 @@ from secateur.tasks.plan import Plan
 
 
 class RecordingCallback(Callback):
-    """Records a stage of a plan while a `Trainer` trains it by automatic optimization, and tells Prefect at the end::
+    """Records a stage of a plan while a `Trainer` trains it by automatic optimization::
 
-        trainer = Trainer(max_steps=200, callbacks=[RecordingCallback("plan.yaml", stage=0, model="net")])
-        trainer.fit(module, batches)      # each batch holds its samples' keys under "__key__"
+        callback = RecordingCallback("plan.yaml", stage=0, model="net")
+        trainer = Trainer(max_steps=200, callbacks=[callback])
+        trainer.fit(module, batches)  # each batch holds its samples' keys under "__key__"
 
-    Where `training_step` leaves one loss a sample in `self.sample_losses`, with its graph, losses and weights are read off
-    it; else every sample weighs as much as any other, and losses are not known.
+    At the end it emits `secateur.stage.trained`, so that Prefect can prune the stage.
+
+    If `training_step` leaves one loss per sample in `self.sample_losses`, with its graph, the
+    samples' losses and weights are read from there. Otherwise all samples have the same weight, and
+    their losses are not known.
 
     Args:
-        model: name of the submodule that is the plan's model; the module itself if empty.
-        keys: gives the samples' keys (or their numbers in the run's list) from a batch.
-        tolerance: relative distance allowed between the contributions' sum and the gradient; about 0.02 with bfloat16.
+        plan: the plan, or the path of its file.
+        stage: the stage's number.
+        model: name of the submodule that is the plan's model. If empty, it is the module itself.
+        keys: returns the samples' keys (or their row numbers in the run's sample list) of a batch.
+        tolerance: relative distance allowed between the contributions' sum and the gradient. About
+            0.02 is needed with bfloat16.
     """
 
     def __init__(
@@ -43,54 +50,58 @@ class RecordingCallback(Callback):
         keys: Callable[[Any], Keys] = itemgetter("__key__"),
         tolerance: float = 1e-3,
     ) -> None:
-        self._plan, self._stage, self._model, self._keys, self._tolerance = (
-            plan,
-            stage,
-            model,
-            keys,
-            tolerance,
-        )
-        self._block = ExitStack()
+        self._plan = plan
+        self._stage = stage
+        self._model = model
+        self._keys = keys
+        self._tolerance = tolerance
+        # Holds the recording of one micro-batch open between two of the callback's methods.
+        self._open_batch = ExitStack()
         self._batch: RecordedBatch | None = None
         self.recording: Recording | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begins once model and optimizer are made."""
+        """Prepare the recording, because model and optimizer exist now."""
         _check_trainer(trainer, pl_module)
         steps = trainer.estimated_stepping_batches
         self.recording = Recording(
-            self._plan, self._stage, pl_module.get_submodule(self._model), trainer.optimizers[0],
-            steps=int(steps) if math.isfinite(steps) else None, by="lightning", tolerance=self._tolerance,
-        )  # fmt: skip
+            self._plan,
+            self._stage,
+            pl_module.get_submodule(self._model),
+            trainer.optimizers[0],
+            steps=int(steps) if math.isfinite(steps) else None,
+            by="lightning",
+            tolerance=self._tolerance,
+        )
         self.recording.prepare()
         trainer.should_stop |= self.recording.finished
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Announces a batch, or a part of one, where the ledger wants its step."""
+        """Begin to record a micro-batch, if the ledger does not have its step yet."""
         assert self.recording is not None
         if self.recording.reach(trainer.global_step):
             keys = self._keys(batch)
-            self._batch = self._block.enter_context(self.recording.batch(keys))
+            self._batch = self._open_batch.enter_context(self.recording.batch(keys))
             share = 1 / (len(keys) * trainer.accumulate_grad_batches)
             self._batch.weights = torch.full((len(keys),), share, dtype=torch.float64)
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
-        """Takes the samples' losses, if there are any."""
+        """Read the samples' losses, if the module leaves them."""
         losses = getattr(pl_module, "sample_losses", None)
         if self._batch is not None and losses is not None:
             self._batch.losses = losses
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """After the backward pass, before clipping and the optimizer's step."""
+        """End the micro-batch after its backward pass, before clipping and the optimizer's step."""
         self._batch = None
-        self._block.close()
+        self._open_batch.close()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Commits the rest, and that the stage is trained."""
+        """Commit the remaining steps, and that the stage is trained."""
         assert self.recording is not None
         try:
             self.recording.finish()
@@ -100,25 +111,29 @@ class RecordingCallback(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Leaves model and optimizer without hooks."""
+        """Remove the hooks from model and optimizer."""
         if self.recording is not None:
-            self._block.close()
+            self._open_batch.close()
             self.recording.close()
 
 
 def _check_trainer(trainer: Trainer, module: LightningModule) -> None:
-    """What a `Trainer` may not be asked for.
+    """Check that the trainer does nothing that cannot be recorded.
 
     Raises:
-        PlanError: it is.
+        PlanError: it does.
     """
     if trainer.world_size > 1:
-        raise PlanError("recording sees the samples of one process on one device; train on one")
+        raise PlanError(
+            "the Trainer runs on several devices, and recording sees the samples of one process on "
+            "one device; set `devices=1`"
+        )
     if not module.automatic_optimization or len(trainer.optimizers) != 1:
         raise PlanError(
-            "recording follows one optimizer under automatic optimization; for another loop use `secateur.Recording`"
+            "recording follows one optimizer under automatic optimization; for another loop use "
+            "`secateur.Recording`"
         )
     if trainer.precision == "16-mixed":
         raise PlanError(
-            "`16-mixed` leaves steps out that the ledger counts; use `bf16-mixed` or full precision"
+            "`16-mixed` skips steps that the ledger counts; use `bf16-mixed` or full precision"
         )
