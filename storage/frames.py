@@ -12,9 +12,7 @@ from secateur.storage.outputs import Attempt, Output
 from secateur.storage.schemas import Schema
 
 
-def write_frame(
-    attempt: Attempt, name: str, frame: pl.DataFrame, schema: Schema | None = None
-) -> None:
+def write_frame(attempt: Attempt, name: str, frame: pl.DataFrame, schema: Schema) -> None:
     """Write a frame. The same frame always gives the same bytes.
 
     Args:
@@ -26,8 +24,7 @@ def write_frame(
     Raises:
         ValueError: the frame has other columns or data types than the schema.
     """
-    if schema is not None:
-        check_schema(name, frame.schema, schema)
+    check_schema(name, frame.schema, schema)
     buffer = io.BytesIO()
     frame.write_parquet(buffer, compression="zstd", statistics=True)
     attempt.write(name, buffer.getvalue())

@@ -8,6 +8,7 @@ import torch
 from scipy import stats
 
 from secateur.influence.pullback import query_at_stage_end
+from secateur.storage import schemas
 from secateur.storage.frames import write_frame
 from secateur.storage.outputs import Attempt
 from secateur.tasks.analysis.plots import draw_audit
@@ -67,7 +68,7 @@ def write_audit(run: Run, stage: int, removals: int | None = None) -> AuditResul
         truth = frame["truth"].to_numpy()
         fidelity = {name: _fidelity(frame[name].to_numpy(), truth, seed) for name in ESTIMATES}
         title = f"stage {stage}, target {run.plan.pruning_target}"
-        write_frame(attempt, AUDIT, frame)
+        write_frame(attempt, AUDIT, frame, schemas.AUDIT)
         attempt.write(AUDIT_PLOT, draw_audit(frame, fidelity, title))
         attempt.facts.update(
             stage=stage,

@@ -12,6 +12,7 @@ import polars as pl
 import torch
 
 from secateur.errors import PlanError
+from secateur.storage import schemas
 from secateur.storage.frames import write_frame
 from secateur.storage.ledger import read_ledger
 from secateur.storage.outputs import Attempt
@@ -80,8 +81,8 @@ def write_profile(run: Run, stage: int) -> str:
             for target in run.plan.targets
         }
         evolution = _evolution(run, stage, frame)
-        write_frame(attempt, PROFILE, frame)
-        write_frame(attempt, EVOLUTION, evolution)
+        write_frame(attempt, PROFILE, frame, schemas.PROFILE)
+        write_frame(attempt, EVOLUTION, evolution, schemas.EVOLUTION)
         title = f"{run.plan.run}, stage {stage}"
         attempt.write(PROFILE_PLOT, draw_profile(frame, phases, stage, title))
         if stage:

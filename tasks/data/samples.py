@@ -7,6 +7,7 @@ from collections.abc import Callable
 import polars as pl
 
 from secateur.errors import PlanError, StorageError
+from secateur.storage import schemas
 from secateur.storage.frames import read_frame, write_frame
 from secateur.storage.integrity import check_output_file
 from secateur.storage.layout import PLAN_PRUNING
@@ -40,7 +41,7 @@ def list_stage_samples(run: Run, stage: int) -> int:
                 f"there are no samples to train on in {', '.join(urls)}; give shards that hold some"
             )
         _check_kept_samples(run, stage, frame)
-        write_frame(attempt, SAMPLES, frame)
+        write_frame(attempt, SAMPLES, frame, schemas.SAMPLES)
         attempt.facts.update(shards=urls, samples=len(frame), skipped=skipped)
 
     run.folder.stage(stage).samples.write_once("samples", {}, write)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import polars as pl
 
 from secateur.errors import StorageError
+from secateur.storage import schemas
 from secateur.storage.frames import read_frame, write_frame
 from secateur.storage.layout import PLAN_PRUNING
 from secateur.storage.outputs import Attempt, Output, list_outputs
@@ -41,7 +42,7 @@ def decide_stage(run: Run, stage: int, policy: Policy | None = None) -> int:
     def write(attempt: Attempt) -> None:
         gates = evaluate_gates(run, stage, name)
         decisions = apply_gates(run, stage, decide_samples(resolved, context), gates)
-        write_frame(attempt, DECISIONS, decisions)
+        write_frame(attempt, DECISIONS, decisions, schemas.DECISIONS)
         dropped = decisions.filter(~pl.col("keep")).select("key", "reason").iter_rows()
         attempt.write(DROPPED, "".join(f"{key}\t{reason}\n" for key, reason in dropped).encode())
         settings = resolved.model_dump(mode="json")

@@ -14,6 +14,7 @@ from secateur.errors import PlanError
 from secateur.influence.hooks import sample_gradients
 from secateur.influence.recorder import Recorder
 from secateur.influence.selection import SELECTION_RULES, Choice, select_randomly
+from secateur.storage import schemas
 from secateur.storage.frames import write_frame
 from secateur.storage.outputs import Attempt
 from secateur.tasks.data.collate import Tensors
@@ -69,7 +70,7 @@ class OnlineSelector:
         if self._frames:
             frame = pl.concat(self._frames)
             self._frames = []
-            write_frame(attempt, SELECTION, frame)
+            write_frame(attempt, SELECTION, frame, schemas.SELECTION)
             chosen = int(frame["chosen"].sum())
             attempt.facts[SELECTION_FACTS] = {"candidates": len(frame), "chosen": chosen}
 

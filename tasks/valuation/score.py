@@ -15,6 +15,7 @@ from secateur.influence.pullback import query_at_stage_end
 from secateur.influence.recursion import short_horizon_effects
 from secateur.influence.scoring import mean_alignment, nearest_alignment
 from secateur.influence.segment import Segment
+from secateur.storage import schemas
 from secateur.storage.frames import write_frame
 from secateur.storage.outputs import Attempt
 from secateur.tasks.data.samples import read_stage_samples
@@ -52,11 +53,10 @@ def write_scores(run: Run, stage: int) -> int:
     }
 
     def write(attempt: Attempt) -> None:
-        scores = [f"score_{name}" for name in run.plan.targets]
         frame = pl.concat(_segment_frames(run, stage))
         frame = frame.join(_sample_places(run, stage), "sample", maintain_order="left")
-        columns = ["sample", "key", "shard", "step", "window", "loss", "norm", "grand", "el2n"]
-        write_frame(attempt, SCORES, frame.select(*columns, *scores))
+        schema = schemas.scores_schema(run.plan.targets)
+        write_frame(attempt, SCORES, frame.select(*schema), schema)
         attempt.facts.update(rows=len(frame), **run.plan.score.model_dump(mode="json"))
 
     return int(folder.scores.write_once("scores", inputs, write).facts["rows"])

@@ -161,7 +161,7 @@ VECTORS = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
 def commit(where: Path) -> Output:
     output = Output(Folder(str(where / "output")))
     with output.attempt("test", {"from": "x"}) as attempt:
-        write_frame(attempt, "frame.parquet", FRAME)
+        write_frame(attempt, "frame.parquet", FRAME, FRAME.schema)
         write_ledger(attempt, LEDGER, 7)
         write_index(attempt, build_index([VECTORS], "flat", 8))
         attempt.facts["count"] = 3

@@ -148,7 +148,7 @@ def test_bomb_within_a_shard_is_not_decompressed(tmp_path: Path) -> None:
 def test_frame_replaced_by_a_bomb_is_never_decoded(tmp_path: Path) -> None:
     output = Output(Folder(str(tmp_path / "a")))
     with output.attempt("test", {}) as attempt:
-        write_frame(attempt, "frame.parquet", pl.DataFrame({"a": [1]}))
+        write_frame(attempt, "frame.parquet", pl.DataFrame({"a": [1]}), {"a": pl.Int64})
     bomb = io.BytesIO()
     pl.select(pl.zeros(50_000_000, dtype=pl.Int64)).write_parquet(bomb, compression="zstd")
     Path(output.url("frame.parquet")).write_bytes(bomb.getvalue())
