@@ -1,4 +1,4 @@
-"""The Prefect server of a command's own: started, explained, and gone with the command."""
+"""The Prefect server that a command starts: its errors, its end, and its answers when busy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import psutil
 import pytest
 from starlette.responses import PlainTextResponse
 
-from secateur.tasks.engine.prefect_server import with_retry_after
+from secateur.tasks.engine.prefect_internals import with_retry_after
 from tests.flows.test_cli import secateur, sentence, write_plan
 from tests.servers import free_ports
 from tests.tasks.small import make_data
@@ -22,55 +22,55 @@ from tests.tasks.small import make_data
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("server")
-    make_data(made)
-    return made
+    folder = tmp_path_factory.mktemp("server")
+    make_data(folder)
+    return folder
 
 
-def test_a_server_that_is_configured_and_not_there_is_a_sentence(folder: Path) -> None:
+def test_a_configured_server_that_does_not_answer_is_one_sentence(folder: Path) -> None:
     url = f"http://127.0.0.1:{free_ports(1)[0]}/api"
-    done = secateur("run", write_plan(folder, run="nobody"), PREFECT_API_URL=url)
+    done = secateur("run", write_plan(folder, run="no-server"), PREFECT_API_URL=url)
     assert (
         sentence(done)
         == f"secateur: no Prefect server answers at {url}; start it, or unset PREFECT_API_URL"
     )
 
 
-def test_a_server_that_does_not_start_is_a_sentence(folder: Path, tmp_path: Path) -> None:
+def test_a_server_that_does_not_start_is_one_sentence(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "prefect.db").write_bytes(
         b"no database, but a file of this name that is long enough to be looked at" * 20
     )
     done = secateur("run", write_plan(folder, run="damaged"), PREFECT_HOME=str(tmp_path))
-    told = sentence(done)
-    assert "Prefect's server does not start" in told
-    assert f"{tmp_path} can be written and holds no damaged prefect.db" in told
+    message = sentence(done)
+    assert "Prefect's server does not start" in message
+    assert f"{tmp_path} can be written and holds no damaged prefect.db" in message
 
 
-@pytest.mark.parametrize(("status", "told"), [(503, "0.25"), (200, None)])
-def test_a_busy_server_says_how_soon_to_ask_again(status: int, told: str | None) -> None:
-    """Prefect's clients wait two seconds otherwise, and a run without a server took twice as long."""
+@pytest.mark.parametrize(("status", "seconds"), [(503, "0.25"), (200, None)])
+def test_a_busy_server_says_how_soon_to_retry(status: int, seconds: str | None) -> None:
+    """Otherwise Prefect's clients wait two seconds, and a run took twice as long."""
 
-    async def asked() -> httpx.Response:
+    async def get_answer() -> httpx.Response:
         transport = httpx.ASGITransport(with_retry_after(PlainTextResponse("", status)))
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
             return await client.get("/")
 
-    assert asyncio.run(asked()).headers.get("retry-after") == told
+    assert asyncio.run(get_answer()).headers.get("retry-after") == seconds
 
 
 FAILS = """
-from flows.server import some_server
-with some_server():
+from secateur.tasks.engine.prefect_server import prefect_server
+with prefect_server():
     from prefect.events import emit_event
     emit_event("secateur.test", resource={"prefect.resource.id": "secateur.test"})
-    raise SystemExit("what went wrong")
+    raise SystemExit("the reason")
 """
 
 
-def test_a_command_that_fails_tells_its_server_before_that_ends() -> None:
-    """Prefect would try at the interpreter's end, fail, and say so below the sentence."""
+def test_a_command_that_fails_sends_its_events_before_its_server_ends() -> None:
+    """Prefect would send them at the interpreter's exit, fail, and print that below the message."""
     done = subprocess.run([sys.executable, "-c", FAILS], capture_output=True, text=True)
-    assert "what went wrong" in done.stderr
+    assert "the reason" in done.stderr
     assert "Unable to connect" not in done.stderr
     assert "failed with" not in done.stderr
 
