@@ -91,9 +91,10 @@ def check_optimizer(plan: Plan, model: nn.Module, optimizer: torch.optim.Optimiz
     planned = plan_update_rule(plan.optimizer)
     actual = find_update_rule(optimizer)
     if (type(planned), planned.slots) != (type(actual), actual.slots):
+        kinds = (type(optimizer), plan.optimizer.optimizer_class)
         theirs, ours = (
-            f"{type(rule).__name__} with slots {', '.join(rule.slots) or 'none'}"
-            for rule in (actual, planned)
+            f"{kind.__name__} with slots {', '.join(rule.slots) or 'none'}"
+            for kind, rule in zip(kinds, (actual, planned), strict=True)
         )
         raise PlanError(
             f"the trainer's optimizer is {theirs} and the plan's {ours}; set the plan's "
