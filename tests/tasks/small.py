@@ -1,4 +1,4 @@
-"""A small project for tests: real digits (scikit-learn's), a small network, and a plan of two stages."""
+"""A small project for tests: scikit-learn's digits, a small network, and a plan of two stages."""
 
 from __future__ import annotations
 
@@ -14,24 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from examples.shards import write_shards
-from secateur.tasks.analysis.audit import is_audited, write_audit
-from secateur.tasks.analysis.windows import freeze_windows
-from secateur.tasks.data.samples import list_stage_samples
+from secateur.flows.stage import audit_stage, prune_stage, score_stage, train_stage
+from secateur.flows.workers import InlineWorkers
 from secateur.tasks.plan import Plan
-from secateur.tasks.pruning.gates import run_trial
-from secateur.tasks.pruning.prune import write_pruned_stage
-from secateur.tasks.run.run import Run
-from secateur.tasks.training.fit_basis import fit_basis
-from secateur.tasks.training.train import train_stage
-from secateur.tasks.valuation.embed import compose_stage, embed_segment
-from secateur.tasks.valuation.index import index_stage
-from secateur.tasks.valuation.replay import replay_stage
-from secateur.tasks.valuation.score import write_scores
-from secateur.tasks.valuation.target_gradients import write_target_gradients
+from secateur.tasks.run import Run
+
+INLINE = InlineWorkers()
 
 
 class Digits:
-    """Reads `npy` images and `cls` labels; a label of `nan` gives a loss that is not finite."""
+    """Reads `raw` images and `cls` labels. A label of `nan` has a loss that is not finite."""
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
         pixels = np.stack([np.frombuffer(s["raw"], np.float32).reshape(64) for s in samples])
@@ -58,20 +50,20 @@ class Digits:
 
 
 class Plain(Digits):
-    """Cannot draw labels."""
+    """A task that cannot sample labels."""
 
     sampled = None  # type: ignore[assignment]
 
 
 class Averaged(Digits):
-    """Gives one loss a batch, which is not what a task must give."""
+    """A task that returns one loss per batch, where one per sample is needed."""
 
     def losses(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         return super().losses(model, batch).mean()
 
 
 def network(dropout: float = 0.1, uncaptured: bool = False, width: int = 12) -> nn.Module:
-    """64-12-10, with dropout so that random draws within a step count too."""
+    """Return a 64-12-10 network. Its dropout makes steps depend on their random draws."""
     layers = [nn.Linear(64, width), nn.Tanh(), nn.Dropout(dropout), nn.Linear(width, 10)]
     return nn.Sequential(*layers, *([nn.PReLU()] if uncaptured else []))
 
@@ -82,7 +74,7 @@ def _digits() -> Any:
 
 
 def sample(number: int, **changes: bytes) -> dict[str, Any]:
-    """One digit as a sample."""
+    """Return one digit as a sample."""
     digits = _digits()
     raw = (digits.data[number] / 16).astype(np.float32).tobytes()
     label = int(digits.target[number])
@@ -96,13 +88,17 @@ def sample(number: int, **changes: bytes) -> dict[str, Any]:
 
 
 def make_data(folder: Path, extra: list[dict[str, Any]] | None = None) -> None:
-    """Two shards to train on with 70 samples each, and a target of 24; `extra` samples end the second shard."""
+    """Write two shards of 70 training samples each, and a target of 24 samples.
+
+    Args:
+        extra: samples at the end of the second shard.
+    """
     write_shards(f"{folder}/train-%d.tar", [*map(sample, range(140)), *(extra or [])], 2)
     write_shards(f"{folder}/target-%d.tar", list(map(sample, range(200, 224))), 1)
 
 
 def values(folder: Path, **changes: Any) -> dict[str, Any]:
-    """The plan's keys: two stages, windows with a gap in the first, momentum, clipping."""
+    """Return the plan's keys: two stages, the first with two windows, momentum and clipping."""
     return {
         "run": "small",
         "root": f"{folder}/runs",
@@ -135,37 +131,23 @@ def values(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def small_plan(folder: Path, **changes: Any) -> Plan:
-    """The plan, with some of its keys replaced."""
+    """Return the plan, with some of its keys replaced."""
     return Plan.model_validate(values(folder, **changes))
 
 
 def curate_small(plan: Plan) -> Run:
-    """What the flow does, without Prefect."""
+    """Run a plan to its end as `secateur run` does, without Prefect, profiles and reports."""
     run = Run.start(plan)
-    for stage, spec in enumerate(plan.stages):
-        list_stage_samples.fn(run.url, stage)
-        freeze_windows.fn(run.url, stage)
-        if stage == 0:
-            fit_basis.fn(run.url)
-        train_stage.fn(run.url, stage)
+    for stage, config in enumerate(plan.stages):
+        train_stage(INLINE, run.url, stage)
         score_small(run, stage)
-        if spec.prune:
-            if plan.trust.trial:
-                run_trial.fn(run.url, stage, "plan", spec.prune.model_dump())
-            write_pruned_stage.fn(run.url, stage)
+        if config.prune:
+            prune_stage(INLINE, run.url, stage)
     return run
 
 
 def score_small(run: Run, stage: int) -> None:
-    """Embeds, indexes and scores a trained stage."""
-    if not run.folder.stage(stage).embeddings.committed:
-        for number in range(len(run.folder.stage(stage).segments())):
-            embed_segment.fn(run.url, stage, number)
-    compose_stage.fn(run.url, stage)
-    index_stage.fn(run.url, stage)
-    write_target_gradients.fn(run.url, stage)
-    if run.plan.estimate == "replay":
-        replay_stage.fn(run.url, stage)
-    write_scores.fn(run.url, stage)
-    if is_audited(run.plan, stage):
-        write_audit.fn(run.url, stage)
+    """Embed, index and score a trained stage, and audit it if the plan says so."""
+    score_stage(INLINE, run.url, stage)
+    if run.plan.audits(stage):
+        audit_stage(INLINE, run.url, stage)

@@ -1,4 +1,4 @@
-"""Runs on a store that fails: one request in twenty, and all of them."""
+"""Runs on a store of which one request in twenty fails, or every request."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import s3fs
 from secateur.errors import StorageError
 from secateur.storage.folder import Folder
 from secateur.storage.integrity import verify_folder
-from secateur.tasks.pruning.prune import read_decisions
+from secateur.tasks.results.pruning_results import read_decisions
 from tests.proxy import KINDS, FaultyProxy
 from tests.servers import Server
 from tests.tasks.small import curate_small, make_data, small_plan
@@ -19,12 +19,12 @@ from tests.tasks.small import curate_small, make_data, small_plan
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client that takes an answer for lost after 1 second, instead of 15, so that a stall of 2 is one of 30."""
+    """A client that waits 1 second for an answer instead of 15, so stalls of 2 are too long."""
     monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": 1}})
 
 
 @pytest.mark.slow
-def test_a_run_ends_right_though_one_request_in_twenty_fails(
+def test_a_run_is_correct_if_one_request_in_twenty_fails(
     seaweedfs: str,
     seaweed_server: Server,
     impatient: None,
@@ -32,7 +32,10 @@ def test_a_run_ends_right_though_one_request_in_twenty_fails(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Errors, resets, answers that are lost after the deed, and stalls; `benchmarks.faults` stalls for 30 seconds."""
+    """Errors, resets, stalls, and answers that are lost after the request was performed.
+
+    `benchmarks.faults` stalls for 30 seconds.
+    """
     make_data(tmp_path)
     expected = read_decisions(curate_small(small_plan(tmp_path)), 0)
     proxy = FaultyProxy(seaweed_server.port, 0.05, 2.0)
@@ -47,7 +50,7 @@ def test_a_run_ends_right_though_one_request_in_twenty_fails(
     proxy.shutdown()
 
 
-def test_a_store_that_never_answers_is_given_up_in_one_sentence(
+def test_a_store_that_never_answers_is_one_sentence(
     seaweedfs: str, seaweed_server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proxy = FaultyProxy(seaweed_server.port, 1.0, 0.0)

@@ -1,4 +1,4 @@
-"""Whole runs on real digits: repeatable, resumable, and right by independent reckoning."""
+"""Whole runs on real digits: repeatable, resumable, and equal to independent computations."""
 
 from __future__ import annotations
 
@@ -12,15 +12,21 @@ import webdataset
 from examples.shards import write_shards
 from secateur.influence.recursion import walk_segment
 from secateur.storage.frames import read_frame
+from secateur.storage.layout import PLAN_PRUNING
 from secateur.storage.ledger import read_checkpoint
-from secateur.tasks.data.samples import held_out_rows, list_target_samples, read_stage_samples
-from secateur.tasks.pruning.prune import PLAN_PRUNING, read_decisions, write_pruned_stage
-from secateur.tasks.run.run import Run
+from secateur.tasks.data.held_out import held_out_rows
+from secateur.tasks.data.samples import list_target_samples, read_stage_samples
+from secateur.tasks.pruning.prune import write_pruned_stage
+from secateur.tasks.results.pruning_results import read_decisions
+from secateur.tasks.results.valuation_results import (
+    coupled_spans,
+    read_scores,
+    read_target_gradients,
+)
+from secateur.tasks.run import Run
 from secateur.tasks.training.loop import TrainingLoop
-from secateur.tasks.valuation.embed import dynamics_of, segment_of, spans_of
+from secateur.tasks.valuation.dynamics import plan_dynamics, read_segment
 from secateur.tasks.valuation.query import find_influential
-from secateur.tasks.valuation.score import read_scores
-from secateur.tasks.valuation.target_gradients import read_target_gradients
 from tests.tasks.small import curate_small, make_data, sample, small_plan
 
 ALL = {"kind": "coordinates", "numbers": None, "fit_steps": 1}
@@ -28,9 +34,9 @@ ALL = {"kind": "coordinates", "numbers": None, "fit_steps": 1}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("digits")
-    make_data(made)
-    return made
+    folder = tmp_path_factory.mktemp("digits")
+    make_data(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +44,11 @@ def run(folder: Path) -> Run:
     return curate_small(small_plan(folder))
 
 
-def content(run: Run) -> dict[str, str]:
-    """The hash of every file of a run but its plan, by its name without the attempt."""
-    found = {}
+def hash_files(run: Run) -> dict[str, str]:
+    """The hash of every file of a run except its plan, by its name without the attempt."""
+    hashes = {}
     for stage in (run.folder.stage(0), run.folder.stage(1)):
-        artefacts = [
+        outputs = [
             stage.samples,
             stage.embeddings,
             stage.index,
@@ -50,18 +56,22 @@ def content(run: Run) -> dict[str, str]:
             stage.scores,
             *stage.segments(),
         ]
-        for artefact in [
-            *artefacts,
-            *([stage.prune(PLAN_PRUNING)] if stage.prune(PLAN_PRUNING).committed else []),
-        ]:
-            for name, facts in artefact.manifest.files.items():
-                found[f"{artefact.root.url.removeprefix(run.url)}/{name}"] = facts["sha256"]
-    return found
+        if stage.prune(PLAN_PRUNING).committed:
+            outputs.append(stage.prune(PLAN_PRUNING))
+        for output in outputs:
+            for name, facts in output.manifest.files.items():
+                hashes[f"{output.root.url.removeprefix(run.url)}/{name}"] = facts["sha256"]
+    return hashes
 
 
 def differing(one: Run, other: Run) -> list[str]:
-    """Files that are not the same; the second stage's samples and scores name shards by path, which is the run's own."""
-    a, b = content(one), content(other)
+    """The names of files that differ between two runs of one plan.
+
+    Samples and scores of the second stage hold the paths of its shards, which lie in the run's own
+    folder. Of these two, only the scores are compared, without the paths.
+    """
+    a = hash_files(one)
+    b = hash_files(other)
     assert a.keys() == b.keys()
     assert read_scores(one, 1).drop("shard").equals(read_scores(other, 1).drop("shard"))
     paths = ("/stages/01/samples", "/stages/01/scores")
@@ -85,24 +95,24 @@ def test_the_next_stage_trains_on_what_was_kept(run: Run) -> None:
     ]
 
 
-def test_a_stage_is_read_from_shards_that_were_removed_and_pruned_again(folder: Path) -> None:
-    """They come out the same, in another folder."""
+def test_a_stage_reads_its_shards_after_they_were_removed_and_pruned_again(folder: Path) -> None:
+    """The second pruning writes the same samples, in another folder."""
     run = curate_small(small_plan(folder, run="again"))
     before = read_stage_samples(run, 1)
     run.folder.stage(0).prune(PLAN_PRUNING).remove()
-    write_pruned_stage.fn(run.url, 0)
+    write_pruned_stage(run, 0)
     after = read_stage_samples(run, 1)
     assert set(before.urls).isdisjoint(after.urls)
     rows = range(len(after))
     assert [sample["__key__"] for sample in after.read(rows)] == before.frame["key"].to_list()
 
 
-def test_only_what_was_used_in_a_window_is_judged(run: Run) -> None:
+def test_only_samples_used_in_a_window_are_scored(run: Run) -> None:
     steps = (
         read_scores(run, 0).group_by("window").agg(pl.col("step").unique().sort()).sort("window")
     )
     assert [s.to_list() for s in steps["step"]] == [list(range(5)), list(range(16, 21))]
-    strides = torch.cat([segment_of(s).strides for s in run.folder.stage(0).segments()]).tolist()
+    strides = torch.cat([read_segment(s).strides for s in run.folder.stage(0).segments()]).tolist()
     between = [2.0 if step % 2 == 0 else 0.0 for step in range(5, 16)]
     assert strides == [1.0] * 5 + between + [1.0] * 5
     outside = read_decisions(run, 0).filter(pl.col("uses") == 0)
@@ -121,39 +131,41 @@ def test_another_seed_gives_another_order(run: Run, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("step", [0, 8, 20])
-def test_an_interrupted_run_carries_on_to_the_same_bytes(
+def test_an_interrupted_run_continues_to_the_same_bytes(
     run: Run, folder: Path, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan, whole, taken = small_plan(folder, root=f"{folder}/resumed{step}"), TrainingLoop.step, []
+    plan = small_plan(folder, root=f"{folder}/resumed{step}")
+    take_step = TrainingLoop.step
+    steps: list[int] = []
 
-    def interrupted(loop: TrainingLoop, number: int, recording: object = None) -> object:
+    def interrupt(loop: TrainingLoop, number: int, recording: object = None) -> object:
         if recording is not None and number == step:
             raise KeyboardInterrupt
-        return whole(loop, number, recording)  # type: ignore[arg-type]
+        return take_step(loop, number, recording)  # type: ignore[arg-type]
 
-    def counted(loop: TrainingLoop, number: int, recording: object = None) -> object:
-        taken.append(number)
-        return whole(loop, number, recording)  # type: ignore[arg-type]
+    def count(loop: TrainingLoop, number: int, recording: object = None) -> object:
+        steps.append(number)
+        return take_step(loop, number, recording)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(TrainingLoop, "step", interrupted)
+    monkeypatch.setattr(TrainingLoop, "step", interrupt)
     with pytest.raises(KeyboardInterrupt):
         curate_small(plan)
-    monkeypatch.setattr(TrainingLoop, "step", counted)
+    monkeypatch.setattr(TrainingLoop, "step", count)
     resumed = curate_small(plan)
     assert differing(run, resumed) == []
-    assert taken[-10:] == list(range(10))
-    assert len(taken) == 10 + 21 - step // 6 * 6
+    assert steps[-10:] == list(range(10))
+    assert len(steps) == 10 + 21 - step // 6 * 6
 
 
-def test_a_finished_run_does_nothing_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = content(run)
+def test_a_finished_run_is_not_trained_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = hash_files(run)
     monkeypatch.setattr(TrainingLoop, "__init__", None)
     curate_small(run.plan)
-    assert content(run) == before
+    assert hash_files(run) == before
 
 
-def test_what_a_killed_run_had_no_time_to_remove_goes_with_the_next(folder: Path) -> None:
-    """Parts whose whole is committed, but which the process that committed it did not live to remove."""
+def test_parts_that_a_killed_run_left_are_removed_by_the_next_run(folder: Path) -> None:
+    """The process that committed the whole output was killed before it removed the parts."""
     plan = small_plan(folder, root=f"{folder}/leftover")
     stage = curate_small(plan).folder.stage(0)
     parts = (stage.local(0), stage.decided(PLAN_PRUNING), stage.rewritten(PLAN_PRUNING, 0))
@@ -164,21 +176,22 @@ def test_what_a_killed_run_had_no_time_to_remove_goes_with_the_next(folder: Path
     assert [part.root.url for part in parts if part.root.files()] == []
 
 
-def test_contributions_in_the_ledger_are_autograds(folder: Path) -> None:
-    """The last segment is one step: each sample's gradient by autograd, from the checkpoint before it."""
+def test_contributions_in_the_ledger_equal_autograd(folder: Path) -> None:
+    """The last segment is one step, so autograd can start from the checkpoint before it."""
     run = curate_small(
         small_plan(folder, root=f"{folder}/full", basis=ALL, dtype="float64", segment_steps=5)
     )
-    stage, samples = run.folder.stage(0), read_stage_samples(run, 0)
-    segment = segment_of(stage.segment(4))
+    stage = run.folder.stage(0)
+    samples = read_stage_samples(run, 0)
+    segment = read_segment(stage.segment(4))
     loop = TrainingLoop(run, 0, samples)
-    loop.restore(read_checkpoint(stage.segment(3)))
+    loop.load_state(read_checkpoint(stage.segment(3)))
     assert segment.length == 1
-    assert segment.samples.tolist() == loop.order.batch(20).tolist()
+    assert segment.samples.tolist() == loop.schedule.batch(20).tolist()
     basis = run.basis(run.bindings(loop.model))
     rows = []
     for position in range(len(segment.samples)):
-        torch.manual_seed(loop.order.seed(20))  # the batch's dropout
+        torch.manual_seed(loop.schedule.seed(20))  # the batch's dropout
         loop.model.zero_grad()
         losses = loop.task.losses(loop.model, loop.batch(segment.samples))
         torch.testing.assert_close(losses.detach(), segment.losses)
@@ -187,7 +200,7 @@ def test_contributions_in_the_ledger_are_autograds(folder: Path) -> None:
         rows.append(basis.project_tensors(gradients))
     expected = torch.stack(rows)
     torch.testing.assert_close(segment.contributions, expected, rtol=1e-9, atol=1e-12)
-    target = read_target_gradients(stage.targets, "clean").mean(0)
+    target = read_target_gradients(run, 0, "clean").mean(0)
     last = read_scores(run, 0).filter(pl.col("step") == 20)
     assert last["norm"].to_list() == pytest.approx(expected.norm(dim=1).tolist())
     mean = curate_small(
@@ -204,8 +217,8 @@ def test_contributions_in_the_ledger_are_autograds(folder: Path) -> None:
     assert found == pytest.approx((expected @ target).tolist())
 
 
-def test_tracin_is_learning_rate_times_product_at_the_nearest_checkpoint(folder: Path) -> None:
-    """All parameters; the target's gradients by plain autograd, at the start and after steps 5, 10, 15, 20 and 21."""
+def test_tracin_is_rate_times_product_of_gradients_at_the_nearest_checkpoint(folder: Path) -> None:
+    """For all parameters. Autograd gives the target's gradients at every checkpoint."""
     policy = {"policy": "tracin", "keep": 0.5}
     stages = [
         {"epochs": 3, "batch_size": 20, "prune": policy},
@@ -221,29 +234,30 @@ def test_tracin_is_learning_rate_times_product_at_the_nearest_checkpoint(folder:
     }
     run = curate_small(small_plan(folder, run="tracin", **settings))
     for stage, bounds in ((0, [0, 5, 10, 15, 20, 21]), (1, [0, 2])):
-        folders, loop = (
-            run.folder.stage(stage),
-            TrainingLoop(run, stage, read_stage_samples(run, stage)),
-        )
+        stage_folder = run.folder.stage(stage)
+        loop = TrainingLoop(run, stage, read_stage_samples(run, stage))
         before = run.folder.stage(0).start if stage == 0 else run.folder.stage(0).segment(4)
-        target, rows = list_target_samples(run, "clean"), torch.arange(24)
+        target = list_target_samples(run, "clean")
+        rows = torch.arange(24)
         gradients = []
-        for checkpoint in (before, *folders.segments()):
-            loop.restore(read_checkpoint(checkpoint), optimizer=False)
+        for checkpoint in (before, *stage_folder.segments()):
+            loop.load_state(read_checkpoint(checkpoint), optimizer=False)
             loop.model.eval()
             loop.model.zero_grad()
             loop.task.losses(loop.model, loop.batch(rows, target)).mean().backward()
             found = {n: p.grad for n, p in loop.model.named_parameters() if p.grad is not None}
             gradients.append(run.basis(run.bindings(loop.model)).project_tensors(found))
         expected: dict[int, float] = {}
-        for segment in map(segment_of, folders.segments()):
+        for segment in map(read_segment, stage_folder.segments()):
             for step, row, contribution in zip(
                 segment.steps, segment.samples, segment.contributions, strict=True
             ):
-                near = min(range(len(bounds)), key=lambda n, t=int(step): (abs(bounds[n] - t), n))
-                value = 0.2 * loop.order.rate(int(step)) * float(contribution @ gradients[near])
+                distances = [abs(bound - int(step)) for bound in bounds]
+                near = distances.index(min(distances))  # the earlier one of two as near
+                rate = 0.2 * loop.schedule.rate_factor(int(step))
+                value = rate * float(contribution @ gradients[near])
                 expected[int(row)] = expected.get(int(row), 0.0) + value
-        decisions = read_frame(folders.prune(PLAN_PRUNING), "decisions.parquet").filter(
+        decisions = read_frame(stage_folder.prune(PLAN_PRUNING), "decisions.parquet").filter(
             pl.col("uses") > 0
         )
         assert decisions["score"].to_list() == pytest.approx(
@@ -251,43 +265,47 @@ def test_tracin_is_learning_rate_times_product_at_the_nearest_checkpoint(folder:
         )
 
 
-def test_what_judges_a_target_does_not_score_it(folder: Path) -> None:
-    """Half of the target scores: the same as a target of that half alone. The figures are the other half's."""
+def test_held_out_target_samples_do_not_score(folder: Path) -> None:
+    """Scores equal those of a target with the scoring half only. Figures are of the other half."""
     shards = f"{folder}/target-0.tar"
     split = small_plan(folder, run="split", targets={"clean": {"shards": shards, "judging": 0.5}})
-    judges = held_out_rows(split, "clean", 24).tolist()
+    held_out = held_out_rows(split, "clean", 24).tolist()
     write_shards(
-        f"{folder}/score-%d.tar", [sample(200 + n) for n in range(24) if n not in judges], 1
+        f"{folder}/score-%d.tar", [sample(200 + n) for n in range(24) if n not in held_out], 1
     )
-    write_shards(f"{folder}/judge-%d.tar", [sample(200 + n) for n in judges], 1)
+    write_shards(f"{folder}/judge-%d.tar", [sample(200 + n) for n in held_out], 1)
     both = {
         "clean": {"shards": f"{folder}/score-0.tar"},
         "judge": {"shards": f"{folder}/judge-0.tar"},
     }
-    parted, halves = (
+    runs = (
         curate_small(split),
         curate_small(small_plan(folder, run="halves", targets=both)),
     )
-    ours, theirs = (read_scores(one, 0)["score_clean"].to_numpy() for one in (parted, halves))
-    assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-7)
-    found, expected = (one.folder.stage(1).targets.manifest.facts for one in (parted, halves))
+    scores, expected_scores = (read_scores(run, 0)["score_clean"].to_numpy() for run in runs)
+    assert scores == pytest.approx(expected_scores, rel=1e-5, abs=1e-7)
+    found, expected = (run.folder.stage(1).targets.manifest.facts for run in runs)
     assert found["clean"]["samples"] == 12
     assert found["clean"] == pytest.approx(expected["judge"], rel=1e-5)
 
 
-def walked(run: Run, gradient: torch.Tensor, carried: bool) -> dict[int, list[float]]:
-    """Scores by walking the query itself back through every segment of both stages: no embedding, no transition."""
-    spans, slots = spans_of(run), 2
+def walk_back(run: Run, gradient: torch.Tensor, is_carried: bool) -> dict[int, list[float]]:
+    """The scores of both stages, by walking a query back through every segment.
+
+    No embedding and no transition is used.
+    """
+    spans = coupled_spans(run)
+    slots = 2
     row = [
         torch.cat([gradient[:, None, s], torch.zeros_like(gradient[:, None, s])], 1) for s in spans
     ]
     found: dict[int, list[float]] = {}
     for stage in (1, 0):
-        if stage == 0 and not carried:  # the momentum that stage 0 left was thrown away
+        if stage == 0 and not is_carried:  # stage 1 began without the momentum of stage 0
             row = [torch.cat([r[:, :1], torch.zeros_like(r[:, 1:])], 1) for r in row]
         scores: list[float] = []
         for ledger in reversed(run.folder.stage(stage).segments()):
-            effects, row = walk_segment(dynamics_of(run, segment_of(ledger)), row)
+            effects, row = walk_segment(plan_dynamics(run, read_segment(ledger)), row)
             scores = torch.stack(effects).sum(0)[:, 0].tolist() + scores
         found[stage] = scores
     assert row[0].shape[1] == slots
@@ -297,7 +315,7 @@ def walked(run: Run, gradient: torch.Tensor, carried: bool) -> dict[int, list[fl
 @pytest.mark.parametrize("at_stage", ["reset", "carry"])
 @pytest.mark.parametrize("coupling", ["block", "full"])
 @pytest.mark.parametrize("index", ["flat", "sq8"])
-def test_a_query_finds_what_walking_it_back_gives(
+def test_a_query_finds_the_samples_that_walking_it_back_finds(
     folder: Path, at_stage: str, coupling: str, index: str
 ) -> None:
     optimizer = {
@@ -317,8 +335,8 @@ def test_a_query_finds_what_walking_it_back_gives(
         dtype="float64",
     )
     run = curate_small(plan)
-    gradient = read_target_gradients(run.folder.stage(1).targets, "clean").mean(0, keepdim=True)
-    expected = walked(run, gradient, at_stage == "carry")
+    gradient = read_target_gradients(run, 1, "clean").mean(0, keepdim=True)
+    expected = walk_back(run, gradient, at_stage == "carry")
     for stage in (0, 1):
         rows = read_scores(run, stage).with_columns(score=pl.Series(expected[stage]))
         for harmful in (False, True):
@@ -327,7 +345,7 @@ def test_a_query_finds_what_walking_it_back_gives(
                 ordered = among.sort("score", descending=not harmful).unique(
                     "key", keep="first", maintain_order=True
                 )
-                hits = find_influential.fn(run.url, "clean", None, 7, harmful, stage, window)
+                hits = find_influential(run, "clean", None, 7, harmful, stage, window)
                 assert [hit.key for hit in hits] == ordered["key"][:7].to_list()
                 assert [hit.score for hit in hits] == pytest.approx(
                     ordered["score"][:7].to_list(), rel=1e-4
@@ -340,33 +358,31 @@ def test_a_query_finds_what_walking_it_back_gives(
         .unique("key", keep="first", maintain_order=True)["key"][:5]
         .to_list()
     )
-    assert [hit.key for hit in find_influential.fn(run.url, "clean", top=5)] == best
+    assert [hit.key for hit in find_influential(run, "clean", top=5)] == best
 
 
-def test_asking_about_one_sample_is_asking_with_its_gradient(run: Run) -> None:
-    mine = find_influential.fn(run.url, sample="digit-0203", top=3)
-    gradient = read_target_gradients(run.folder.stage(1).targets, "clean")[3:4]
-    expected = walked(run, gradient, False)
+def test_a_query_about_one_sample_uses_its_gradient(run: Run) -> None:
+    hits = find_influential(run, sample="digit-0203", top=3)
+    gradient = read_target_gradients(run, 1, "clean")[3:4]
+    expected = walk_back(run, gradient, False)
     best = max(max(expected[0]), max(expected[1]))
-    assert mine[0].score == pytest.approx(best, rel=1e-4)
+    assert hits[0].score == pytest.approx(best, rel=1e-4)
 
 
 @pytest.mark.parametrize("horizon", [0, 3, 100, "stage"])
-def test_horizons(folder: Path, horizon: int | str) -> None:
-    """A horizon beyond the stage's end is the stage's end; 0 leaves out the learning rate."""
+def test_a_horizon_reads_effects_so_many_steps_later(folder: Path, horizon: int | str) -> None:
+    """A horizon beyond the stage's end means the stage's end. 0 leaves out the learning rate."""
     plain = {"kind": "sgd", "lr": 0.2, "momentum": 0.5}
-    make = lambda h: curate_small(  # noqa: E731
-        small_plan(
-            folder,
-            run=f"h{h}",
-            optimizer=plain,
-            score={"estimate": "embedding", "horizon": h, "aggregate": "mean"},
-            dtype="float64",
-            seed=2,
+
+    def score(value: int | str) -> pl.DataFrame:
+        settings = {"estimate": "embedding", "horizon": value, "aggregate": "mean"}
+        plan = small_plan(
+            folder, run=f"h{value}", optimizer=plain, score=settings, dtype="float64", seed=2
         )
-    )
-    found = read_scores(make(horizon), 0)
-    end = read_scores(make("stage"), 0)
+        return read_scores(curate_small(plan), 0)
+
+    found = score(horizon)
+    end = score("stage")
     last = pl.col("step") == 20
     if horizon in (100, "stage"):
         assert found["score_clean"].to_list() == pytest.approx(
@@ -378,7 +394,8 @@ def test_horizons(folder: Path, horizon: int | str) -> None:
             end.filter(last)["score_clean"].to_list(), rel=1e-9
         )
     else:
-        late, early = pl.col("step") >= 18, pl.col("step") < 16
+        late = pl.col("step") >= 18
+        early = pl.col("step") < 16
         assert found.filter(late)["score_clean"].to_list() == pytest.approx(
             end.filter(late)["score_clean"].to_list()
         )
@@ -388,8 +405,8 @@ def test_horizons(folder: Path, horizon: int | str) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "token_mean"])
-def test_reductions_and_accumulation_train_alike(folder: Path, reduction: str) -> None:
-    """Micro-batches change nothing but rounding; the recorder holds every step's contributions to the gradient."""
+def test_micro_batches_train_alike_for_every_reduction(folder: Path, reduction: str) -> None:
+    """They change nothing but rounding. The recorder compares contributions with the gradient."""
     ends = []
     for parts in (1, 4):
         stages = [{"steps": 6, "batch_size": 20, "accumulate": parts}]
@@ -406,22 +423,18 @@ def test_reductions_and_accumulation_train_alike(folder: Path, reduction: str) -
             optimizer=optimizer,
         )
         run = curate_small(plan)
-        ends.append(
-            (
-                read_checkpoint(run.folder.stage(0).segment(0)),
-                segment_of(run.folder.stage(0).segment(0)),
-            )
-        )
-    (one, whole), (other, parted) = ends
+        output = run.folder.stage(0).segment(0)
+        ends.append((read_checkpoint(output), read_segment(output)))
+    (one, whole), (other, split) = ends
     for name in one:
         torch.testing.assert_close(one[name], other[name])
     torch.testing.assert_close(
-        whole.contributions.abs(), parted.contributions.abs(), rtol=1e-6, atol=1e-9
+        whole.contributions.abs(), split.contributions.abs(), rtol=1e-6, atol=1e-9
     )
-    torch.testing.assert_close(whole.weights, parted.weights)
+    torch.testing.assert_close(whole.weights, split.weights)
 
 
-def test_stages_without_a_policy_pass_all_data_on(folder: Path) -> None:
+def test_a_stage_without_a_policy_passes_on_all_data(folder: Path) -> None:
     stages = [{"steps": 4, "batch_size": 20}, {"steps": 4, "batch_size": 20}]
     run = curate_small(small_plan(folder, run="through", stages=stages))
     assert len(read_stage_samples(run, 1)) == 140

@@ -1,4 +1,4 @@
-"""Influence profiles, held against training again with a step's samples weighing a little more and a little less."""
+"""Influence profiles, compared with training again with slightly changed sample weights."""
 
 from __future__ import annotations
 
@@ -11,23 +11,16 @@ import pytest
 import torch
 
 from secateur.storage.frames import read_frame
-from secateur.tasks.analysis.influence_profile import (
-    EVOLUTION,
-    EVOLUTION_PICTURE,
-    PICTURE,
-    PROFILE,
-    learning_rates,
-    profile_series,
-    write_profile,
-)
+from secateur.tasks.analysis.influence_profile import learning_rates, profile_series, write_profile
 from secateur.tasks.data.batches import BatchSchedule
 from secateur.tasks.data.samples import list_target_samples, read_stage_samples
 from secateur.tasks.plan import Plan
-from secateur.tasks.run.run import Run
+from secateur.tasks.results.profile_results import EVOLUTION, EVOLUTION_PLOT, PROFILE, PROFILE_PLOT
+from secateur.tasks.results.valuation_results import read_scores, read_scoring_gradients
+from secateur.tasks.run import Run
 from secateur.tasks.training.loop import MicroBatch, TrainingLoop
-from secateur.tasks.training.train import restore_segment_start
-from secateur.tasks.valuation.score import read_scores
-from secateur.tasks.valuation.target_gradients import read_scoring_gradients, target_loss
+from secateur.tasks.training.segments import restore_segment_start
+from secateur.tasks.valuation.target_gradients import target_loss
 from tests.tasks.small import curate_small, make_data, small_plan
 
 EPS = 1e-3
@@ -39,7 +32,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 
 
 def tiny(folder: Path, name: str, **changes: Any) -> Plan:
-    """Three stages of a network of 162 parameters, all followed, with the exact Hessian at every step."""
+    """Three stages of a network of 162 parameters, with all coefficients and exact Hessians."""
     exact: dict[str, Any] = {
         "run": name,
         "dtype": "float64",
@@ -56,13 +49,17 @@ def tiny(folder: Path, name: str, **changes: Any) -> Plan:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("profile")
-    make_data(made)
-    return made
+    folder = tmp_path_factory.mktemp("profile")
+    make_data(folder)
+    return folder
 
 
-class Weighed(TrainingLoop):
-    """A loop in one step of which the sample at one place (or all) weighs another share of its weight."""
+class ReweightedLoop(TrainingLoop):
+    """A loop that changes sample weights in one step.
+
+    Attributes:
+        changed: the step, the sample's place in its batch (None for all), and the factor.
+    """
 
     changed: tuple[int, int | None, float] = (-1, None, 1.0)
 
@@ -76,30 +73,33 @@ class Weighed(TrainingLoop):
 
 
 def loss_at(run: Run, view: int, stage: int, changed: tuple[int, int | None, float]) -> float:
-    """The target's loss at the end of stage `view`, trained from the start of `stage` with a changed weight there."""
-    loop = Weighed(run, stage, read_stage_samples(run, stage))
+    """The target's loss at the end of stage `view`, after training from the start of `stage`."""
+    loop = ReweightedLoop(run, stage, read_stage_samples(run, stage))
     restore_segment_start(run, loop, stage, 0)
     for number in range(stage, view + 1):
         if number > stage:
-            state, loop = loop.tensors(), Weighed(run, number, read_stage_samples(run, number))
-            loop.restore(state, optimizer=run.plan.optimizer.at_stage == "carry")
+            state, loop = (
+                loop.capture_state(),
+                ReweightedLoop(run, number, read_stage_samples(run, number)),
+            )
+            loop.load_state(state, optimizer=run.plan.optimizer.at_stage == "carry")
         loop.changed = changed if number == stage else (-1, None, 1.0)
-        for step in range(loop.order.steps):
+        for step in range(loop.schedule.steps):
             loop.step(step)
     target = list_target_samples(run, "clean")
     return target_loss(loop, target, torch.arange(len(target)))
 
 
 def effect(run: Run, view: int, stage: int, step: int, place: int | None = None) -> float:
-    """By how much leaving samples out raises the loss, to first order."""
+    """How much leaving samples out raises the loss, to first order."""
     less, more = (loss_at(run, view, stage, (step, place, 1 + sign * EPS)) for sign in (-1, 1))
     return (less - more) / (2 * EPS)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_it_is_what_training_again_says_from_every_later_stage(folder: Path, name: str) -> None:
+def test_profiles_equal_training_again_from_every_later_stage(folder: Path, name: str) -> None:
     run = curate_small(tiny(folder, name))
-    write_profile.fn(run.url, 2)
+    write_profile(run, 2)
     for view, stage, step in ((0, 0, 1), (2, 0, 0), (2, 0, 3), (2, 1, 1), (2, 2, 2)):
         frame = read_frame(run.folder.stage(view).profile, PROFILE)
         row = frame.filter(stage=stage, step=step, quantity="score").row(0, named=True)
@@ -121,16 +121,16 @@ def test_it_is_what_training_again_says_from_every_later_stage(folder: Path, nam
 def test_quantities_and_evolution_follow_from_the_scores(folder: Path) -> None:
     mean = {"horizon": "stage", "aggregate": "mean", "estimate": "embedding"}
     run = curate_small(tiny(folder, "sgd-mean", score=mean, curvature={"kind": "empirical_fisher"}))
-    picture = write_profile.fn(run.url, 1)
+    plot = write_profile(run, 1)
     frame = read_frame(run.folder.stage(1).profile, PROFILE)
     length = float(read_scoring_gradients(run, 1, "clean").mean(0).norm())
     known = read_scores(run, 1).filter(step=2)
-    order = BatchSchedule(run.plan, 1, len(read_stage_samples(run, 1)))
+    schedule = BatchSchedule(run.plan, 1, len(read_stage_samples(run, 1)))
     assert learning_rates(run, 1)["rate"].to_list() == pytest.approx(
-        [0.2 * order.rate(step) for step in range(3)]
+        [0.2 * schedule.rate_factor(step) for step in range(3)]
     )
     scores = known["score_clean"].to_numpy()
-    per_rate = scores / (0.2 * order.rate(2))
+    per_rate = scores / (0.2 * schedule.rate_factor(2))
     expected = {
         "score": scores,
         "per_rate": per_rate,
@@ -141,28 +141,27 @@ def test_quantities_and_evolution_follow_from_the_scores(folder: Path) -> None:
         assert (row["mean"], row["mean_abs"]) == pytest.approx(
             (values.mean(), np.abs(values).mean()), rel=1e-9
         )
-    assert (
-        np.abs(expected["relative"]).max() <= 1 + 1e-6
-    )  # the last step of a stage: a cosine, but for weight decay
+    # At a stage's last step it is a cosine, except for weight decay.
+    assert np.abs(expected["relative"]).max() <= 1 + 1e-6
     evolution = read_frame(run.folder.stage(1).profile, EVOLUTION)
     assert evolution.select("stage", "view").rows() == [(0, 0), (0, 1), (1, 1)]
     rows = frame.filter(stage=0, quantity="per_rate")
     assert evolution.filter(stage=0, view=1)["mean_abs"].item() == pytest.approx(
         rows["mean_abs"].mean()
     )
-    assert run.folder.stage(1).profile.url(PICTURE) == picture
-    for name in (PICTURE, EVOLUTION_PICTURE):
+    assert run.folder.stage(1).profile.url(PROFILE_PLOT) == plot
+    for name in (PROFILE_PLOT, EVOLUTION_PLOT):
         assert run.folder.stage(1).profile.read(name).startswith(b"\x89PNG")
 
 
-def test_components_keep_it_and_replay_stands_beside_it(folder: Path) -> None:
+def test_components_keep_the_profile_and_replay_is_added(folder: Path) -> None:
     one = curate_small(tiny(folder, "adamw-whole"))
     other = curate_small(
         tiny(folder, "adamw-few", components=400, score={"horizon": "stage", "aggregate": "mean"})
     )
     frames = []
     for run in (one, other):
-        write_profile.fn(run.url, 1)
+        write_profile(run, 1)
         frames.append(read_frame(run.folder.stage(1).profile, PROFILE))
     embedded = frames[1].filter(estimate="embedding")
     columns = ["stage", "step", "quantity", "mean", "mean_abs", "q95"]

@@ -1,4 +1,4 @@
-"""The order of a stage: every sample once an epoch, the seed alone decides; windows and rates."""
+"""Batch schedules: an epoch uses every sample once, only the seed decides, windows and rates."""
 
 from __future__ import annotations
 
@@ -12,27 +12,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from secateur.errors import PlanError
-from secateur.tasks.data.batches import BatchSchedule, seed_for
+from secateur.tasks.data.batches import BatchSchedule
+from secateur.tasks.data.seeds import seed_for
 from tests.tasks.small import small_plan
 
 
-def order(samples: int = 50, stage: dict[str, Any] | None = None, **changes: Any) -> BatchSchedule:
-    return BatchSchedule(
-        small_plan(Path("/"), stages=[stage or {"epochs": 2, "batch_size": 8}], **changes),
-        0,
-        samples,
-    )
+def make_schedule(
+    samples: int = 50, stage: dict[str, Any] | None = None, **changes: Any
+) -> BatchSchedule:
+    """The batch schedule of a plan with one stage."""
+    stages = [stage or {"epochs": 2, "batch_size": 8}]
+    return BatchSchedule(small_plan(Path("/"), stages=stages, **changes), 0, samples)
 
 
 @given(st.integers(1, 60), st.integers(1, 70), st.integers(1, 3), st.integers(0, 5))
 def test_an_epoch_uses_every_sample_once(samples: int, batch: int, epochs: int, seed: int) -> None:
-    found = order(samples, {"epochs": epochs, "batch_size": batch}, seed=seed)
-    rows = torch.cat([found.batch(step) for step in range(found.steps)])
+    schedule = make_schedule(samples, {"epochs": epochs, "batch_size": batch}, seed=seed)
+    rows = torch.cat([schedule.batch(step) for step in range(schedule.steps)])
     assert rows.view(epochs, samples).sort(1).values.tolist() == [list(range(samples))] * epochs
 
 
-def test_any_step_is_the_same_whatever_was_asked_before() -> None:
-    forward, backward = order(), order()
+def test_a_batch_does_not_depend_on_which_steps_were_read_before() -> None:
+    forward = make_schedule()
+    backward = make_schedule()
     steps = list(range(forward.steps))
     assert [forward.batch(s).tolist() for s in steps] == [
         backward.batch(s).tolist() for s in steps[::-1]
@@ -40,10 +42,10 @@ def test_any_step_is_the_same_whatever_was_asked_before() -> None:
 
 
 def test_seeds_of_stages_epochs_and_steps_differ() -> None:
-    found = order()
-    assert len({found.seed(step) for step in range(1000)}) == 1000
+    schedule = make_schedule()
+    assert len({schedule.seed(step) for step in range(1000)}) == 1000
     assert seed_for(0, "order", 1, 2) != seed_for(0, "order", 12)
-    assert order(seed=1).batch(0).tolist() != order().batch(0).tolist()
+    assert make_schedule(seed=1).batch(0).tolist() != schedule.batch(0).tolist()
 
 
 @pytest.mark.parametrize(
@@ -54,8 +56,11 @@ def test_seeds_of_stages_epochs_and_steps_differ() -> None:
         ([{"start": 15, "stop": 20, "unit": "steps"}, {"stop": 0.1}], [range(15, 20), range(0, 2)]),
     ],
 )
-def test_windows(windows: list[dict[str, Any]], expected: list[range]) -> None:
-    assert order(stage={"steps": 20, "batch_size": 8, "windows": windows}).windows() == expected
+def test_windows_are_given_in_fractions_or_steps(
+    windows: list[dict[str, Any]], expected: list[range]
+) -> None:
+    schedule = make_schedule(stage={"steps": 20, "batch_size": 8, "windows": windows})
+    assert schedule.windows() == expected
 
 
 @pytest.mark.parametrize(
@@ -69,24 +74,25 @@ def test_windows(windows: list[dict[str, Any]], expected: list[range]) -> None:
         ([{"stop": 0.5}, {"start": 0.4, "stop": 1.0}], "overlap at step 8"),
     ],
 )
-def test_windows_that_cannot_be_are_refused(windows: list[dict[str, Any]], sentence: str) -> None:
+def test_impossible_windows_are_refused(windows: list[dict[str, Any]], sentence: str) -> None:
+    schedule = make_schedule(stage={"steps": 20, "batch_size": 8, "windows": windows})
     with pytest.raises(PlanError, match=sentence):
-        order(stage={"steps": 20, "batch_size": 8, "windows": windows}).windows()
+        schedule.windows()
 
 
-def test_a_cosine_with_warm_up() -> None:
-    found = order(
+def test_a_cosine_begins_with_its_warm_up() -> None:
+    schedule = make_schedule(
         stage={"steps": 20, "batch_size": 8},
         schedule={"kind": "cosine", "warmup": 0.2, "final": 0.1},
         optimizer={"kind": "sgd", "lr": 2},
     )
-    rates = [found.rate(step) for step in range(20)]
+    rates = [schedule.rate_factor(step) for step in range(20)]
     assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
     assert rates[12] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi * 8 / 16)) / 2)
     assert min(rates[4:]) > 0.1
 
 
-def test_a_schedule_over_the_run_goes_on_at_the_next_stage() -> None:
+def test_a_schedule_over_the_run_continues_in_the_next_stage() -> None:
     stages = [{"steps": 10, "batch_size": 8}, {"steps": 10, "batch_size": 8}]
     plan = small_plan(
         Path("/"),
@@ -94,10 +100,11 @@ def test_a_schedule_over_the_run_goes_on_at_the_next_stage() -> None:
         schedule={"kind": "cosine", "over": "run"},
         optimizer={"kind": "sgd", "lr": 1.0},
     )
-    both = [BatchSchedule(plan, stage, 50).rate(step) for stage in range(2) for step in range(10)]
-    single = order(
+    schedules = [BatchSchedule(plan, stage, 50) for stage in range(2)]
+    both = [schedule.rate_factor(step) for schedule in schedules for step in range(10)]
+    single = make_schedule(
         stage={"steps": 20, "batch_size": 8},
         schedule={"kind": "cosine"},
         optimizer={"kind": "sgd", "lr": 1.0},
     )
-    assert both == pytest.approx([single.rate(step) for step in range(20)])
+    assert both == pytest.approx([single.rate_factor(step) for step in range(20)])

@@ -1,4 +1,4 @@
-"""Audits and trust gates: retraining itself, its cost, and what is pruned when a gate does not hold."""
+"""Audits and trust gates: retraining, its cost, and what is pruned if a gate does not hold."""
 
 from __future__ import annotations
 
@@ -10,37 +10,40 @@ import pytest
 from scipy.stats import spearmanr
 
 from secateur.errors import PlanError
-from secateur.tasks.analysis.audit import read_audit, read_audit_frame, write_audit
+from secateur.storage.layout import PLAN_PRUNING
+from secateur.tasks.analysis.audit import write_audit
 from secateur.tasks.analysis.retraining import expected_audit_cost
 from secateur.tasks.data.batches import BatchSchedule
+from secateur.tasks.data.held_out import held_out_rows, scoring_rows
 from secateur.tasks.data.samples import read_stage_samples
-from secateur.tasks.pruning.prune import PLAN_PRUNING, read_decisions
 from secateur.tasks.reporting.dry_run import estimate_run
-from secateur.tasks.run.run import Run
+from secateur.tasks.results.audit_results import read_audit, read_audit_frame
+from secateur.tasks.results.pruning_results import read_decisions
+from secateur.tasks.run import Run
 from secateur.tasks.training.loop import TrainingLoop
 from tests.tasks.small import curate_small, make_data, small_plan
-from tests.tasks.test_replay import loss_without
+from tests.tasks.valuation.test_replay import loss_without
 
-TSLOO = {"estimate": "embedding", "horizon": "stage", "aggregate": "mean"}
+EFFECT = {"estimate": "embedding", "horizon": "stage", "aggregate": "mean"}
 AUDIT = {"removals": 12, "stages": [0]}
 PLAIN = {"kind": "sgd", "lr": 0.2, "momentum": 0.5}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("trust")
-    make_data(made)
-    return made
+    folder = tmp_path_factory.mktemp("trust")
+    make_data(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
 def run(folder: Path) -> Run:
     return curate_small(
-        small_plan(folder, score=TSLOO, audit=AUDIT, dtype="float64", optimizer=PLAIN)
+        small_plan(folder, score=EFFECT, audit=AUDIT, dtype="float64", optimizer=PLAIN)
     )
 
 
-def test_the_truth_is_retraining_without_the_sample(run: Run) -> None:
+def test_the_truth_equals_retraining_without_the_sample(run: Run) -> None:
     frame = read_audit_frame(run, 0)
     base = loss_without(run, 0, -1, 0.0)
     for step, row, truth in frame.select("step", "sample", "truth").iter_rows():
@@ -54,25 +57,27 @@ def test_removals_are_spread_over_the_stage(run: Run) -> None:
     assert len(set(steps)) > 6
 
 
-def test_the_figures_are_those_of_the_table(run: Run) -> None:
-    frame, found = read_audit_frame(run, 0), read_audit(run, 0)
-    for name, fidelity in found.fidelity.items():
+def test_an_audits_figures_follow_from_its_table(run: Run) -> None:
+    frame = read_audit_frame(run, 0)
+    result = read_audit(run, 0)
+    for name, fidelity in result.fidelity.items():
         assert fidelity.spearman == pytest.approx(
             float(spearmanr(frame[name], frame["truth"]).statistic)
         )
         low, high = fidelity.spearman_interval
         assert low <= fidelity.spearman <= high
-    assert found.fidelity["replay"].spearman > 0.9
-    assert Path(found.plot).read_bytes().startswith(b"\x89PNG")
+    assert result.fidelity["replay"].spearman > 0.9
+    assert Path(result.plot).read_bytes().startswith(b"\x89PNG")
 
 
-def test_its_cost_is_foretold(run: Run) -> None:
-    order = BatchSchedule(run.plan, 0, len(read_stage_samples(run, 0)))
-    assert read_audit(run, 0).cost == pytest.approx(expected_audit_cost(run.plan, order), rel=0.1)
-    assert estimate_run(run.plan).audits == {0: expected_audit_cost(run.plan, order)}
+def test_the_cost_of_an_audit_is_predicted(run: Run) -> None:
+    schedule = BatchSchedule(run.plan, 0, len(read_stage_samples(run, 0)))
+    expected = expected_audit_cost(run.plan, schedule)
+    assert read_audit(run, 0).cost == pytest.approx(expected, rel=0.1)
+    assert estimate_run(run.plan).audits == {0: expected}
 
 
-def test_an_audit_over_its_budget_is_refused_beforehand(
+def test_an_audit_over_its_budget_is_refused_before_it_trains(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(TrainingLoop, "step", None)
@@ -80,40 +85,41 @@ def test_an_audit_over_its_budget_is_refused_beforehand(
         PlanError,
         match=r"with 90 removals would cost \d+\.\d trainings of the stage, and the plan allows 50",
     ):
-        write_audit.fn(run.url, 0, 90)
+        write_audit(run, 0, 90)
     with pytest.raises(PlanError, match="has 200 recorded uses, fewer than 400 removals"):
-        write_audit.fn(run.url, 0, 400)
+        write_audit(run, 0, 400)
 
 
-def test_an_interrupted_audit_carries_on(
+def test_an_interrupted_audit_continues(
     run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = small_plan(
-        folder, run="resumed", score=TSLOO, dtype="float64", optimizer=PLAIN, audit=AUDIT
+        folder, run="resumed", score=EFFECT, dtype="float64", optimizer=PLAIN, audit=AUDIT
     )
-    whole, taken = TrainingLoop.step, 0
+    take_step = TrainingLoop.step
+    steps = 0
 
-    def interrupted(loop: TrainingLoop, step: int, recording: object = None) -> object:
-        nonlocal taken
-        taken += loop.excluded[0] >= 0
-        if taken == 40:
-            taken += 1
+    def interrupt_once(loop: TrainingLoop, step: int, recording: object = None) -> object:
+        nonlocal steps
+        steps += loop.excluded[0] >= 0
+        if steps == 40:
+            steps += 1
             raise KeyboardInterrupt
-        return whole(loop, step, recording)  # type: ignore[arg-type]
+        return take_step(loop, step, recording)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(TrainingLoop, "step", interrupted)
+    monkeypatch.setattr(TrainingLoop, "step", interrupt_once)
     with pytest.raises(KeyboardInterrupt):
         curate_small(plan)
     assert read_audit_frame(curate_small(plan), 0).equals(read_audit_frame(run, 0))
 
 
 @pytest.mark.parametrize(("least", "kept"), [(-1.0, 77), (1.0, 140)])
-def test_min_fidelity_prunes_or_keeps_all(folder: Path, least: float, kept: int) -> None:
+def test_min_fidelity_prunes_or_keeps_all_samples(folder: Path, least: float, kept: int) -> None:
     run = curate_small(
         small_plan(
             folder,
             run=f"gate{least}",
-            score=TSLOO,
+            score=EFFECT,
             audit={"removals": 8, "stages": []},
             trust={"min_fidelity": least},
         )
@@ -130,21 +136,21 @@ def test_min_fidelity_prunes_or_keeps_all(folder: Path, least: float, kept: int)
         assert len(read_stage_samples(run, 1)) == 140
 
 
-def test_a_gate_may_fail_the_run(folder: Path) -> None:
+def test_a_gate_may_end_the_run(folder: Path) -> None:
     trust = {"min_fidelity": 1.0, "otherwise": "fail"}
     with pytest.raises(
         PlanError, match=r"stage 0 of .* is not pruned: the audit's Spearman correlation is"
     ):
         curate_small(
             small_plan(
-                folder, run="fail", score=TSLOO, audit={"removals": 8, "stages": []}, trust=trust
+                folder, run="fail", score=EFFECT, audit={"removals": 8, "stages": []}, trust=trust
             )
         )
     assert not (folder / "runs/fail/stages/00/prune").exists()
 
 
-def test_a_trial_holds_what_is_kept_against_chance(folder: Path) -> None:
-    """Keeping the samples of highest loss only is worse than chance, and so nothing is dropped."""
+def test_a_trial_compares_the_kept_samples_with_random_ones(folder: Path) -> None:
+    """If the kept samples train worse than random ones, nothing is dropped."""
     stages = [
         {"epochs": 2, "batch_size": 20, "prune": {"policy": "top", "keep": 0.3}},
         {"steps": 4, "batch_size": 20},
@@ -161,35 +167,37 @@ def test_a_trial_holds_what_is_kept_against_chance(folder: Path) -> None:
     assert len(read_stage_samples(good, 1)) == (42 if facts["holds"] else 140)
 
 
-def test_a_trial_that_is_lost_keeps_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("secateur.tasks.pruning.gates.target_loss", _losses())
+def test_a_trial_that_does_not_hold_keeps_all_samples(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("secateur.tasks.pruning.gates.target_loss", _fixed_losses())
     run = curate_small(
         small_plan(folder, run="lost", trust={"trial": {"steps": 1}}, optimizer=PLAIN)
     )
     assert len(read_stage_samples(run, 1)) == 140
     reasons = read_decisions(run, 0)["reason"].unique().to_list()
     assert any(
-        "the trial's loss is 3.0000 on what is kept and 1.8333 at random" in reason
+        "the trial's loss is 3.0000 on the samples that are kept and 1.8333 on random ones"
+        in reason
         for reason in reasons
     )
 
 
-def _losses() -> Any:
-    """Stands for four trainings: what is kept, then three draws."""
+def _fixed_losses() -> Any:
+    """The losses of four trainings: on the kept samples, then on three random draws."""
     values = iter([3.0, 1.0, 2.0, 2.5])
     return lambda *_: next(values)
 
 
-def test_the_half_that_scores_does_not_judge(folder: Path) -> None:
-    from secateur.tasks.data.samples import held_out_rows, scoring_rows
-
+def test_scoring_and_held_out_samples_do_not_overlap(folder: Path) -> None:
     plan = small_plan(folder, trust={"trial": {}})
-    score, judge = (rows(plan, "clean", 24).tolist() for rows in (scoring_rows, held_out_rows))
-    assert sorted(score + judge) == list(range(24))
-    assert len(judge) == 12
+    scoring = scoring_rows(plan, "clean", 24).tolist()
+    held_out = held_out_rows(plan, "clean", 24).tolist()
+    assert sorted(scoring + held_out) == list(range(24))
+    assert len(held_out) == 12
     assert scoring_rows(small_plan(folder), "clean", 24).tolist() == list(range(24))
 
 
-def test_min_fidelity_of_scores_that_are_no_effects_is_refused(folder: Path) -> None:
+def test_min_fidelity_of_scores_that_are_not_effects_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"use `trust\.trial` for other scores"):
         small_plan(folder, trust={"min_fidelity": 0.5})

@@ -1,4 +1,4 @@
-"""Embeddings in their principal components, against numpy's singular values and against all numbers."""
+"""Embeddings in principal components, compared with numpy's SVD and with all coefficients."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from secateur.tasks.run.run import Run
-from secateur.tasks.valuation.embed import stage_embeddings
+from secateur.tasks.results.valuation_results import read_embeddings, read_scores
+from secateur.tasks.run import Run
 from secateur.tasks.valuation.query import find_influential
-from secateur.tasks.valuation.score import read_scores
 from tests.tasks.small import curate_small, make_data, small_plan
 
 COMMON: dict[str, Any] = {
@@ -25,23 +24,24 @@ COMMON: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("components")
-    make_data(made)
-    return made
+    folder = tmp_path_factory.mktemp("components")
+    make_data(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def whole(folder: Path) -> Run:
+def run(folder: Path) -> Run:
     return curate_small(small_plan(folder, run="whole", **COMMON))
 
 
-def embeddings(run: Run, stage: int) -> np.ndarray:
-    return torch.cat(stage_embeddings(run.folder.stage(stage).embeddings)).numpy()
+def stage_embeddings(run: Run, stage: int) -> np.ndarray:
+    return torch.cat(read_embeddings(run.folder.stage(stage).embeddings)).numpy()
 
 
-def test_they_hold_the_largest_singular_values(folder: Path, whole: Run) -> None:
-    few = curate_small(small_plan(folder, run="few", components=5, **COMMON))
-    full, kept = embeddings(whole, 0), embeddings(few, 0)
+def test_components_keep_the_largest_singular_values(folder: Path, run: Run) -> None:
+    reduced = curate_small(small_plan(folder, run="few", components=5, **COMMON))
+    full = stage_embeddings(run, 0)
+    kept = stage_embeddings(reduced, 0)
     left, values, _ = np.linalg.svd(full, full_matrices=False)
     assert kept.shape == (len(full), 5)
     np.testing.assert_allclose(
@@ -49,17 +49,15 @@ def test_they_hold_the_largest_singular_values(folder: Path, whole: Run) -> None
     )
 
 
-def test_as_many_as_there_are_numbers_change_nothing(folder: Path, whole: Run) -> None:
-    width = embeddings(whole, 0).shape[1]
-    run = curate_small(small_plan(folder, run="same", components=width, **COMMON))
+def test_as_many_components_as_coefficients_change_nothing(folder: Path, run: Run) -> None:
+    width = stage_embeddings(run, 0).shape[1]
+    same = curate_small(small_plan(folder, run="same", components=width, **COMMON))
+    runs = (same, run)
     for stage in (0, 1):
-        found, expected = (read_scores(r, stage)["score_clean"].to_numpy() for r in (run, whole))
+        found, expected = (read_scores(r, stage)["score_clean"].to_numpy() for r in runs)
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-12)
     for harmful in (False, True):
-        found, expected = (
-            find_influential.fn(r.url, "clean", top=6, harmful=harmful) for r in (run, whole)
-        )
-        assert [hit.key for hit in found] == [hit.key for hit in expected]
-        assert [hit.score for hit in found] == pytest.approx(
-            [hit.score for hit in expected], rel=1e-4
-        )
+        hits, other = (find_influential(r, "clean", top=6, harmful=harmful) for r in runs)
+        assert [hit.key for hit in hits] == [hit.key for hit in other]
+        scores = [hit.score for hit in other]
+        assert [hit.score for hit in hits] == pytest.approx(scores, rel=1e-4)
