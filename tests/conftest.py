@@ -1,4 +1,7 @@
-"""One thread, and a Prefect that stays offline and keeps its state out of the user's home."""
+"""Fixtures, and settings that must be made before Prefect and torch are imported.
+
+Tests use one thread. Prefect stays offline and keeps its state out of the user's home.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ def server() -> Iterator[str]:
 
 @pytest.fixture
 def bucket(server: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """URL of a bucket there, with the credentials in the environment."""
+    """The URL of a bucket on it. The credentials are in the environment."""
     import s3fs
 
     settings = {
@@ -50,50 +53,49 @@ def bucket(server: str, monkeypatch: pytest.MonkeyPatch) -> str:
         "ENDPOINT_URL": server,
         "DEFAULT_REGION": "us-east-1",
     }
-    _use({f"AWS_{name}": value for name, value in settings.items()}, monkeypatch)
+    _set_environment({f"AWS_{name}": value for name, value in settings.items()}, monkeypatch)
     s3fs.S3FileSystem().mkdirs("bucket", exist_ok=True)
     return "s3://bucket"
 
 
 @pytest.fixture(scope="session")
 def seaweed_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A SeaweedFS, which keeps what it is given on disk."""
-    yield from _running(SeaweedFS(tmp_path_factory.mktemp("seaweed")))
+    """A SeaweedFS server, an S3 store that keeps its files on disk."""
+    yield from _run_server(SeaweedFS(tmp_path_factory.mktemp("seaweed")))
 
 
 @pytest.fixture(scope="session")
 def rclone_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """An rclone, which ignores the condition of a put."""
-    yield from _running(Rclone(tmp_path_factory.mktemp("rclone")))
+    """An rclone server, an S3 store that ignores the condition of a put."""
+    yield from _run_server(Rclone(tmp_path_factory.mktemp("rclone")))
 
 
 @pytest.fixture
 def seaweedfs(seaweed_server: Server, monkeypatch: pytest.MonkeyPatch) -> str:
-    """URL of a bucket on SeaweedFS."""
-    _use(seaweed_server.environment, monkeypatch)
+    """The URL of a bucket on SeaweedFS."""
+    _set_environment(seaweed_server.environment, monkeypatch)
     return "s3://bucket"
 
 
 @pytest.fixture
 def rclone(rclone_server: Server, monkeypatch: pytest.MonkeyPatch) -> str:
-    """URL of a bucket on rclone."""
-    checks = {
-        "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required"
-    }  # it sends the whole file's with a part of it
-    _use(rclone_server.environment | checks, monkeypatch)
+    """The URL of a bucket on rclone."""
+    # With a part of a file, rclone sends the checksum of the whole file.
+    checks = {"AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required"}
+    _set_environment(rclone_server.environment | checks, monkeypatch)
     return "s3://bucket"
 
 
 @pytest.fixture(params=["local", "moto", "seaweedfs"])
 def base(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty folder on the disk and on two S3 servers."""
+    """An empty folder: on the local disk, and on two S3 servers."""
     if request.param == "local":
         return str(tmp_path / "base")
     bucket = request.getfixturevalue("bucket" if request.param == "moto" else "seaweedfs")
     return f"{bucket}/{tmp_path.name}"
 
 
-def _running(server: Server) -> Iterator[Server]:
+def _run_server(server: Server) -> Iterator[Server]:
     try:
         server.start()
         yield server
@@ -101,7 +103,7 @@ def _running(server: Server) -> Iterator[Server]:
         server.kill()
 
 
-def _use(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def _set_environment(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     import s3fs
 
     for name, value in environment.items():
