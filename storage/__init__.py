@@ -1,1 +1,1 @@
-"""Room `storage`: artefacts on a local disk or S3; a module a kind. No Prefect, no mathematics."""
+"""Outputs on a local disk or in S3. Imports neither Prefect nor the mathematics."""
