@@ -15,8 +15,6 @@ from secateur.errors import SecateurError
 from secateur.influence.basis import CoordinateBasis
 from secateur.influence.bindings import bind_layers
 from secateur.influence.optimizers import (
-    AdamUpdate,
-    AdamWUpdate,
     Hyperparameters,
     UpdateRule,
     find_update_rule,
@@ -24,6 +22,7 @@ from secateur.influence.optimizers import (
     register_update_rule,
     registry,
 )
+from secateur.influence.optimizers.adam import AdamUpdate, AdamWUpdate
 from secateur.influence.recorder import Recorder
 
 

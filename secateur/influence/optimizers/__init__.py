@@ -5,25 +5,22 @@ Jacobian comes from automatic differentiation of that update, so there is no sec
 could disagree with the first. `registry` shows how to add a rule for another optimizer.
 """
 
-from secateur.influence.optimizers import adam, registry, rmsprop, sgd
-from secateur.influence.optimizers.adam import AdamUpdate, AdamWUpdate
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
 from secateur.influence.optimizers.registry import find_update_rule, register_update_rule
-from secateur.influence.optimizers.rmsprop import RMSpropUpdate
-from secateur.influence.optimizers.sgd import SGDUpdate
 from secateur.influence.optimizers.update_rule import Hyperparameters, UpdateRule, refuse_option
 
 __all__ = [
-    "AdamUpdate",
-    "AdamWUpdate",
     "Hyperparameters",
-    "RMSpropUpdate",
-    "SGDUpdate",
     "UpdateRule",
-    "adam",
     "find_update_rule",
     "refuse_option",
     "register_update_rule",
-    "registry",
-    "rmsprop",
-    "sgd",
 ]
+
+# Importing a module registers its rules, so a new module needs no line here.
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
