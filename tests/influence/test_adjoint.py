@@ -104,7 +104,8 @@ class Setting:
             for part in self.parts(step, removed):
                 (part.losses(model) * part.weights.to(self.dtype)).sum().backward()
             for parameter in model.parameters():
-                parameter.grad *= scales[step]
+                assert parameter.grad is not None
+                parameter.grad.mul_(scales[step])
             optimizer.step()
         return model, tape
 

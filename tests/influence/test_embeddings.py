@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 
 import pytest
@@ -206,7 +207,9 @@ def test_records_outside_the_windows_are_not_embedded() -> None:
 
 def test_a_question_changes_no_gradient() -> None:
     model, recorder = record(MOMENTUM)
-    before = [parameter.grad.clone() for parameter in model.parameters()]
+    before = [copy.deepcopy(parameter.grad) for parameter in model.parameters()]
     embed(recorder).scores(lambda: question(model))
     for parameter, gradient in zip(model.parameters(), before, strict=True):
+        assert parameter.grad is not None
+        assert gradient is not None
         assert torch.equal(parameter.grad, gradient)

@@ -161,6 +161,7 @@ def test_a_user_registers_a_layer() -> None:
     @register_layer(Cosine)
     class CosineFamily(LinearFamily):
         def capture(self, module: nn.Module, inputs: tuple, gradient: Tensor):
+            assert isinstance(module.weight, Tensor)
             inner = functional.linear(inputs[0], module.weight)
             return super().capture(module, inputs, -gradient * inner.sin())
 

@@ -120,12 +120,13 @@ def play(
     return states, recorder
 
 
-def _nudge(weight: nn.Parameter, optimizer: torch.optim.Optimizer, what: str, by: float) -> None:
+def _nudge(weight: Tensor, optimizer: torch.optim.Optimizer, what: str, by: float) -> None:
     with torch.no_grad():
         if what == "theta":
-            weight += by
+            weight.add_(by)
         elif what == "gradient":
-            weight.grad += by
+            assert weight.grad is not None
+            weight.grad.add_(by)
         else:
             optimizer.state[weight][what] += by
 
@@ -174,7 +175,9 @@ def test_a_users_rule_has_the_derivatives_of_the_users_optimizer() -> None:
         theta, average = states[step - 1]
         for slot in range(2):
             by_theta, by_average, by_gradient = torch.autograd.functional.jacobian(
-                lambda *place, slot=slot, step=step: lion(*place, group, step + 1)[slot],
+                lambda theta, average, gradient, slot=slot, step=step: lion(
+                    theta, average, gradient, group, step + 1
+                )[slot],
                 (theta, average, gradients[step]),
             )
             torch.testing.assert_close(ds[step, slot, 0], by_theta.diag())
@@ -247,6 +250,6 @@ def test_an_unknown_optimizer_is_refused_by_name(kind: type[torch.optim.Optimize
     bindings = bind_layers(model)
     basis = CoordinateBasis(bindings.blocks, [torch.arange(8)])
     with pytest.raises(SecateurError, match=f"{kind.__name__} is not known") as caught:
-        Recorder(model, kind(model.parameters(), lr=0.1), bindings, basis)
+        Recorder(model, kind(model.parameters(), lr=0.1), bindings, basis)  # type: ignore[call-arg]
     for part in ("torch.optim.adamw.AdamW", "torch.optim.sgd.SGD", "register_update_rule"):
         assert part in str(caught.value)

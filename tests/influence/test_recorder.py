@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ from tests.influence.oracle import everything, relative
 IDS = torch.arange(8)
 
 
-def setting(**options: float) -> tuple[nn.Module, torch.optim.Optimizer, Recorder, Tensor, Tensor]:
+def setting(**options: Any) -> tuple[nn.Module, torch.optim.Optimizer, Recorder, Tensor, Tensor]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, **options)
@@ -48,7 +50,7 @@ def test_contributions_add_up(weights: Tensor, parts: int, clip: float | None) -
     if clip:
         nn.utils.clip_grad_norm_(model.parameters(), clip)
     received = everything(bind_layers(model)).project_tensors(
-        {n: p.grad for n, p in model.named_parameters()}
+        {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     )
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer.step()
@@ -109,7 +111,10 @@ def test_a_parameter_the_optimizer_lacks_is_named() -> None:
 def test_groups_that_split_a_block_need_coordinates() -> None:
     model = nn.Linear(5, 4)
     bindings = bind_layers(model)
-    groups = [{"params": [model.weight], "weight_decay": 0.1}, {"params": [model.bias]}]
+    groups: list[dict[str, Any]] = [
+        {"params": [model.weight], "weight_decay": 0.1},
+        {"params": [model.bias]},
+    ]
     with pytest.raises(SecateurError, match="different parameter groups"):
         Recorder(
             model,
@@ -171,9 +176,9 @@ def record_steps(how: str) -> dict[str, Tensor]:
             backward()
             optimizer.step()
         elif how == "closure":
-            optimizer.step(backward)
+            optimizer.step(backward)  # type: ignore[arg-type]
         else:
-            optimizer.step(closure=backward)
+            optimizer.step(closure=backward)  # type: ignore[arg-type]
     return recorder.take_segment().tensors()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -31,7 +33,7 @@ DECAY = 0.03
 
 
 def record(
-    parts: int, kronecker: bool = False, unrecorded: tuple[int, ...] = (), **options: float
+    parts: int, kronecker: bool = False, unrecorded: tuple[int, ...] = (), **options: Any
 ) -> tuple[list[Segment], Recorder, Basis]:
     """Record a short SGD run in `parts` segments."""
     torch.manual_seed(0)
@@ -106,7 +108,7 @@ def test_embeddings_are_the_papers_formula(
 
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.8}, {"momentum": 0.8, "nesterov": True}])
 @pytest.mark.parametrize("carried", [False, True])
-def test_segments_compose_to_the_whole(options: dict[str, float], carried: bool) -> None:
+def test_segments_compose_to_the_whole(options: dict[str, Any], carried: bool) -> None:
     (whole,), recorder, basis = record(1, **options)
     segments, *_ = record(4, **options)
     spans = list(basis.spans)
@@ -127,7 +129,7 @@ def test_segments_compose_to_the_whole(options: dict[str, float], carried: bool)
 
 
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.8}])
-def test_a_pulled_back_query_scores_as_the_rewritten_embeddings(options: dict[str, float]) -> None:
+def test_a_pulled_back_query_scores_as_the_rewritten_embeddings(options: dict[str, Any]) -> None:
     (whole,), recorder, basis = record(1, **options)
     (first, second), *_ = record(2, **options)
     spans = list(basis.spans)

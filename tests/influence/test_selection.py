@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -169,7 +170,7 @@ def test_an_activation_in_place_and_no_weight_gradient(monkeypatch: pytest.Monke
     parameter_counts: list[int] = []
     whole = torch.autograd.grad
 
-    def counted(outputs: Tensor, inputs: list[object], **options: object) -> object:
+    def counted(outputs: Tensor, inputs: list[Any], **options: Any) -> object:
         parameter_counts.append(sum(isinstance(i, nn.Parameter) for i in inputs))
         return whole(outputs, inputs, **options)
 

@@ -57,7 +57,8 @@ def train(
         optimizer.zero_grad()
         (functional.cross_entropy(model(x[step]), y[step], reduction="none") @ weights).backward()
         for parameter in model.parameters():
-            parameter.grad *= scales[step]
+            assert parameter.grad is not None
+            parameter.grad.mul_(scales[step])
         optimizer.step()
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
