@@ -1,4 +1,4 @@
-"""Room `flows`: what `prefect deploy` and schedules need beside the flows."""
+"""Functions that `prefect deploy` and scheduled flow runs use."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from secateur.tasks.plan.plan_file import read_plan
 
 
 def plan_parameter(path: str) -> dict[str, Any]:
-    """A build step of prefect.yaml: reads a plan file, so that a deployment's parameter is the plan itself, which the UI
-    shows as a form.
+    """Read a plan file, as a build step of prefect.yaml.
+
+    The deployment's parameter is then the plan itself, which the UI shows as a form.
 
     Returns:
-        `plan`: its keys.
+        `plan`: the plan's keys and values.
     """
     return {"plan": read_plan(path).model_dump(mode="json", exclude_unset=True)}
 
 
 def with_scheduled_date(plan: Plan) -> Plan:
-    """The plan under the name of its run and the time this flow run was scheduled for, which retries keep."""
-    return plan.model_copy(
-        update={"run": f"{plan.run}-{flow_run.scheduled_start_time:%Y-%m-%d-%H%M}"}
-    )
+    """Return the plan with the scheduled time of this flow run after the run's name.
+
+    A retry keeps the scheduled time, so it continues the same run.
+    """
+    date = f"{flow_run.scheduled_start_time:%Y-%m-%d-%H%M}"
+    return plan.model_copy(update={"run": f"{plan.run}-{date}"})

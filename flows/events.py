@@ -18,13 +18,13 @@ PREFIX = "secateur"
 
 
 class RunEvent(BaseModel):
-    """What every payload holds."""
+    """The payload of every event."""
 
     run: str = Field(description="path or URL of the run's folder")
 
 
 class StageEvent(RunEvent):
-    """What the payload of every event about a stage holds."""
+    """The payload of every event about a stage."""
 
     stage: int = Field(description="the stage, from 0")
 
@@ -34,7 +34,7 @@ class StageTrained(StageEvent):
 
     samples: int = Field(description="samples the stage trained on")
     steps: int = Field(description="optimizer steps")
-    segments: int = Field(description="ledger files")
+    segments: int = Field(description="number of ledger files, one per segment")
     by: str = Field(
         description="whose loop trained it: `secateur` (flow `curate`), or another trainer's name"
     )
@@ -49,37 +49,40 @@ class StageEmbedded(StageEvent):
 class StageIndexed(StageEvent):
     """`secateur.stage.indexed`: the stage can be queried."""
 
-    kind: str = Field(description="flat, fp16 or sq8")
-    vectors: int = Field(description="embeddings in the index")
+    kind: str = Field(description="how FAISS stores the embeddings: `flat`, `fp16` or `sq8`")
+    vectors: int = Field(description="number of embeddings in the index")
 
 
 class StagePruned(StageEvent):
-    """`secateur.stage.pruned`: the next stage's shards are there."""
+    """`secateur.stage.pruned`: the next stage's shards are written."""
 
     name: str = Field(
         description="`plan` for the plan's own policy, otherwise the policy and its settings"
     )
-    samples: int = Field(description="samples before")
+    samples: int = Field(description="samples before pruning")
     kept: int = Field(description="samples in the shards")
-    dropped: int = Field(description="samples left out")
+    dropped: int = Field(description="samples that were dropped")
     reasons: dict[str, int] = Field(description="how many were dropped for each reason")
     folder: str = Field(description="path or URL of the folder that holds the pruned shards")
     shards: int = Field(description="number of pruned shards")
 
 
 class RunFinished(RunEvent):
-    """`secateur.run.finished`: every stage is trained, indexed and, where the plan says so, pruned."""
+    """`secateur.run.finished`: all stages are trained, indexed, and pruned if the plan says so."""
 
     stages: int = Field(description="stages of the plan")
 
 
 class FidelityLow(StageEvent):
-    """`secateur.fidelity.low`: an audit's Spearman correlation is under `trust.min_fidelity`; where the plan sets none, its
-    95% interval reaches down to 0."""
+    """`secateur.fidelity.low`: an audit's Spearman correlation is below `trust.min_fidelity`.
 
-    target: str = Field(description="the target audited")
+    If the plan sets no `trust.min_fidelity`, the event means that the 95% interval of the
+    correlation reaches down to 0.
+    """
+
+    target: str = Field(description="the target of the audit")
     estimate: str = Field(description="`embedding` or `replay`, as the plan scores")
-    spearman: float = Field(description="rank correlation of the scores with true retraining")
+    spearman: float = Field(description="rank correlation of the scores with retraining")
     interval: tuple[float, float] = Field(
         description="95% interval of the correlation, by bootstrap"
     )

@@ -1,4 +1,4 @@
-"""Room `flows`: what Prefect's UI shows of a run: tables, pictures and samples, under keys that stay from run to run."""
+"""The artifacts that Prefect's UI shows of a run, under keys that stay the same from run to run."""
 
 from __future__ import annotations
 
@@ -22,120 +22,134 @@ from secateur.tasks.results.profile_results import PROFILE_PLOT
 from secateur.tasks.run import Run
 from secateur.tasks.valuation.query import QueryHit
 
-# Backslashes, for Prefect's UI shows the entities of HTML as they are written.
+Rows = list[dict[str, str | float]]
+
+# Backslashes rather than HTML entities, because Prefect's UI shows entities as they are written.
 ESCAPES = {ord(c): f"\\{c}" for c in string.punctuation if c not in "-_,"} | dict.fromkeys(
     range(32), " "
 )
 
 
 def post_stage(run_url: str, number: int) -> None:
-    """What a stage came to, once its report is written: its table, influence profile, top samples, and the report."""
+    """Post the result of a stage whose report is written.
+
+    These are its table, influence profile and top samples, and a link to the report.
+    """
     if not has_lasting_server():
         return
     run = Run.open(run_url)
-    name = f"stage-{number}"
+    run_name = escape_markdown(run.plan.run)
+    stage = f"stage-{number}"
     post_artifact(
-        create_table_artifact, table=stage_rows(summarize_stage(run, number)), key=artifact_key(run, name),
-        description=f"{escape_markdown(run.plan.run)}: what stage {number} came to",
-    )  # fmt: skip
-    picture = base64.b64encode(run.folder.stage(number).profile.read(PROFILE_PLOT)).decode()
+        create_table_artifact,
+        table=stage_rows(summarize_stage(run, number)),
+        key=artifact_key(run, stage),
+        description=f"{run_name}: result of stage {number}",
+    )
     post_artifact(
-        create_image_artifact, image_url=f"data:image/png;base64,{picture}", key=artifact_key(run, name, "profile"),
-        description=f"{escape_markdown(run.plan.run)}: influence profile of stage {number}",
-    )  # fmt: skip
+        create_image_artifact,
+        image_url=_data_uri(run.folder.stage(number).profile.read(PROFILE_PLOT)),
+        key=artifact_key(run, stage, "profile"),
+        description=f"{run_name}: influence profile of stage {number}",
+    )
     post_artifact(
-        create_markdown_artifact, markdown=top_samples_markdown(run, number, read_top_samples(run, number)),
-        key=artifact_key(run, name, "samples"),
-    )  # fmt: skip
+        create_markdown_artifact,
+        markdown=top_samples_markdown(run, number, read_top_samples(run, number)),
+        key=artifact_key(run, stage, "samples"),
+    )
     post_artifact(
-        create_link_artifact, link=_link(run, number), link_text=f"report of stage {number}",
-        key=artifact_key(run, name, "report"),
-    )  # fmt: skip
+        create_link_artifact,
+        link=_report_link(run, number),
+        link_text=f"report of stage {number}",
+        key=artifact_key(run, stage, "report"),
+    )
 
 
 def post_query(run_url: str, hits: list[QueryHit]) -> None:
-    """What a query found."""
-    if has_lasting_server():
-        rows = [
-            hit.model_dump(include={"rank", "score", "key", "stage", "step", "shard"})
-            for hit in hits
-        ]
-        post_artifact(
-            create_table_artifact, table=rows, key=artifact_key(Run.open(run_url), "query")
-        )
+    """Post the samples that a query found."""
+    if not has_lasting_server():
+        return
+    columns = {"rank", "score", "key", "stage", "step", "shard"}
+    rows = [hit.model_dump(include=columns) for hit in hits]
+    key = artifact_key(Run.open(run_url), "query")
+    post_artifact(create_table_artifact, table=rows, key=key)
 
 
-def post_comparison(run: Run, found: Comparison, picture: bytes) -> None:
-    """What a comparison came to: its arms, and the picture under its verdict."""
-    if has_lasting_server():
-        post_artifact(
-            create_table_artifact,
-            table=comparison_rows(found),
-            key=artifact_key(run, "compare"),
-            description=escape_markdown(found.verdict),
-        )
-        url = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
-        name = artifact_key(run, "compare", "picture")
-        post_artifact(
-            create_image_artifact,
-            image_url=url,
-            key=name,
-            description=escape_markdown(found.verdict),
-        )
+def post_comparison(run: Run, comparison: Comparison, picture: bytes) -> None:
+    """Post the arms of a comparison as a table, and its plot. Both have the verdict as caption."""
+    if not has_lasting_server():
+        return
+    verdict = escape_markdown(comparison.verdict)
+    post_artifact(
+        create_table_artifact,
+        table=comparison_rows(comparison),
+        key=artifact_key(run, "compare"),
+        description=verdict,
+    )
+    post_artifact(
+        create_image_artifact,
+        image_url=_data_uri(picture),
+        key=artifact_key(run, "compare", "picture"),
+        description=verdict,
+    )
 
 
-def comparison_rows(found: Comparison) -> list[dict[str, str | float]]:
-    """A comparison's table, one row an arm."""
-    rows: list[dict[str, str | float]] = []
-    for arm in found.arms:
+def comparison_rows(comparison: Comparison) -> Rows:
+    """Return the table of a comparison, one row per arm."""
+    rows: Rows = []
+    for arm in comparison.arms:
         row: dict[str, str | float] = {"arm": arm.arm, "samples": arm.samples, "steps": arm.steps}
-        for figure in found.before:
-            row[f"{figure} on {found.judge}"] = arm.figures[figure].text()
-            row |= {
-                f"{figure} less {other}": gap.text(signed=True)
-                for other, gap in arm.differences[figure].items()
-            }
+        for metric in comparison.before:
+            row[f"{metric} on {comparison.judge}"] = arm.figures[metric].text()
+            for control, difference in arm.differences[metric].items():
+                row[f"{metric} minus {control}"] = difference.text(signed=True)
         rows.append(row)
     return rows
 
 
-def stage_rows(summary: StageSummary) -> list[dict[str, str | float]]:
-    """A stage's table: what went in, what was kept, what was dropped for which reason, and every target's figures."""
-    own = summary.pruned
-    counts: dict[str, float] = {"samples": summary.samples}
+def stage_rows(summary: StageSummary) -> Rows:
+    """Return the table of a stage: counts of samples, drops by reason, and targets' metrics."""
+    figures: dict[str, float] = {"samples": summary.samples}
     if summary.candidates:
-        counts |= {"candidates of online selection": summary.candidates, "chosen": summary.chosen}
-    if own is not None:
-        counts |= {"kept": own.kept, "dropped": own.dropped}
-        counts |= {f"dropped: {reason}": count for reason, count in own.reasons.items()}
-    for name, found in summary.targets.items():
-        counts |= {
-            f"{name}: {figure}": value for figure, value in found.items() if figure != "samples"
-        }
-    return [{"figure": figure, "value": value} for figure, value in counts.items()]
+        figures["candidates of online selection"] = summary.candidates
+        figures["chosen"] = summary.chosen
+    if summary.pruned is not None:
+        figures["kept"] = summary.pruned.kept
+        figures["dropped"] = summary.pruned.dropped
+        for reason, count in summary.pruned.reasons.items():
+            figures[f"dropped: {reason}"] = count
+    for target, metrics in summary.targets.items():
+        for metric, value in metrics.items():
+            if metric != "samples":
+                figures[f"{target}: {metric}"] = value
+    return [{"figure": name, "value": value} for name, value in figures.items()]
 
 
 def top_samples_markdown(run: Run, number: int, top: dict[str, list[Preview]]) -> str:
-    """The samples that were most helpful and most harmful, as markdown tables."""
+    """Return the most helpful and the most harmful samples of a stage as markdown tables."""
+    target = escape_markdown(run.plan.pruning_target)
     lines = [f"# {escape_markdown(run.plan.run)}, stage {number}"]
     for name, samples in top.items():
-        lines += ["", f"## Most {name} to {escape_markdown(run.plan.pruning_target)}", ""]
+        lines += ["", f"## Most {name} to {target}", ""]
         lines += ["| score | sample | step | | |", "|---|---|---|---|---|"]
-        for one in samples:
-            picture = f"![]({one.picture})" if one.picture else ""
-            lines.append(
-                f"| {one.score:+.3e} | {escape_markdown(one.key)} | {one.step} | {picture} | {escape_markdown(one.text)} |"
-            )
+        for sample in samples:
+            picture = f"![]({sample.picture})" if sample.picture else ""
+            key = escape_markdown(sample.key)
+            text = escape_markdown(sample.text)
+            lines.append(f"| {sample.score:+.3e} | {key} | {sample.step} | {picture} | {text} |")
     return "\n".join(lines) + "\n"
 
 
 def escape_markdown(text: str) -> str:
-    """Text that markdown shows as it is, whatever is in it."""
+    """Return a text that markdown shows literally, whatever it contains."""
     return text.translate(ESCAPES)
 
 
-def _link(run: Run, number: int) -> str:
-    """Where the report is, for a browser."""
-    artefact = run.folder.stage(number).report
-    files = artefact.files()
+def _report_link(run: Run, number: int) -> str:
+    """The report's address, for a browser."""
+    files = run.folder.stage(number).report.files()
     return files.local_path(HTML).resolve().as_uri() if files.is_local else files.url_of(HTML)
+
+
+def _data_uri(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
