@@ -1,9 +1,9 @@
-# Two commands for a newcomer, `make demo` and `make test`; the rest is for those who change the code.
+# Start with `make demo` and `make test`. The other targets are for changing the code.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
-TWO = -n 2 --dist loadfile  # two files at a time, each with servers of its own
+TWO = -n 2 --dist loadfile  # two test files at a time; each starts its own servers
 export PREFECT_SERVER_ANALYTICS_ENABLED = false
 export DO_NOT_TRACK = 1
 export NO_MKDOCS_2_WARNING = 1
@@ -11,31 +11,31 @@ export PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS = 180
 
 .PHONY: demo text test test-slow test-server lint docs bench
 
-demo: $(READY)  ## the image example; leaves its run in runs/images
+demo: $(READY)  ## run the image example; its run is kept in runs/images
 	$(BIN)/python -m examples.images.run
 
-text: $(READY)  ## the text example; leaves its run in runs/text
+text: $(READY)  ## run the text example; its run is kept in runs/text
 	$(BIN)/python -m examples.text.run
 
-test: $(READY)  ## the quick tests
+test: $(READY)  ## run the quick tests
 	$(BIN)/python -m pytest $(TWO)
 
-test-slow: $(READY)  ## the tests that take longer: whole examples, real servers
+test-slow: $(READY)  ## run the slow tests: whole examples, real servers
 	$(BIN)/python -m pytest $(TWO) -m slow
 
-test-server: $(READY)  ## the tests on a real Prefect server, its workers, Dask and Ray: minutes
+test-server: $(READY)  ## run the tests with a Prefect server, workers, Dask and Ray (minutes)
 	$(BIN)/python -m pytest -m server
 
-lint: $(READY)  ## formatting, lint, types, and which room imports which
+lint: $(READY)  ## check format, lint, types and the import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-docs: $(READY)  ## the documentation site, into site/
+docs: $(READY)  ## build the documentation site into site/
 	$(BIN)/mkdocs build --strict --quiet
 
-bench: $(READY)  ## every figure the README quotes
+bench: $(READY)  ## run the benchmarks behind the numbers in the README
 	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.fidelity
 	$(BIN)/python -m benchmarks.cost
