@@ -1,4 +1,7 @@
-"""A Prefect server, its worker and the three deployments, made by the commands of docs/deploy.md in a folder of their own."""
+"""A Prefect server, its worker and the three deployments, made by the commands of docs/deploy.md.
+
+Everything is in a temporary folder.
+"""
 
 from __future__ import annotations
 
@@ -23,20 +26,23 @@ import yaml
 from tests.servers import KEY, SECRET, PostgreSQL, SeaweedFS, free_ports
 
 ROOMS = ("flows", "tasks", "secateur", "storage", "tests")
-PATIENCE = 900.0  # of a machine that does much else; all of it takes a minute
+# Seconds to wait. All of it takes a minute, but the machine may be busy.
+PATIENCE = 900.0
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
 
 class Shell:
-    """Runs the page in one shell, a part (what stands under a heading) at a time."""
+    """Runs the page in one shell, one part (the text under a heading) at a time."""
 
     def __init__(self, folder: Path, changes: dict[str, str], environment: dict[str, str]) -> None:
-        self.folder, self.home = folder, environment["PREFECT_HOME"]
+        self.folder = folder
+        self.home = environment["PREFECT_HOME"]
         page = Path("docs/deploy.md").read_text()
         for old, new in changes.items():
             assert old in page, f"docs/deploy.md no longer says {old}"
             page = page.replace(old, new)
-        # Job control (-m), as in a terminal: else what is begun with & is deaf to SIGINT, by which workers end.
+        # Job control (-m), as in a terminal. Without it, commands started with & ignore SIGINT,
+        # which ends workers.
         script = ["set -euxm"]
         for part, text in enumerate(re.split(r"^## ", page, flags=re.MULTILINE)):
             script += [f"until [ -e go-{part} ]; do sleep 0.1; done"]
@@ -56,7 +62,7 @@ class Shell:
         self.part("")
 
     def part(self, title: str, seconds: float = PATIENCE) -> None:
-        """Runs one part to its end; the empty title is what stands before the first heading."""
+        """Run one part to its end. The empty title is the text before the first heading."""
         number = ["", *self.titles].index(title)
         (self.folder / f"go-{number}").touch()
         wait_for(
@@ -66,7 +72,7 @@ class Shell:
         )
 
     def close(self) -> None:
-        """Ends the shell and all that it left in the background: server, worker, flow runs."""
+        """End the shell and all that it left in the background: server, worker, flow runs."""
         self.process.kill()
         self.process.wait()
         for process in psutil.process_iter(["environ"]):
@@ -82,7 +88,7 @@ class Shell:
 
 @dataclass
 class Deployed:
-    """A server with its deployments, seen through its API."""
+    """A server with its deployments, read through its API."""
 
     folder: Path
     client: httpx.Client
@@ -90,67 +96,87 @@ class Deployed:
     shell: Shell | None = None
 
     def get(self, path: str) -> Any:
+        """Return the answer to a GET request."""
         return self._answer("GET", path, None)
 
     def post(self, path: str, /, **body: Any) -> Any:
+        """Return the answer to a POST request."""
         return self._answer("POST", path, body)
 
     def deployment(self, name: str) -> dict[str, Any]:
-        """A deployment, by `flow/deployment`."""
-        found: dict[str, Any] = self.get(f"/deployments/name/{name}")
-        return found
+        """Return a deployment by its name, `flow/deployment`."""
+        deployment: dict[str, Any] = self.get(f"/deployments/name/{name}")
+        return deployment
 
-    def copied(self, name: str, /, **changes: Any) -> dict[str, Any]:
-        """A copy of a deployment under another name, or on another pool, or with other schedules."""
-        found = self.deployment(name)
-        kept = ("flow_id", "entrypoint", "path", "pull_steps", "parameters", "parameter_openapi_schema", "job_variables",
-                "concurrency_options", "work_pool_name")  # fmt: skip
-        limit = (found["global_concurrency_limit"] or {}).get("limit")
-        body = {key: found[key] for key in kept} | {"concurrency_limit": limit} | changes
-        made: dict[str, Any] = self.post("/deployments/", **body)
-        return made
+    def copy(self, name: str, /, **changes: Any) -> dict[str, Any]:
+        """Copy a deployment under another name, or to another pool, or with other schedules."""
+        original = self.deployment(name)
+        keys = (
+            "flow_id",
+            "entrypoint",
+            "path",
+            "pull_steps",
+            "parameters",
+            "parameter_openapi_schema",
+            "job_variables",
+            "concurrency_options",
+            "work_pool_name",
+        )
+        limit = (original["global_concurrency_limit"] or {}).get("limit")
+        body = {key: original[key] for key in keys} | {"concurrency_limit": limit} | changes
+        deployment: dict[str, Any] = self.post("/deployments/", **body)
+        return deployment
 
     def start(self, deployment: dict[str, Any], **parameters: Any) -> str:
-        """Starts a flow run of a deployment; its id."""
-        made = self.post(f"/deployments/{deployment['id']}/create_flow_run", parameters=parameters)
-        return str(made["id"])
+        """Start a flow run of a deployment, and return its id."""
+        path = f"/deployments/{deployment['id']}/create_flow_run"
+        return str(self.post(path, parameters=parameters)["id"])
 
     def flow_run(self, identity: str) -> dict[str, Any]:
-        found: dict[str, Any] = self.get(f"/flow_runs/{identity}")
-        return found
+        """Return a flow run by its id."""
+        flow_run: dict[str, Any] = self.get(f"/flow_runs/{identity}")
+        return flow_run
 
     def flow_runs(self, deployment: dict[str, Any]) -> list[dict[str, Any]]:
-        """A deployment's flow runs, in the order in which they began."""
-        found = self.post(
+        """Return a deployment's flow runs, in the order in which they started."""
+        flow_runs = self.post(
             "/flow_runs/filter",
             deployments={"id": {"any_": [deployment["id"]]}},
             sort="START_TIME_ASC",
         )
-        return list(found)
+        return list(flow_runs)
 
-    def state(self, identity: str, *wanted: str, seconds: float = PATIENCE) -> dict[str, Any]:
-        """Waits until a flow run is in one of some states, or has ended; that state."""
-        wanted = wanted or ENDED
+    def wait_for_state(
+        self, identity: str, *states: str, seconds: float = PATIENCE
+    ) -> dict[str, Any]:
+        """Wait until a flow run is in one of some states (any final one by default), and return it.
 
-        def arrived() -> bool:
+        Fails if the flow run ends in another state.
+        """
+        expected = states or ENDED
+
+        def has_arrived() -> bool:
             state = self.flow_run(identity)["state"]
-            assert state["type"] in (*wanted, "SCHEDULED", "PENDING", "RUNNING"), state
-            return state["type"] in wanted
+            assert state["type"] in (*expected, "SCHEDULED", "PENDING", "RUNNING"), state
+            return state["type"] in expected
 
         wait_for(
-            arrived, seconds, lambda: f"{self.flow_run(identity)['state']} {self.logs(identity)}"
+            has_arrived,
+            seconds,
+            lambda: f"{self.flow_run(identity)['state']} {self.logs(identity)}",
         )
-        found: dict[str, Any] = self.flow_run(identity)["state"]
-        return found
+        state: dict[str, Any] = self.flow_run(identity)["state"]
+        return state
 
     def logs(self, identity: str) -> str:
-        found = self.post(
+        """Return the log of a flow run."""
+        lines = self.post(
             "/logs/filter", logs={"flow_run_id": {"any_": [identity]}}, sort="TIMESTAMP_ASC"
         )
-        return "\n".join(one["message"] for one in found)
+        return "\n".join(line["message"] for line in lines)
 
     def emit(self, stage: int, run: Path, name: str = "secateur.stage.trained") -> None:
-        """What a trainer of one's own says, with an id of its own each time."""
+        """Emit the event of a user's own trainer, with a new id each time."""
         event = {
             "occurred": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "event": name,
@@ -161,42 +187,41 @@ class Deployed:
         self._answer("POST", "/events", [event])
 
     def events(self, *names: str, resource: str | None = None) -> list[dict[str, Any]]:
-        """Events the server has kept, in the order in which they occurred."""
-        narrowed: dict[str, Any] = (
-            {"event": {"name": list(names)}} if names else {"event": {"prefix": ["secateur."]}}
-        )
+        """Return the events that the server has kept, in the order in which they occurred."""
+        event_filter: dict[str, Any] = {"event": {"prefix": ["secateur."]}, "order": "ASC"}
+        if names:
+            event_filter["event"] = {"name": list(names)}
         if resource:
-            narrowed["resource"] = {"id": [resource]}
-        found = self.post("/events/filter", filter=narrowed | {"order": "ASC"}, limit=50)["events"]
-        return list(found)
+            event_filter["resource"] = {"id": [resource]}
+        return list(self.post("/events/filter", filter=event_filter, limit=50)["events"])
 
     def _answer(self, method: str, path: str, body: Any) -> Any:
-        """What the server answers; like Prefect's own client it asks again while the database is too busy."""
+        """The server's answer. As Prefect's client does, ask again while its database is busy."""
         answers: list[httpx.Response] = []
 
-        def answered() -> bool:
+        def is_answered() -> bool:
             answers.append(self.client.request(method, path, json=body))
             return answers[-1].status_code != httpx.codes.SERVICE_UNAVAILABLE
 
-        wait_for(answered, PATIENCE, lambda: answers[-1].text)
+        wait_for(is_answered, PATIENCE, lambda: answers[-1].text)
         assert answers[-1].is_success, answers[-1].text
         return answers[-1].json() if answers[-1].content else None
 
 
-def wait_for(holds: Callable[[], bool], seconds: float, told: Callable[[], str]) -> None:
-    """Waits until something holds; fails with what is told otherwise."""
+def wait_for(holds: Callable[[], bool], seconds: float, explain: Callable[[], str]) -> None:
+    """Wait until a condition holds, and fail with an explanation after some seconds."""
     end = time.monotonic() + seconds
     while not holds():
-        assert time.monotonic() < end, told()
+        assert time.monotonic() < end, explain()
         time.sleep(0.3)
 
 
 def make_project(folder: Path) -> None:
-    """The repository's folder, with the image example's plan made short."""
+    """Make a folder like the repository's, with a short plan of the image example."""
     for room in ROOMS:
         (folder / room).symlink_to(Path(room).resolve())
-    for copied in ("examples", "automations"):
-        shutil.copytree(copied, folder / copied, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("examples", "automations"):
+        shutil.copytree(name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy("prefect.yaml", folder)
     path = folder / "examples/images/plan.yaml"
     plan = yaml.safe_load(path.read_text())
@@ -211,7 +236,7 @@ def make_project(folder: Path) -> None:
 
 
 def environment(folder: Path, port: int) -> dict[str, str]:
-    """What the page's shell finds: no Prefect setting of the tests, a home of its own, and a free port."""
+    """Return the environment of the page's shell: no Prefect settings but a new home and a free port."""
     clean = {
         name: value
         for name, value in os.environ.items()
@@ -226,7 +251,7 @@ def environment(folder: Path, port: int) -> dict[str, str]:
 
 
 def deploy(folder: Path, database: PostgreSQL, store: SeaweedFS) -> Deployed:
-    """Begins the page; its first part has still to be run."""
+    """Start the page's shell. Its first part has not run yet."""
     make_project(folder)
     endpoint = store.environment["AWS_ENDPOINT_URL"]
     s3fs.S3FileSystem(
@@ -237,7 +262,8 @@ def deploy(folder: Path, database: PostgreSQL, store: SeaweedFS) -> Deployed:
         "4200": str(port),
         "5432": str(database.port),
         "8333": str(store.port),
-        "AWS_ACCESS_KEY_ID=key AWS_SECRET_ACCESS_KEY=secret": f"AWS_ACCESS_KEY_ID={KEY} AWS_SECRET_ACCESS_KEY={SECRET}",
+        "AWS_ACCESS_KEY_ID=key": f"AWS_ACCESS_KEY_ID={KEY}",
+        "AWS_SECRET_ACCESS_KEY=secret": f"AWS_SECRET_ACCESS_KEY={SECRET}",
     }
     settings = environment(folder, port)
     settings["PATH"] = f"{database.programs}:{settings['PATH']}"

@@ -1,4 +1,4 @@
-"""The command line as a user meets it, in processes of its own: what it prints, where, and how it exits."""
+"""The command line as a user runs it, in processes: output, errors and exit codes."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from secateur.tasks.plan import POLICIES
 from secateur.tasks.plan.plan_file import read_plan
 from tests.tasks.small import make_data, values
 
 
 def secateur(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs the command; no Prefect setting of the tests reaches it but the folder it keeps its state in."""
+    """Run the command. Of the Prefect settings of the tests it gets only the folder for its state."""
     clean = {
         k: v for k, v in os.environ.items() if not k.startswith("PREFECT_") or k == "PREFECT_HOME"
     }
@@ -32,13 +32,14 @@ def secateur(*words: str, **environment: str) -> subprocess.CompletedProcess[str
 
 
 def write_plan(folder: Path, **changes: Any) -> str:
+    """Write the small plan with some changes, and return its path."""
     path = folder / f"{changes.get('run', 'small')}.yaml"
     path.write_text(yaml.safe_dump(values(folder, **changes)))
     return str(path)
 
 
 def sentence(done: subprocess.CompletedProcess[str]) -> str:
-    """What went to stderr: one line, with exit code 2 and nothing on stdout."""
+    """Return the only line on stderr. The exit code must be 2, and stdout empty."""
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
     (line,) = done.stderr.splitlines()
     return line
@@ -53,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(folder: Path) -> subprocess.CompletedProcess[str]:
-    """The run that the other tests ask."""
+    """The run that the other tests use."""
     return secateur("run", write_plan(folder), "--json")
 
 
@@ -70,7 +71,9 @@ def test_run_prints_one_document(finished: subprocess.CompletedProcess[str]) -> 
     assert "Traceback" not in finished.stderr
 
 
-def test_run_again_prints_the_same_as_a_table(finished: Mapping[str, Any], folder: Path) -> None:
+def test_run_again_prints_the_same_as_a_table(
+    finished: subprocess.CompletedProcess[str], folder: Path
+) -> None:
     done = secateur("run", write_plan(folder))
     assert done.returncode == 0, done.stderr
     assert "top: score not among the best 0.5" in done.stdout
@@ -85,20 +88,20 @@ def test_plan_trains_nothing(folder: Path) -> None:
     assert not (folder / "runs" / "dry").exists()
 
 
-def test_the_dry_run_foretells_what_the_run_writes(
-    finished: Mapping[str, Any], folder: Path
+def test_the_dry_run_estimates_what_the_run_writes(
+    finished: subprocess.CompletedProcess[str], folder: Path
 ) -> None:
-    foretold = json.loads(secateur("plan", write_plan(folder), "--json").stdout)["stages"][0]
+    estimate = json.loads(secateur("plan", write_plan(folder), "--json").stdout)["stages"][0]
     ledger = sum(
         p.stat().st_size
         for p in (folder / "runs/small/stages/00/ledger").rglob("ledger.safetensors")
     )
     index = next((folder / "runs/small/stages/00/index").rglob("index.faiss")).stat().st_size
-    assert ledger == pytest.approx(foretold["ledger_bytes"], rel=0.5)
-    assert index == pytest.approx(foretold["index_bytes"], rel=0.05)
+    assert ledger == pytest.approx(estimate["ledger_bytes"], rel=0.5)
+    assert index == pytest.approx(estimate["index_bytes"], rel=0.05)
 
 
-def test_query(finished: Mapping[str, Any], folder: Path) -> None:
+def test_query(finished: subprocess.CompletedProcess[str], folder: Path) -> None:
     words = ("query", f"{folder}/runs/small", "--target", "clean", "--top", "4")
     helpful = json.loads(secateur(*words, "--json").stdout)
     harmful = json.loads(secateur(*words, "--harmful", "--stage", "0", "--json").stdout)
@@ -109,20 +112,22 @@ def test_query(finished: Mapping[str, Any], folder: Path) -> None:
     assert all(hit["key"] in table for hit in helpful)
 
 
-def test_prune_by_another_policy_stands_beside_the_plans(
-    finished: Mapping[str, Any], folder: Path
+def test_pruning_by_another_policy_leaves_the_plans_own(
+    finished: subprocess.CompletedProcess[str], folder: Path
 ) -> None:
-    done = secateur("prune", f"{folder}/runs/small", "--stage", "0", "--policy", "balanced", "--keep", "0.6", "--by", "cls", "--json")  # fmt: skip
+    run = f"{folder}/runs/small"
+    options = ("--policy", "balanced", "--keep", "0.6", "--by", "cls", "--json")
+    done = secateur("prune", run, "--stage", "0", *options)
     found = json.loads(done.stdout)
     assert found["name"] == "balanced-0.6-cls"
     assert all(Path(shard).exists() for shard in found["shards"])
-    again = json.loads(secateur("prune", f"{folder}/runs/small", "--stage", "0", "--json").stdout)
+    again = json.loads(secateur("prune", run, "--stage", "0", "--json").stdout)
     assert again["name"] == "plan"
-    assert again["kept"] == json.loads(finished.stdout)[0]["pruned"]["kept"]  # type: ignore[attr-defined]
+    assert again["kept"] == json.loads(finished.stdout)[0]["pruned"]["kept"]
 
 
-def test_windows(finished: Mapping[str, Any], folder: Path) -> None:
-    """The first stage was recorded in windows, the second whole."""
+def test_windows(finished: subprocess.CompletedProcess[str], folder: Path) -> None:
+    """The first stage was recorded in windows, the second in full."""
     done = secateur("windows", f"{folder}/runs/small")
     assert done.returncode == 0, done.stderr
     first, second = (
@@ -140,51 +145,55 @@ def test_windows(finished: Mapping[str, Any], folder: Path) -> None:
     assert 0 < found["share"] <= 0.2
     (lines,) = re.findall(r"^ +(windows: .*)$", second, re.MULTILINE)
     stage = {"steps": 10, "batch_size": 20, **yaml.safe_load(lines)}
-    assert read_plan(write_plan(folder, run="taking", stages=[stage])).stages[0].given[-1].stop <= 1
+    assert (
+        read_plan(write_plan(folder, run="suggested", stages=[stage]))
+        .stages[0]
+        .listed_windows[-1]
+        .stop
+        <= 1
+    )
 
 
-def test_windows_that_cannot_be_suggested(finished: Mapping[str, Any], folder: Path) -> None:
+def test_a_budget_that_is_not_a_share_is_refused(
+    finished: subprocess.CompletedProcess[str], folder: Path
+) -> None:
     done = secateur("windows", f"{folder}/runs/small", "--budget", "2")
     assert "the budget is 2; give a share of the steps" in sentence(done)
 
 
-def test_audit(finished: Mapping[str, Any], folder: Path) -> None:
+def test_audit(finished: subprocess.CompletedProcess[str], folder: Path) -> None:
     words = ("audit", f"{folder}/runs/small", "--stage", "1", "--removals", "8")
     done = secateur(*words, "--json")
     found = json.loads(done.stdout)
-    assert "the audit will cost about" in done.stderr
+    assert "the audit costs about" in done.stderr
     assert found["fidelity"]["replay"]["spearman"] > 0.8
     assert Path(found["plot"]).exists()
     assert "replay" in secateur(*words).stdout
 
 
 def test_verify_and_gc(folder: Path) -> None:
-    run = Path(
-        json.loads(secateur("run", write_plan(folder, run="checked"), "--json").stdout)[0][
-            "pruned"
-        ]["shards"][0]
-    )
-    left, shard = folder / "runs/checked/stages/00/index/half/index.faiss", run
-    assert secateur("verify", f"{folder}/runs/checked").stdout == "all is as it was committed\n"
-    left.parent.mkdir()
-    left.write_bytes(b"half")
-    assert (
-        "would be removed: stages/00/index/half/index.faiss"
-        in secateur("gc", f"{folder}/runs/checked", "--dry-run").stdout
-    )
-    assert left.exists()
-    assert json.loads(secateur("gc", f"{folder}/runs/checked", "--json").stdout) == [
-        "stages/00/index/half/index.faiss"
-    ]
-    assert not left.exists()
+    done = secateur("run", write_plan(folder, run="checked"), "--json")
+    shard = Path(json.loads(done.stdout)[0]["pruned"]["shards"][0])
+    run = folder / "runs/checked"
+    stray = run / "stages/00/index/half/index.faiss"
+    assert secateur("verify", str(run)).stdout == "every file is as it was committed\n"
+    stray.parent.mkdir()
+    stray.write_bytes(b"half")
+    name = "stages/00/index/half/index.faiss"
+    assert f"would be removed: {name}" in secateur("gc", str(run), "--dry-run").stdout
+    assert stray.exists()
+    assert json.loads(secateur("gc", str(run), "--json").stdout) == [name]
+    assert not stray.exists()
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
-    done = secateur("verify", f"{folder}/runs/checked", "--json")
+    done = secateur("verify", str(run), "--json")
     (finding,) = json.loads(done.stdout)
     assert (done.returncode, finding["what"]) == (2, "changed")
     assert str(shard).endswith(finding["file"])
 
 
-def test_what_a_user_gets_wrong_is_one_sentence(finished: Mapping[str, Any], folder: Path) -> None:
+def test_mistakes_of_a_user_are_one_sentence(
+    finished: subprocess.CompletedProcess[str], folder: Path
+) -> None:
     run = f"{folder}/runs/small"
     assert "unknown key `batchsize`" in sentence(
         secateur("run", write_plan(folder, run="typo", batchsize=4))
@@ -198,7 +207,7 @@ def test_what_a_user_gets_wrong_is_one_sentence(finished: Mapping[str, Any], fol
     assert "has no stage 7; its last is 1" in sentence(secateur("prune", run, "--stage", "7"))
 
 
-def test_ctrl_c_says_how_to_go_on(folder: Path) -> None:
+def test_ctrl_c_says_how_to_continue(folder: Path) -> None:
     plan = write_plan(folder, run="stopped", stages=[{"steps": 100_000, "batch_size": 20}])
     process = subprocess.Popen(
         [sys.executable, "-m", "secateur.flows.cli", "run", plan], stderr=subprocess.PIPE, text=True
@@ -209,7 +218,7 @@ def test_ctrl_c_says_how_to_go_on(folder: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "interrupted; the same command carries on from the last whole segment" in errors
+    assert "interrupted; the same command continues after the last whole segment" in errors
     assert "Traceback" not in errors
 
 
@@ -219,13 +228,28 @@ def test_ctrl_c_says_how_to_go_on(folder: Path) -> None:
         (["--policy", "top"], "--policy top needs --keep"),
         (["--policy", "threshold"], "--policy threshold needs --at-least"),
         (["--policy", "top", "--keep", "0.5", "--by", "cls"], "--policy top takes no --by"),
-        (["--policy", "best"], "--policy is best; give one of top, threshold"),
-        (["--keep", "0.5"], "--policy is missing; give one of top"),
         (["--policy", "top", "--keep", "1.5"], "--keep: input should be less than or equal to 1"),
     ],
 )
-def test_policies_that_cannot_be(words: list[str], expected: str) -> None:
-    assert expected in sentence(secateur("prune", "runs/any", "--stage", "0", *words))
+def test_impossible_policies_are_refused(
+    finished: subprocess.CompletedProcess[str], folder: Path, words: list[str], expected: str
+) -> None:
+    done = secateur("prune", f"{folder}/runs/small", "--stage", "0", *words)
+    assert expected in sentence(done)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [(["--policy", "best"], "--policy is best"), (["--keep", "0.5"], "--policy is missing")],
+)
+def test_the_known_policies_are_listed(
+    finished: subprocess.CompletedProcess[str], folder: Path, words: list[str], expected: str
+) -> None:
+    line = sentence(secateur("prune", f"{folder}/runs/small", "--stage", "0", *words))
+    problem, _, names = line.partition("; give one of ")
+    assert problem == f"secateur: {expected}"
+    assert names.split(", ") == POLICIES.names()
+    assert {"top", "threshold", "random", "loss", "tracin"} < set(POLICIES.names())
 
 
 def test_help_names_every_command() -> None:

@@ -1,4 +1,4 @@
-"""docs/deploy.md as it stands, and what its deployments do: on schedule, on events, on demand, and after kills."""
+"""docs/deploy.md runs, and its deployments work: on schedule, on events, on demand, after kills."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ import pytest
 
 from secateur.flows.events import NAMES
 from secateur.flows.run_lock import limit_name
+from secateur.flows.stage import train_stage
+from secateur.flows.workers import InlineWorkers
 from secateur.storage.layout import RunFolder
-from secateur.tasks.data.samples import list_stage_samples
-from secateur.tasks.run.run import Run
-from secateur.tasks.training.fit_basis import fit_basis
-from secateur.tasks.training.train import train_stage
+from secateur.tasks.run import Run
 from tests.flows.deployed import PATIENCE, Deployed, deploy, wait_for
 from tests.servers import PostgreSQL, SeaweedFS
 from tests.tasks.small import make_data, small_plan, values
@@ -44,19 +43,24 @@ def database() -> Iterator[PostgreSQL]:
 def project(
     database: PostgreSQL, seaweed_server: SeaweedFS, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Deployed]:
-    """The page's folder, its first part run: a server, a worker, the deployments and a first run."""
-    begun = deploy(tmp_path_factory.mktemp("project"), database, seaweed_server)
+    """The page's folder after its first part: a server, a worker, the deployments and a first run."""
+    started = deploy(tmp_path_factory.mktemp("project"), database, seaweed_server)
     try:
-        begun.shell.part("Five minutes")
-        yield begun
+        assert started.shell
+        started.shell.part(started.shell.titles[0])
+        yield started
     finally:
-        begun.shell.close()
-        begun.client.close()
+        if started.shell:
+            started.shell.close()
+        started.client.close()
 
 
 @pytest.fixture(scope="module")
 def doomed(project: Deployed) -> dict[str, Any]:
-    """A flow run on a pool of its own whose worker and process were both killed while it trained."""
+    """A flow run whose worker and process were both killed while it trained.
+
+    It has a work pool for itself.
+    """
     make_data(project.folder / "doomed")
     plan = values(
         project.folder / "doomed",
@@ -72,7 +76,7 @@ def doomed(project: Deployed) -> dict[str, Any]:
             PATIENCE,
             lambda: "",
         )
-        deployment = project.copied(
+        deployment = project.copy(
             "curate/nightly", name="doomed", work_pool_name="doomed", parameters={"plan": plan}
         )
         identity = project.start(deployment)
@@ -84,7 +88,7 @@ def doomed(project: Deployed) -> dict[str, Any]:
     return {
         "deployment": deployment,
         "flow_run": identity,
-        "begun": [s.manifest.attempt for s in stage.segments()],
+        "attempts": [segment.manifest.attempt for segment in stage.segments()],
     }
 
 
@@ -111,7 +115,7 @@ def test_the_three_deployments(project: Deployed) -> None:
     assert refused.status_code == 409
 
 
-def test_the_first_runs_end_well_and_are_told(project: Deployed) -> None:
+def test_the_first_runs_complete_and_emit_events(project: Deployed) -> None:
     (nightly,) = (
         r for r in project.flow_runs(project.deployment("curate/nightly")) if r["start_time"]
     )
@@ -123,10 +127,10 @@ def test_the_first_runs_end_well_and_are_told(project: Deployed) -> None:
     wait_for(
         lambda: len(project.events()) >= len(expected), PATIENCE, lambda: str(project.events())
     )
-    told = project.events()
-    assert [event["event"] for event in told] == expected
+    events = project.events()
+    assert [event["event"] for event in events] == expected
     models = {name: model for model, name in NAMES.items()}
-    for event in told:
+    for event in events:
         payload = models[event["event"]].model_validate(event["payload"])
         assert set(event["payload"]) == set(type(payload).model_fields)
         assert payload.run == str(folder)
@@ -134,8 +138,8 @@ def test_the_first_runs_end_well_and_are_told(project: Deployed) -> None:
         assert event["resource"]["prefect.resource.id"] == f"secateur.{kind}.images"
     pruned = RunFolder(str(folder)).stage(0).prune("plan")
     shards = [Path(pruned.url(name)) for name in pruned.names() if name.startswith("shards/")]
-    assert {shard.parent for shard in shards} == {Path(told[3]["payload"]["folder"])}
-    assert told[3]["payload"]["shards"] == len(shards)
+    assert {shard.parent for shard in shards} == {Path(events[3]["payload"]["folder"])}
+    assert events[3]["payload"]["shards"] == len(shards)
     assert project.flow_runs(project.deployment("prune/on-stage-trained")) == []
 
 
@@ -143,19 +147,19 @@ def test_a_schedule_fires(project: Deployed, doomed: dict[str, Any]) -> None:
     moment = datetime.now(UTC) + timedelta(seconds=8)
     daily = {"interval": 86_400, "anchor_date": moment.isoformat()}
     make_data(project.folder / "daily")
-    copy = project.copied(
+    deployment = project.copy(
         "curate/nightly", name="soon", schedules=[{"schedule": daily, "active": True}],
         parameters={"plan": values(project.folder / "daily"), "dated": True},
     )  # fmt: skip
-    wait_for(lambda: bool(project.flow_runs(copy)), PATIENCE, lambda: "nothing was scheduled")
-    first = min(project.flow_runs(copy), key=lambda run: run["expected_start_time"])
+    wait_for(lambda: bool(project.flow_runs(deployment)), PATIENCE, lambda: "nothing was scheduled")
+    first = min(project.flow_runs(deployment), key=lambda run: run["expected_start_time"])
     assert first["auto_scheduled"]
-    assert project.state(first["id"])["type"] == "COMPLETED"
+    assert project.wait_for_state(first["id"])["type"] == "COMPLETED"
     run = Run.open(f"{project.folder}/daily/runs/small-{moment:%Y-%m-%d-%H%M}")
     assert run.folder.stage(0).prune("plan").committed
 
 
-def test_events_that_come_twice_early_and_late(project: Deployed) -> None:
+def test_events_that_come_twice_early_or_late(project: Deployed) -> None:
     make_data(project.folder / "outside")
     run = Run.start(small_plan(project.folder / "outside", run="outside"))
     train_next(run, 0)
@@ -167,14 +171,16 @@ def test_events_that_come_twice_early_and_late(project: Deployed) -> None:
         PATIENCE,
         lambda: "an event was not answered",
     )
-    ends = {one["id"]: project.state(one["id"]) for one in project.flow_runs(deployment)}
+    ends = {one["id"]: project.wait_for_state(one["id"]) for one in project.flow_runs(deployment)}
     for one in project.flow_runs(deployment):
         assert ends[one["id"]]["type"] == ("FAILED" if one["parameters"]["stage"] else "COMPLETED")
         assert (
-            one["parameters"]["stage"] == 0 or "is not wholly trained" in ends[one["id"]]["message"]
+            one["parameters"]["stage"] == 0
+            or "is not trained to its end" in ends[one["id"]]["message"]
         )
-    told = [e for e in project.events("secateur.stage.pruned") if e["payload"]["run"] == run.url]
-    assert len(told) == 1  # both runs tell it, under one id
+    pruned_events = project.events("secateur.stage.pruned")
+    own = [event for event in pruned_events if event["payload"]["run"] == run.url]
+    assert len(own) == 1  # both flow runs emit it, under one id
     wait_for(
         lambda: len(slots_of(project, run)) == 4, PATIENCE, lambda: str(slots_of(project, run))
     )
@@ -188,51 +194,49 @@ def test_events_that_come_twice_early_and_late(project: Deployed) -> None:
     wait_for(
         lambda: bool(new_runs(project, set(ends))), PATIENCE, lambda: "an event was not answered"
     )
-    assert project.state(*new_runs(project, set(ends)))["type"] == "COMPLETED"
+    assert project.wait_for_state(*new_runs(project, set(ends)))["type"] == "COMPLETED"
     again = Run.open(run.url).folder
     assert {name: again.stage(0).prune("plan").manifest.files[name] for name in shards} == shards
     assert again.stage(1).index.committed
 
 
-def test_a_run_whose_worker_and_process_are_killed_crashes_and_carries_on(
+def test_a_run_whose_worker_and_process_are_killed_crashes_and_continues(
     project: Deployed, doomed: dict[str, Any]
 ) -> None:
     again = project.start(doomed["deployment"])
-    state = project.state(doomed["flow_run"])
+    state = project.wait_for_state(doomed["flow_run"])
     assert (state["type"], state["message"]) == (
         "CRASHED",
-        "It sent no heartbeat for a minute, so its process is taken to be gone.",
+        "The flow run sent no heartbeat for a minute, so its process has probably ended.",
     )
     with worker(project, "doomed"):
-        assert project.state(again)["type"] == "COMPLETED"
+        assert project.wait_for_state(again)["type"] == "COMPLETED"
     stage = RunFolder(f"{project.folder}/doomed/runs/doomed").stage(0)
     attempts = [segment.manifest.attempt for segment in stage.segments()]
-    assert (len(attempts), attempts[: len(doomed["begun"])]) == (8, doomed["begun"])
+    assert (len(attempts), attempts[: len(doomed["attempts"])]) == (8, doomed["attempts"])
 
 
 def test_the_rest_of_the_page(project: Deployed) -> None:
-    _, own, _, real = project.shell.titles
+    assert project.shell
+    _, own, together, real = project.shell.titles
     before = {run["id"] for run in project.flow_runs(project.deployment("prune/on-stage-trained"))}
     project.shell.part(own)
     wait_for(
         lambda: bool(new_runs(project, before)), PATIENCE, lambda: "the event was not answered"
     )
-    assert project.state(*new_runs(project, before))["type"] == "COMPLETED"
-    project.shell.part("What stands in the way of two runs at once")
+    assert project.wait_for_state(*new_runs(project, before))["type"] == "COMPLETED"
+    project.shell.part(together)
     project.shell.part(real)
-    assert "all is as it was committed" in (project.folder / "page.log").read_text()
+    assert "every file is as it was committed" in (project.folder / "page.log").read_text()
 
 
 def train_next(run: Run, stage: int) -> None:
-    """Trains a stage, and does nothing else to it."""
-    list_stage_samples.fn(run.url, stage)
-    if stage == 0:
-        fit_basis.fn(run.url)
-    train_stage.fn(run.url, stage)
+    """Train a stage, and do nothing else to it."""
+    train_stage(InlineWorkers(), run.url, stage)
 
 
 def slots_of(project: Deployed, run: Run) -> list[str]:
-    """What became of the slot on a run's folder: `acquired` or `released`, in the order in which it occurred."""
+    """Return whether the slot of a run's folder was `acquired` or `released`, in the order of time."""
     events = [
         e
         for e in project.events(*SLOTS)
@@ -242,6 +246,7 @@ def slots_of(project: Deployed, run: Run) -> list[str]:
 
 
 def new_runs(project: Deployed, before: set[str]) -> list[str]:
+    """Return the ids of the flow runs of `prune` that are not in `before`."""
     return [
         r["id"]
         for r in project.flow_runs(project.deployment("prune/on-stage-trained"))
@@ -251,7 +256,7 @@ def new_runs(project: Deployed, before: set[str]) -> list[str]:
 
 @contextmanager
 def worker(project: Deployed, pool: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A worker of a pool, which it makes."""
+    """A worker of a new work pool."""
     words = [
         sys.executable,
         "-m",

@@ -1,4 +1,4 @@
-"""What events hold is what docs/events.md says, and when they are told."""
+"""Events hold what docs/events.md says, and are emitted when it says."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from secateur.flows import events
 from secateur.flows.run_lock import absolute_url, limit_name
-from secateur.tasks.analysis.audit import Fidelity, read_audit
-from secateur.tasks.pruning.prune import PLAN_PRUNING, unpruned_before
-from secateur.tasks.run.run import Run
+from secateur.storage.layout import PLAN_PRUNING
+from secateur.tasks.results.audit_results import Fidelity, read_audit
+from secateur.tasks.results.pruning_results import unpruned_before
+from secateur.tasks.run import Run
 from secateur.tasks.training.train import train_stage
 from tests.tasks.small import curate_small, make_data, small_plan
 
@@ -26,16 +27,17 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What would be emitted to a server."""
-    found: list[dict[str, Any]] = []
+def emitted(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The events that would be sent to a server."""
+    emitted: list[dict[str, Any]] = []
     monkeypatch.setattr(
-        events, "emit_event", lambda event, **rest: found.append({"event": event, **rest})
+        "prefect.events.emit_event", lambda event, **rest: emitted.append({"event": event, **rest})
     )
-    return found
+    return emitted
 
 
-def tell_all(run: Run) -> None:
+def emit_all(run: Run) -> None:
+    """Emit the events of a run's first stage and of its end, as if a server were configured."""
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:1/api"}):
         events.emit_trained(run.url, 0)
         events.emit_embedded(run.url, 0)
@@ -53,17 +55,17 @@ def test_the_page_lists_every_payload() -> None:
         assert rows == [(field, info.description) for field, info in model.model_fields.items()]
 
 
-def test_all_tellings_of_a_commit_have_one_id(run: Run, told: list[dict[str, Any]]) -> None:
-    tell_all(run)
-    first = [event["id"] for event in told]
-    tell_all(run)
-    assert [event["id"] for event in told] == first * 2
+def test_all_events_of_a_commit_have_one_id(run: Run, emitted: list[dict[str, Any]]) -> None:
+    emit_all(run)
+    first = [event["id"] for event in emitted]
+    emit_all(run)
+    assert [event["id"] for event in emitted] == first * 2
     assert len(set(first)) == 5
     run.folder.stage(0).trained.remove()
-    train_stage.fn(run.url, 0)
-    told.clear()
-    tell_all(run)
-    assert [event["id"] == one for event, one in zip(told, first, strict=True)] == [
+    train_stage(run, 0)
+    emitted.clear()
+    emit_all(run)
+    assert [event["id"] == one for event, one in zip(emitted, first, strict=True)] == [
         False,
         True,
         True,
@@ -72,14 +74,14 @@ def test_all_tellings_of_a_commit_have_one_id(run: Run, told: list[dict[str, Any
     ]
 
 
-def test_nothing_is_told_without_a_server(run: Run, told: list[dict[str, Any]]) -> None:
+def test_nothing_is_emitted_without_a_server(run: Run, emitted: list[dict[str, Any]]) -> None:
     events.emit_trained(run.url, 0)
     events.emit_finished(run.url)
-    assert told == []
+    assert emitted == []
 
 
 @pytest.mark.parametrize(
-    ("least", "spearman", "from_", "expected"),
+    ("least", "spearman", "low", "expected"),
     [
         (0.5, 0.4, 0.2, True),
         (0.5, 0.6, -0.1, False),
@@ -88,15 +90,15 @@ def test_nothing_is_told_without_a_server(run: Run, told: list[dict[str, Any]]) 
     ],
 )
 def test_when_fidelity_is_low(
-    least: float | None, spearman: float, from_: float, expected: bool
+    least: float | None, spearman: float, low: float, expected: bool
 ) -> None:
     measured = Fidelity(
-        spearman=spearman, spearman_interval=(from_, 0.9), pearson=0, pearson_interval=(0, 0)
+        spearman=spearman, spearman_interval=(low, 0.9), pearson=0, pearson_interval=(0, 0)
     )
     assert events.is_low(measured, least) is expected
 
 
-def test_low_fidelity_is_told(tmp_path: Path, told: list[dict[str, Any]]) -> None:
+def test_low_fidelity_is_emitted(tmp_path: Path, emitted: list[dict[str, Any]]) -> None:
     make_data(tmp_path)
     run = curate_small(
         small_plan(
@@ -109,20 +111,20 @@ def test_low_fidelity_is_told(tmp_path: Path, told: list[dict[str, Any]]) -> Non
     )
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:1/api"}):
         events.emit_low_fidelity(run.url, 0)
-    (event,) = told
+    (event,) = emitted
     assert event["event"] == "secateur.fidelity.low"
     assert event["payload"] == events.FidelityLow(**event["payload"]).model_dump(mode="json")
     assert event["payload"]["spearman"] == read_audit(run, 0).fidelity["embedding"].spearman
     assert (event["payload"]["least"], event["payload"]["estimate"]) == (1.0, "embedding")
 
 
-def test_what_a_gap_is(run: Run) -> None:
+def test_unpruned_stages_before_a_stage(run: Run) -> None:
     assert unpruned_before(run, 1) == []
     run.folder.stage(0).prune(PLAN_PRUNING).remove()
     assert (unpruned_before(run, 0), unpruned_before(run, 1)) == ([], [0])
 
 
-def test_a_run_has_one_name_however_its_folder_is_written(
+def test_a_run_has_one_name_for_every_spelling_of_its_folder(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parent, name = run.url.rsplit("/", 1)

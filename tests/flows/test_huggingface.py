@@ -1,7 +1,8 @@
-"""What the callback records of Hugging Face's Trainer is autograd's, one sample at a time; and it resumes with it."""
+"""The callback for Hugging Face's Trainer records what autograd gives, and resumes with it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from secateur.errors import PlanError
 from secateur.flows.trainers.huggingface import KeepKeys, RecordingCallback
 from secateur.storage.ledger import read_checkpoint, read_ledger
 from secateur.tasks.plan import Plan
-from secateur.tasks.run.run import Run
+from secateur.tasks.run import Run
 from tests.flows import gpt
+from tests.flows.test_lightning import read_gradients
+from tests.tasks.external.test_recording import assert_equal_ledgers
 from tests.tasks.small import score_small
-from tests.tasks.test_outside import assert_equal_ledgers
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Stop(TrainerCallback):
-    """Ends the process, as far as the Trainer knows, before a step."""
+    """Interrupts the Trainer before a step."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -37,70 +39,93 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def trainer(plan: Plan, callback: RecordingCallback, stop: int = -1, **changes: Any) -> Trainer:
-    """As a user writes it; two micro-batches of 4 a step, clipped, with AdamW and a schedule."""
+def make_trainer(
+    plan: Plan, callback: RecordingCallback, stop: int = -1, **changes: Any
+) -> Trainer:
+    """Make a Trainer as a user does: two micro-batches of 4 per step, clipped, AdamW, a schedule."""
     settings = {
-        "output_dir": f"{plan.root}/{plan.run}-trainer", "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
-        "max_steps": 5, "learning_rate": 0.01, "weight_decay": 0.1, "remove_unused_columns": False, "use_cpu": True,
-        "report_to": "none", "disable_tqdm": True, "save_strategy": "steps", "logging_strategy": "no",
-    }  # fmt: skip
+        "output_dir": f"{plan.root}/{plan.run}-trainer",
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 5,
+        "learning_rate": 0.01,
+        "weight_decay": 0.1,
+        "remove_unused_columns": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "steps",
+        "logging_strategy": "no",
+    }
     return Trainer(
-        Run.of(plan).model(), TrainingArguments(**settings | changes), data_collator=KeepKeys(gpt.collate),
-        train_dataset=gpt.examples(), callbacks=[callback, Stop(stop)],
-    )  # fmt: skip
+        Run.of_plan(plan).model(),
+        TrainingArguments(**settings | changes),
+        data_collator=KeepKeys(gpt.collate),
+        train_dataset=gpt.make_examples(),
+        callbacks=[callback, Stop(stop)],
+    )
 
 
-def test_contributions_are_autograds(folder: Path) -> None:
-    plan = gpt.plan(folder)
+def check_segment(
+    run: Run, number: int, keys: Callable[[list[int]], list[str]], first_labels: int
+) -> None:
+    """Compare a recorded segment of one step with autograd, one sample at a time.
+
+    Args:
+        keys: returns the keys of samples.
+        first_labels: how many labels count in the batch's mean although no loss reads them.
+    """
+    stage = run.folder.stage(0)
+    model = run.model()
+    task = run.task()
+    assert isinstance(task, gpt.NextToken)
+    project = run.basis(run.bindings(model)).project_tensors
+    texts = {example["__key__"]: example for example in gpt.make_examples()}
+    segment, _ = read_ledger(stage.segment(number))
+    before = read_checkpoint(stage.segment(number - 1) if number else stage.start)
+    model.load_state_dict(
+        {n.removeprefix("model."): t for n, t in before.items() if n.startswith("model.")}
+    )
+    assert len(segment["samples"]) == 8
+    losses, sizes, gradients = [], [], []
+    for key in keys(segment["samples"].tolist()):
+        batch = gpt.collate([texts[key]])
+        model.zero_grad()
+        loss = task.losses(model, batch)[0]
+        loss.backward()
+        losses.append(float(loss.detach()))
+        sizes.append(float(task.sizes(batch)))
+        gradients.append(read_gradients(model))
+    weights = torch.tensor(sizes, dtype=torch.float64) / (sum(sizes) + first_labels)
+    mean = [
+        sum(w * g[name] for w, g in zip(weights, gradients, strict=True)) for name in gradients[0]
+    ]
+    norm = float(torch.cat([gradient.flatten() for gradient in mean]).norm())
+    weights = weights * min(1.0, 1.0 / norm)
+    torch.testing.assert_close(segment["weights"], weights, rtol=1e-4, atol=0)
+    expected_losses = torch.tensor(losses).double()
+    torch.testing.assert_close(segment["losses"], expected_losses, rtol=1e-5, atol=1e-6)
+    projected = torch.stack([project(gradient) for gradient in gradients])
+    expected = (weights[:, None] * projected).float()
+    tolerance = 1e-5 * float(expected.abs().max())
+    torch.testing.assert_close(segment["contributions"], expected, rtol=1e-3, atol=tolerance)
+
+
+def test_contributions_are_those_of_autograd(folder: Path) -> None:
+    plan = gpt.make_plan(folder)
     callback = RecordingCallback(plan, 0)
-    trained = trainer(plan, callback)
-    trained.train()
+    trainer = make_trainer(plan, callback)
+    trainer.train()
+    assert callback.recording
     run = callback.recording.run
     stage = run.folder.stage(0)
     assert stage.trained.manifest.facts["by"] == "huggingface"
     assert stage.trained.manifest.facts["steps"] == 5
-    model, task = run.model(), run.task()
-    assert isinstance(task, gpt.NextToken)
-    project = run.basis(run.bindings(model)).project_tensors
-    texts = {e["__key__"]: e for e in gpt.examples()}
-    keys = callback.recording._samples.keys
-    for number, ledger in enumerate(stage.segments()):
-        segment, _ = read_ledger(ledger)
-        before = read_checkpoint(stage.segment(number - 1) if number else stage.start)
-        model.load_state_dict(
-            {n.removeprefix("model."): t for n, t in before.items() if n.startswith("model.")}
-        )
-        assert len(segment["samples"]) == 8
-        own, sizes = [], []
-        for key in keys(segment["samples"].tolist()):
-            batch = gpt.collate([texts[key]])
-            model.zero_grad()
-            loss = task.losses(model, batch)[0]
-            loss.backward()
-            sizes.append(float(task.sizes(batch)))
-            gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
-            own.append((float(loss.detach()), project(gradients), gradients))
-        counted = sum(sizes) + (
-            0 if trained._loss_shifts_labels else 8
-        )  # GPT-2's first labels, which no loss reads, count
-        weights = torch.tensor(sizes, dtype=torch.float64) / counted
-        whole = [
-            sum(w * g[n] for w, (_, _, g) in zip(weights, own, strict=True)) for n in own[0][2]
-        ]
-        norm = float(torch.cat([g.flatten() for g in whole]).norm())
-        weights = weights * min(1.0, 1.0 / norm)
-        torch.testing.assert_close(segment["weights"], weights, rtol=1e-4, atol=0)
-        torch.testing.assert_close(
-            segment["losses"],
-            torch.tensor([loss for loss, _, _ in own]).double(),
-            rtol=1e-5,
-            atol=1e-6,
-        )
-        expected = torch.stack([w * g for w, (_, g, _) in zip(weights, own, strict=True)]).float()
-        torch.testing.assert_close(
-            segment["contributions"], expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max())
-        )
-    for name, tensor in trained.model.state_dict().items():
+    # Where the Trainer does not shift labels itself, it counts the first label of every text.
+    first_labels = 0 if trainer._loss_shifts_labels else 8
+    for number in range(len(stage.segments())):
+        check_segment(run, number, callback.recording._samples.keys, first_labels)
+    for name, tensor in trainer.model.state_dict().items():
         assert torch.equal(tensor, read_checkpoint(stage.segment(4))[f"model.{name}"])
     score_small(run, 0)
     assert stage.scores.committed
@@ -110,27 +135,27 @@ def test_contributions_are_autograds(folder: Path) -> None:
 def test_it_resumes_with_the_trainer(
     folder: Path, saving: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From the checkpoint of the last segment, or, where the Trainer saves none, by repeating what the ledger has."""
-    dropping = {"factory": "tests.flows.gpt:gpt2", "args": {"dropout": 0.2}}
+    """It resumes from the last segment's checkpoint, or repeats the steps if the Trainer saves none."""
+    model = {"factory": "tests.flows.gpt:gpt2", "args": {"dropout": 0.2}}
     whole, plan = (
-        gpt.plan(folder, run=f"{name}-{saving}", model=dropping, segment_steps=2)
+        gpt.make_plan(folder, run=f"{name}-{saving}", model=model, segment_steps=2)
         for name in ("whole", "stopped")
     )
-    trainer(whole, RecordingCallback(whole, 0), save_strategy=saving).train()
+    make_trainer(whole, RecordingCallback(whole, 0), save_strategy=saving).train()
     with pytest.raises(KeyboardInterrupt):
-        trainer(plan, RecordingCallback(plan, 0), 3, save_strategy=saving).train()
-    assert len(Run.of(plan).folder.stage(0).segments()) == 1
+        make_trainer(plan, RecordingCallback(plan, 0), 3, save_strategy=saving).train()
+    assert len(Run.of_plan(plan).folder.stage(0).segments()) == 1
     callback = RecordingCallback(plan, 0)
-    again = trainer(plan, callback, save_strategy=saving)
+    again = make_trainer(plan, callback, save_strategy=saving)
     checkpoint = callback.checkpoint(again.args.output_dir)
     assert (Path(checkpoint).name if checkpoint else None) == (
         "checkpoint-2" if saving == "steps" else None
     )
     again.train(resume_from_checkpoint=checkpoint)
-    assert_equal_ledgers(Run.of(whole), Run.of(plan), 0)
+    assert_equal_ledgers(Run.of_plan(whole), Run.of_plan(plan), 0)
     before = again.model.state_dict()
     finished = RecordingCallback(plan, 0)
-    last = trainer(plan, finished, save_strategy=saving)
+    last = make_trainer(plan, finished, save_strategy=saving)
     last.train()
     assert last.state.global_step == 1
     assert all(
@@ -147,17 +172,17 @@ def test_it_resumes_with_the_trainer(
         ({"optim": "adafactor"}, "Adafactor is not known"),
     ],
 )
-def test_what_cannot_be_recorded_is_refused(
+def test_impossible_recordings_are_refused(
     folder: Path, settings: dict[str, Any], sentence: str
 ) -> None:
-    plan = gpt.plan(folder, run="refused")
+    plan = gpt.make_plan(folder, run="refused")
     with pytest.raises(Exception, match=sentence):
-        trainer(plan, RecordingCallback(plan, 0), **settings).train()
+        make_trainer(plan, RecordingCallback(plan, 0), **settings).train()
 
 
 def test_a_collator_without_keys_is_named(folder: Path) -> None:
-    plan = gpt.plan(folder, run="keyless")
-    keyless = trainer(plan, RecordingCallback(plan, 0))
+    plan = gpt.make_plan(folder, run="keyless")
+    keyless = make_trainer(plan, RecordingCallback(plan, 0))
     keyless.data_collator = gpt.collate
-    with pytest.raises(PlanError, match="the batch carries no `__key__`"):
+    with pytest.raises(PlanError, match="the batch has no `__key__`"):
         keyless.train()

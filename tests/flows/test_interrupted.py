@@ -1,4 +1,4 @@
-"""Interrupted in the middle of writing: nothing half-written, one sentence, and the same command carries on."""
+"""Interrupt a run while it writes: nothing is left half-written, and the same command continues."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from secateur.storage.folder import Folder
 from secateur.storage.integrity import find_stray_files, verify_folder
-from secateur.tasks.run.run import Run
+from secateur.tasks.run import Run
 from tests.flows.test_cli import write_plan
 from tests.tasks.small import curate_small, make_data, small_plan
 from tests.tasks.test_run import differing
@@ -22,18 +22,18 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_ctrl_c_and_a_polite_end_in_the_middle_of_pruning(
+def test_ctrl_c_and_sigterm_in_the_middle_of_pruning(
     tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     make_data(tmp_path)
-    plan, writing = write_plan(tmp_path), tmp_path / "writing"
+    plan = write_plan(tmp_path)
+    writing = tmp_path / "writing"
     command = [sys.executable, "-m", "tests.flows.interrupted", "run", plan]
     environment = {
         k: v for k, v in os.environ.items() if not k.startswith("PREFECT_") or k == "PREFECT_HOME"
     }
-    with open(
-        tmp_path / "errors", "w"
-    ) as errors:  # a pipe would stay open with whatever the command leaves behind
+    # Not a pipe, because that would stay open if the command left a process behind.
+    with open(tmp_path / "errors", "w") as errors:
         running = subprocess.Popen(
             command, stdout=errors, stderr=errors, env=environment | {"WRITING": str(writing)}
         )
@@ -42,9 +42,9 @@ def test_ctrl_c_and_a_polite_end_in_the_middle_of_pruning(
         time.sleep(0.1)
     running.send_signal(number)
     assert running.wait(timeout=120) == code
-    told = (tmp_path / "errors").read_text()
-    assert "interrupted; the same command carries on from the last whole segment" in told
-    assert "Traceback" not in told
+    printed = (tmp_path / "errors").read_text()
+    assert "interrupted; the same command continues after the last whole segment" in printed
+    assert "Traceback" not in printed
     run = Folder(f"{tmp_path}/runs/small")
     assert not (tmp_path / "runs/small/stages/00/prune/plan/manifest.json").exists()
     assert find_stray_files(run) == []

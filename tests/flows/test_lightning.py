@@ -1,7 +1,8 @@
-"""What the callback records of Lightning's Trainer is autograd's, one sample at a time; and it resumes with it."""
+"""The callback for Lightning's Trainer records what autograd gives, and resumes with it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,29 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from secateur.errors import PlanError
 from secateur.flows.trainers.lightning import RecordingCallback
 from secateur.storage.ledger import read_checkpoint, read_ledger
 from secateur.tasks.plan import Plan
-from secateur.tasks.run.run import Run
+from secateur.tasks.run import Run
+from tests.tasks.external.test_recording import assert_equal_ledgers
 from tests.tasks.small import make_data, sample, small_plan
-from tests.tasks.test_outside import assert_equal_ledgers
 
+# Lightning itself warns.
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("UserWarning", "FutureWarning")
-]  # its own
+]
+
+
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+}
 
 
 @pytest.fixture(scope="module")
@@ -32,17 +43,31 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-class Module(LightningModule):
-    """As a user writes it."""
+class Numbers(Dataset[int]):
+    """Numbers of digits, which `collate` reads."""
 
-    def __init__(self, net: nn.Module, telling: bool) -> None:
+    def __init__(self, numbers: Sequence[int]) -> None:
+        self.numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, place: int) -> int:
+        return self.numbers[place]
+
+
+class Module(LightningModule):
+    """A module as a user writes it. It may leave each sample's loss for the callback."""
+
+    def __init__(self, net: nn.Module, gives_losses: bool) -> None:
         super().__init__()
-        self.net, self.telling = net, telling
+        self.net = net
+        self.gives_losses = gives_losses
         self.sample_losses: Tensor | None = None
 
     def training_step(self, batch: dict[str, Any], _: int) -> Tensor:
         losses = functional.cross_entropy(self.net(batch["x"]), batch["y"], reduction="none")
-        if self.telling:
+        if self.gives_losses:
             self.sample_losses = losses
             return (losses * batch["weight"]).sum()
         return losses.mean()
@@ -52,7 +77,7 @@ class Module(LightningModule):
 
 
 def collate(numbers: list[int]) -> dict[str, Any]:
-    """Digits with their keys; later ones in a batch weigh more."""
+    """Read digits with their keys. Later ones in a batch weigh more."""
     samples = [sample(n) for n in numbers]
     pixels = torch.stack(
         [torch.frombuffer(bytearray(s["raw"]), dtype=torch.float32) for s in samples]
@@ -66,7 +91,17 @@ def collate(numbers: list[int]) -> dict[str, Any]:
     }
 
 
-def plan_of(folder: Path, **changes: Any) -> Plan:
+def read_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of the gradient of every parameter."""
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        gradients[name] = parameter.grad.clone()
+    return gradients
+
+
+def make_plan(folder: Path, **changes: Any) -> Plan:
+    """Return a plan of five steps with every coordinate, with some of its keys replaced."""
     basis = {"kind": "coordinates", "numbers": None, "fit_steps": 1}
     model = {"factory": "tests.tasks.small:network", "args": {"dropout": 0.0}}
     settings = {
@@ -79,86 +114,94 @@ def plan_of(folder: Path, **changes: Any) -> Plan:
 
 
 class Stop(Callback):
+    """Ends training by an error before the fourth step."""
+
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         if trainer.global_step == 3:
             raise ZeroDivisionError
 
 
 def fit(
-    plan: Plan, telling: bool, *more: Callback, checkpoint: str | None = None, **settings: Any
+    plan: Plan, gives_losses: bool, *more: Callback, checkpoint: str | None = None, **settings: Any
 ) -> tuple[RecordingCallback, Module]:
-    """Two micro-batches of 6 a step, clipped."""
+    """Train with two micro-batches of 6 per step, clipped."""
     callback = RecordingCallback(plan, 0, model="net")
-    module = Module(Run.of(plan).model(), telling)
+    module = Module(Run.of_plan(plan).model(), gives_losses)
     trainer = Trainer(
-        max_steps=5, accumulate_grad_batches=2, gradient_clip_val=0.5, callbacks=[callback, *more], accelerator="cpu",
-        logger=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=plan.root,
-        **{"enable_checkpointing": False} | settings,
-    )  # fmt: skip
+        max_steps=5,
+        accumulate_grad_batches=2,
+        gradient_clip_val=0.5,
+        callbacks=[callback, *more],
+        default_root_dir=plan.root,
+        **QUIET | settings,
+    )
     trainer.fit(
-        module, DataLoader(range(140), batch_size=6, collate_fn=collate), ckpt_path=checkpoint
+        module,
+        DataLoader(Numbers(range(140)), batch_size=6, collate_fn=collate),
+        ckpt_path=checkpoint,
     )
     return callback, module
 
 
-@pytest.mark.parametrize("telling", [True, False])
-def test_contributions_are_autograds(folder: Path, telling: bool) -> None:
-    plan = plan_of(folder, run=f"telling{telling}", segment_steps=1)
-    _, module = fit(plan, telling)
-    run = Run.of(plan)
+@pytest.mark.parametrize("gives_losses", [True, False])
+def test_contributions_are_those_of_autograd(folder: Path, gives_losses: bool) -> None:
+    plan = make_plan(folder, run=f"losses{gives_losses}", segment_steps=1)
+    _, module = fit(plan, gives_losses)
+    run = Run.of_plan(plan)
     stage = run.folder.stage(0)
     facts = stage.trained.manifest.facts
-    assert [facts[name] for name in ("samples", "steps", "segments", "by")] == [
-        140,
-        5,
-        5,
-        "lightning",
-    ]
-    net = run.model()
-    project = run.basis(run.bindings(net)).project_tensors
-    for step, ledger in enumerate(stage.segments()):
-        segment, _ = read_ledger(ledger)
-        before = read_checkpoint(stage.segment(step - 1) if step else stage.start)
-        net.load_state_dict(
-            {n.removeprefix("model."): t for n, t in before.items() if n.startswith("model.")}
-        )
-        numbers = list(range(12 * step, 12 * step + 12))
-        assert segment["samples"].tolist() == numbers
-        own, losses = [], []
-        for number in numbers:
-            one = collate([number])
-            net.zero_grad()
-            loss = functional.cross_entropy(net(one["x"]), one["y"])
-            loss.backward()
-            losses.append(float(loss.detach()))
-            own.append(project({n: p.grad for n, p in net.named_parameters()}))
-        weights = (
-            torch.linspace(0.1, 0.4, 6).repeat(2) / 2 if telling else torch.full((12,), 1 / 12)
-        )
-        gradients = torch.stack(own)
-        scale = min(1.0, 0.5 / float((weights[:, None] * gradients).sum(0).norm()))
-        torch.testing.assert_close(segment["weights"].float(), weights * scale, rtol=1e-4, atol=0)
-        torch.testing.assert_close(
-            segment["contributions"], (weights * scale)[:, None] * gradients, rtol=1e-4, atol=1e-6
-        )
-        if telling:
-            torch.testing.assert_close(segment["losses"].float(), torch.tensor(losses))
-        else:
-            assert segment["losses"].isnan().all()
+    counts = [facts[name] for name in ("samples", "steps", "segments", "by")]
+    assert counts == [140, 5, 5, "lightning"]
+    for step in range(5):
+        check_segment(run, step, gives_losses)
     for name, tensor in module.net.state_dict().items():
         assert torch.equal(tensor, read_checkpoint(stage.segment(4))[f"model.{name}"])
 
 
+def check_segment(run: Run, step: int, gives_losses: bool) -> None:
+    """Compare a recorded step with autograd, one sample at a time."""
+    stage = run.folder.stage(0)
+    net = run.model()
+    project = run.basis(run.bindings(net)).project_tensors
+    segment, _ = read_ledger(stage.segment(step))
+    before = read_checkpoint(stage.segment(step - 1) if step else stage.start)
+    net.load_state_dict(
+        {n.removeprefix("model."): t for n, t in before.items() if n.startswith("model.")}
+    )
+    numbers = list(range(12 * step, 12 * step + 12))
+    assert segment["samples"].tolist() == numbers
+    losses, projected = [], []
+    for number in numbers:
+        batch = collate([number])
+        net.zero_grad()
+        loss = functional.cross_entropy(net(batch["x"]), batch["y"])
+        loss.backward()
+        losses.append(float(loss.detach()))
+        projected.append(project(read_gradients(net)))
+    weights = torch.full((12,), 1 / 12)
+    if gives_losses:
+        weights = torch.linspace(0.1, 0.4, 6).repeat(2) / 2
+    gradients = torch.stack(projected)
+    weights = weights * min(1.0, 0.5 / float((weights[:, None] * gradients).sum(0).norm()))
+    torch.testing.assert_close(segment["weights"].float(), weights, rtol=1e-4, atol=0)
+    expected = weights[:, None] * gradients
+    torch.testing.assert_close(segment["contributions"], expected, rtol=1e-4, atol=1e-6)
+    if gives_losses:
+        torch.testing.assert_close(segment["losses"].float(), torch.tensor(losses))
+    else:
+        assert segment["losses"].isnan().all()
+
+
 def test_it_resumes_with_the_trainer(folder: Path) -> None:
-    """From a checkpoint of Lightning's own, or by repeating what the ledger has; and what is trained is not trained again."""
-    whole, plan, saved = (plan_of(folder, run=name) for name in ("whole", "stopped", "saved"))
+    """It repeats the steps that the ledger has, and a trained stage is not trained again."""
+    whole, plan, saved = (make_plan(folder, run=name) for name in ("whole", "stopped", "saved"))
     _, ended = fit(whole, True)
     for run in (plan, saved):
         with pytest.raises(ZeroDivisionError):
             fit(run, True, Stop())
-        assert len(Run.of(run).folder.stage(0).segments()) == 1
+        assert len(Run.of_plan(run).folder.stage(0).segments()) == 1
     fit(plan, True)
-    assert_equal_ledgers(Run.of(whole), Run.of(plan), 0)
+    assert_equal_ledgers(Run.of_plan(whole), Run.of_plan(plan), 0)
     _, module = fit(plan, True)
     assert all(
         torch.equal(a, b)
@@ -166,11 +209,11 @@ def test_it_resumes_with_the_trainer(folder: Path) -> None:
     )
 
 
-def test_what_cannot_be_recorded_is_refused(folder: Path) -> None:
-    plan = plan_of(folder, run="manual")
-    module = Module(Run.of(plan).model(), True)
+def test_manual_optimization_is_refused(folder: Path) -> None:
+    plan = make_plan(folder, run="manual")
+    module = Module(Run.of_plan(plan).model(), True)
     module.automatic_optimization = False
-    trainer = Trainer(max_steps=1, callbacks=[RecordingCallback(plan, 0, model="net")], accelerator="cpu", logger=False,
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, default_root_dir=plan.root)  # fmt: skip
+    callback = RecordingCallback(plan, 0, model="net")
+    trainer = Trainer(max_steps=1, callbacks=[callback], default_root_dir=plan.root, **QUIET)
     with pytest.raises(PlanError, match="one optimizer under automatic optimization"):
-        trainer.fit(module, DataLoader(range(12), batch_size=6, collate_fn=collate))
+        trainer.fit(module, DataLoader(Numbers(range(12)), batch_size=6, collate_fn=collate))

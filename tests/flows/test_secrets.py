@@ -1,10 +1,14 @@
-"""Credentials are nowhere but in the environment: not in the run, the cache, Prefect's database and logs, or what is printed."""
+"""Credentials stay in the environment.
+
+They are not in the run, the cache, Prefect's database and logs, or the output.
+"""
 
 from __future__ import annotations
 
 import os
 import traceback
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -21,19 +25,19 @@ WRONG = "wrong-secret-of-secateur-tests"
 USER = "pass-of-secateur-tests"
 
 
-def holding(folder: Path, *secrets: str) -> list[str]:
-    """Files below a folder in which one of the secrets stands."""
-    found = [path for path in folder.rglob("*") if path.is_file()]
+def files_with(folder: Path, *secrets: str) -> list[str]:
+    """Return the files below a folder that contain one of the secrets."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
     return [
         str(path)
-        for path in found
+        for path in paths
         if any(secret.encode() in path.read_bytes() for secret in secrets)
     ]
 
 
 @pytest.mark.slow
-def test_a_run_on_s3_keeps_and_says_no_credentials(seaweedfs: str, tmp_path: Path) -> None:
-    """With all that Prefect can log, which its server keeps in a database; then again with a wrong secret."""
+def test_a_run_on_s3_neither_stores_nor_prints_credentials(seaweedfs: str, tmp_path: Path) -> None:
+    """Run with all that Prefect can log, which its server stores, and again with a wrong secret."""
     make_data(tmp_path)
     root = f"{seaweedfs}/{tmp_path.name}"
     folders = {"PREFECT_HOME": str(tmp_path / "prefect"), "SECATEUR_CACHE": str(tmp_path / "cache")}
@@ -49,17 +53,20 @@ def test_a_run_on_s3_keeps_and_says_no_credentials(seaweedfs: str, tmp_path: Pat
     assert len(list((tmp_path / "run").rglob("manifest.json"))) >= 8
     assert any((tmp_path / "prefect").rglob("*.db"))
     assert any((tmp_path / "cache").iterdir())
-    assert holding(tmp_path, SECRET, WRONG) == []
+    assert files_with(tmp_path, SECRET, WRONG) == []
 
 
 def test_errors_of_the_store_show_no_credentials(
     seaweedfs: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A wrong secret, and an endpoint where nobody listens whose URL holds credentials: sentence, traceback and retries."""
+    """Use a wrong secret, and an endpoint that does not answer and whose URL holds credentials.
+
+    The sentence, the traceback and the lines about retries hold none of them.
+    """
     monkeypatch.setitem(
         fsspec.config.conf, "s3", {"config_kwargs": {"retries": {"max_attempts": 0}}}
     )
-    told = ""
+    output = ""
     for name, value in (
         ("AWS_SECRET_ACCESS_KEY", WRONG),
         ("AWS_ENDPOINT_URL", f"http://user:{USER}@127.0.0.1:9"),
@@ -68,19 +75,19 @@ def test_errors_of_the_store_show_no_credentials(
         s3fs.S3FileSystem.clear_instance_cache()
         with pytest.raises(StorageError, match="cannot be") as raised:
             Folder(f"{seaweedfs}/secrets").create("a", b"x")
-        told += "".join(traceback.format_exception(raised.value))
-    told += "".join(capsys.readouterr())
-    assert "trying again" in told
-    assert not any(secret in told for secret in (SECRET, WRONG, USER))
+        output += "".join(traceback.format_exception(raised.value))
+    output += "".join(capsys.readouterr())
+    assert "trying again" in output
+    assert not any(secret in output for secret in (SECRET, WRONG, USER))
 
 
 @pytest.mark.parametrize("key", ["root", "shards", "target"])
 def test_a_plan_with_credentials_in_a_url_is_refused_without_repeating_them(
     tmp_path: Path, key: str
 ) -> None:
-    """It would be written into the run as it is, and handed to Prefect."""
+    """Otherwise it would be written into the run and sent to Prefect."""
     url = f"s3://key:{USER}@bucket/a.tar"
-    changes = {
+    changes: dict[str, dict[str, Any]] = {
         "root": {"root": url},
         "shards": {"data": {"shards": url}},
         "target": {"targets": {"t": {"shards": [url]}}},

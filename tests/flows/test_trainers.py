@@ -1,5 +1,4 @@
-"""A trainer in another process, killed and started again, a Prefect server and its worker: who trains tells, and who prunes
-answers with shards."""
+"""A trainer in another process, and a Prefect server whose worker prunes what it trained."""
 
 from __future__ import annotations
 
@@ -18,9 +17,10 @@ import webdataset
 from secateur.errors import PlanError
 from secateur.flows.trainers import wait_for_shards
 from secateur.tasks.data.samples import read_stage_samples
-from secateur.tasks.pruning.prune import read_decisions
-from secateur.tasks.run.run import Run
-from secateur.tasks.training.train import TrainingResult, commit_trained
+from secateur.tasks.results.pruning_results import read_decisions
+from secateur.tasks.results.training_results import TrainingResult
+from secateur.tasks.run import Run
+from secateur.tasks.training.segments import commit_training_result
 from tests.flows.deployed import environment, make_project, wait_for
 from tests.servers import free_ports
 from tests.tasks.small import make_data, small_plan
@@ -28,7 +28,7 @@ from tests.tasks.small import make_data, small_plan
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[tuple[Path, dict[str, str]]]:
-    """A project's folder and environment, with a server, a worker and the deployments."""
+    """A project's folder and environment. A server, a worker and the deployments run for it."""
     make_project(tmp_path)
     (port,) = free_ports(1)
     url = f"http://127.0.0.1:{port}/api"
@@ -43,7 +43,7 @@ def served(tmp_path: Path) -> Iterator[tuple[Path, dict[str, str]]]:
             stack.callback(process.wait)
             stack.callback(process.terminate)
 
-        def up() -> bool:
+        def is_healthy() -> bool:
             try:
                 return httpx.get(f"{url}/health").is_success
             except httpx.HTTPError:
@@ -56,7 +56,7 @@ def served(tmp_path: Path) -> Iterator[tuple[Path, dict[str, str]]]:
             env=settings,
             check=True,
         )
-        wait_for(up, 240, lambda: (tmp_path / "server.log").read_text())
+        wait_for(is_healthy, 240, lambda: (tmp_path / "server.log").read_text())
         for command in (
             "work-pool create secateur --type process",
             "--no-prompt deploy --name on-stage-trained",
@@ -91,7 +91,7 @@ def test_a_trainer_in_another_process(served: tuple[Path, dict[str, str]]) -> No
         command, cwd=folder, env=settings, capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert re.search(r"stage 0 of \S+ carries on at step (60|120|180)\n", done.stderr)
+    assert re.search(r"stage 0 of \S+ continues at step (60|120|180)\n", done.stderr)
     assert "nothing was triggered" not in done.stderr
     run = Run.open(str(folder / "runs/outside"))
     kept = read_decisions(run, 0).filter("keep")["key"].to_list()
@@ -99,9 +99,8 @@ def test_a_trainer_in_another_process(served: tuple[Path, dict[str, str]]) -> No
     assert len(kept) < 3840
     assert [s["__key__"] for s in webdataset.WebDataset(shards, shardshuffle=False)] == kept
     assert read_stage_samples(run, 1).frame["key"].to_list() == kept
-    assert re.search(
-        r"flow run \S+ has failed \(a shard is gone\)", failed_pruning(folder, settings)
-    )
+    failure = wait_for_failed_pruning(folder, settings)
+    assert re.search(r"flow run \S+ failed \(a shard is gone\)", failure)
     assert [run.folder.stage(n).trained.manifest.facts["by"] for n in (0, 1)] == ["outside"] * 2
     wait_for(
         lambda: run.folder.stage(1).scores.committed,
@@ -110,8 +109,8 @@ def test_a_trainer_in_another_process(served: tuple[Path, dict[str, str]]) -> No
     )
 
 
-def failed_pruning(folder: Path, settings: dict[str, str]) -> str:
-    """What a waiting process says where the flow run that should have pruned a stage has failed."""
+def wait_for_failed_pruning(folder: Path, settings: dict[str, str]) -> str:
+    """Wait for shards that a failed flow run should have written, and return what is printed."""
     make_data(folder)
     run = Run.start(small_plan(folder, run="failed"))
     mark_trained(run)
@@ -123,18 +122,20 @@ def failed_pruning(folder: Path, settings: dict[str, str]) -> str:
         json={"flow_id": flow, "name": f"prune {run.url} stage 0", "state": state},
     )
     assert made.is_success, made.text
-    code = f"from flows.trainers import wait_for_shards; wait_for_shards({run.url!r}, 0, timeout=0)"
-    command = [sys.executable, "-c", code]
+    call = f"wait_for_shards({run.url!r}, 0, timeout=0)"
+    command = [sys.executable, "-c", f"from secateur import wait_for_shards; {call}"]
     return subprocess.run(
         command, cwd=folder, env=settings, capture_output=True, text=True, check=False
     ).stderr
 
 
 def mark_trained(run: Run) -> None:
-    """As if another trainer had trained the first stage."""
+    """Commit what another trainer would have left of the first stage."""
     with run.folder.stage(0).segment(0).attempt("segment", {}):
         pass
-    commit_trained(run, TrainingResult(stage=0, samples=140, steps=4, segments=1, by="outside"))
+    commit_training_result(
+        run, TrainingResult(stage=0, samples=140, steps=4, segments=1, by="outside")
+    )
 
 
 @pytest.fixture
@@ -144,15 +145,13 @@ def small(tmp_path: Path) -> Path:
 
 
 def test_waiting_says_why_no_shards_come(small: Path) -> None:
-    """Not trained, not pruned, a gate that fails, a stage that is not pruned."""
+    """The stage is not trained, not pruned, refused by a gate, or has no policy."""
     trial = {"trial": {"steps": 1, "draws": 1}, "otherwise": "fail"}
     stages = [{"steps": 4, "batch_size": 20, "prune": {"policy": "top", "keep": 0.5}}]
     plan = small_plan(small, trust=trial, stages=stages)
     run = Run.start(plan)
-    with pytest.raises(
-        PlanError,
-        match="is not trained yet and was not pruned in 0 s; look whether a Prefect worker",
-    ):
+    expected = "is not trained yet and was not pruned in 0 s; check whether a Prefect worker"
+    with pytest.raises(PlanError, match=expected):
         wait_for_shards(run.url, 0, timeout=0)
     with pytest.raises(PlanError, match="does not prune a stage 1"):
         wait_for_shards(run.url, 1, timeout=0)
@@ -161,8 +160,9 @@ def test_waiting_says_why_no_shards_come(small: Path) -> None:
         wait_for_shards(run.url, 0, timeout=0)
     with run.folder.stage(0).trial("plan").attempt("trial", {}) as attempt:
         attempt.facts.update(kept=2.0, random=[1.0, 1.5])
-    with pytest.raises(
-        PlanError,
-        match=r"is not pruned: the trial's loss is 2\.0000 on what is kept and 1\.2500 at random",
-    ):
+    expected = (
+        r"is not pruned: the trial's loss is 2\.0000 on the samples that are kept and 1\.2500 on "
+        r"random ones"
+    )
+    with pytest.raises(PlanError, match=expected):
         wait_for_shards(run.url, 0)

@@ -1,4 +1,4 @@
-"""docs/trainers.md: its code runs, top to bottom."""
+"""The code of docs/trainers.md runs, from top to bottom."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from secateur.flows.trainers import waiting
 from secateur.storage.ledger import read_ledger
+from secateur.tasks.data.samples import stage_shard_urls
 from secateur.tasks.plan import Plan
 from secateur.tasks.plan.plan_file import plan_text
-from secateur.tasks.pruning.prune import read_decisions, write_pruned_stage
-from secateur.tasks.run.run import Run
+from secateur.tasks.pruning.prune import write_pruned_stage
+from secateur.tasks.results.pruning_results import read_decisions
+from secateur.tasks.run import Run
 from tests.flows import gpt
-from tests.flows.test_lightning import collate
+from tests.flows.test_lightning import Numbers, collate
 from tests.tasks.small import make_data, network, score_small, small_plan
 
 QUIET = {
@@ -36,7 +37,8 @@ OTHERS = {
 }
 
 
-def batches(numbers: range, size: int) -> list[dict[str, Any]]:
+def make_batches(numbers: range, size: int) -> list[dict[str, Any]]:
+    """Return batches of consecutive digits."""
     return [collate(list(numbers[start : start + size])) for start in range(0, len(numbers), size)]
 
 
@@ -56,31 +58,35 @@ def test_its_code_runs(
     ]
     model = {"factory": "tests.tasks.small:network", "args": {"dropout": 0.0}}
     plan = small_plan(tmp_path, stages=stages, model=model, optimizer={"kind": "sgd", "lr": 0.1})
-    written: dict[str, Plan] = {"plan.yaml": plan, "gpt.yaml": gpt.plan(tmp_path / "gpt")}
+    written: dict[str, Plan] = {"plan.yaml": plan, "gpt.yaml": gpt.make_plan(tmp_path / "gpt")}
     for name, made in written.items():
         (tmp_path / name).write_text(plan_text(made))
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {
-        "make_model": lambda: network(dropout=0.0), "make_gpt": gpt.gpt2, "examples": gpt.examples(), "collate": gpt.collate,
-        "batches": lambda: [(b["__key__"], b["x"], b["y"]) for b in batches(range(80), 20)], "others": OTHERS,
+        "make_model": lambda: network(dropout=0.0),
+        "make_gpt": gpt.gpt2,
+        "examples": gpt.make_examples(),
+        "collate": gpt.collate,
+        "batches": lambda: [(b["__key__"], b["x"], b["y"]) for b in make_batches(range(80), 20)],
+        "others": OTHERS,
         "quiet": QUIET,
-    }  # fmt: skip
+    }
     exec(compile(loop, "docs/trainers.md", "exec"), names)
     run = Run.open(names["recording"].run.url)
     score_small(run, 0)
-    write_pruned_stage.fn(run.url, 0)
+    write_pruned_stage(run, 0)
     exec(compile(waiting_code, "docs/trainers.md", "exec"), names)
-    assert names["shards"] == waiting.stage_shard_urls(run, 1)
+    assert names["shards"] == stage_shard_urls(run, 1)
     exec(compile(huggingface, "docs/trainers.md", "exec"), names)
     kept = [int(key.removeprefix("digit-")) for key in stage_keys(run)]
-    names["loader"] = DataLoader(kept[:40], batch_size=10, collate_fn=collate)
+    names["loader"] = DataLoader(Numbers(kept[:40]), batch_size=10, collate_fn=collate)
     exec(compile(lightning, "docs/trainers.md", "exec"), names)
     for made, stage, by in (
         (plan, 0, "outside"),
         (plan, 1, "lightning"),
         (written["gpt.yaml"], 0, "huggingface"),
     ):
-        folder = Run.of(made).folder.stage(stage)
+        folder = Run.of_plan(made).folder.stage(stage)
         assert [folder.trained.manifest.facts[name] for name in ("steps", "by")] == [4, by]
         ledger, _ = read_ledger(folder.segment(0))
         assert torch.isfinite(ledger["losses"]).all()
@@ -88,6 +94,6 @@ def test_its_code_runs(
 
 
 def stage_keys(run: Run) -> list[str]:
-    """Keys that the second stage trains on."""
-    found: list[str] = read_decisions(run, 0).filter("keep")["key"].to_list()
-    return found
+    """Return the keys that the second stage trains on."""
+    keys: list[str] = read_decisions(run, 0).filter("keep")["key"].to_list()
+    return keys

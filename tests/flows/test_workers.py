@@ -1,4 +1,4 @@
-"""What carries out a run changes nothing of it: threads, processes, Dask and Ray leave the same bytes."""
+"""The kind of workers does not change a run: threads, processes, Dask and Ray write the same bytes."""
 
 from __future__ import annotations
 
@@ -8,25 +8,38 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import dask
+import numpy as np
+import polars as pl
 import pytest
+from pydantic import TypeAdapter
 
 from secateur.errors import PlanError
-from secateur.flows.stage import audit_stage, prune_stage, score_stage
-from secateur.flows.workers import Call, WorkerPool, worker_pool
+from secateur.flows.pipeline_tasks import rewrite_shard
+from secateur.flows.stage import analyze_stage, audit_stage, prune_stage, score_stage
+from secateur.flows.workers import Call, InlineWorkers, WorkerPool, worker_pool
 from secateur.storage.folder import Folder
-from secateur.storage.outputs import Output
+from secateur.storage.layout import PLAN_PRUNING
+from secateur.storage.outputs import Attempt, Output
+from secateur.storage.rewrite import rewrite_shard as write_kept_members
+from secateur.tasks.engine.pipeline_task import PipelineTask
+from secateur.tasks.engine.ui_artifacts import ProgressArtifact
 from secateur.tasks.plan import WorkersConfig
 from secateur.tasks.plan.plan_file import parse_plan, plan_text
-from secateur.tasks.pruning.prune import PLAN_PRUNING, rewrite_shard
-from secateur.tasks.run.run import Run
+from secateur.tasks.pruning import prune
+from secateur.tasks.pruning.policies import RandomPolicy
+from secateur.tasks.run import Run
 from tests.servers import free_ports
 from tests.tasks.small import curate_small, make_data, small_plan
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 CHANGES: dict[str, Any] = {
     "score": {"horizon": "stage", "aggregate": "mean"},
@@ -36,47 +49,54 @@ CHANGES: dict[str, Any] = {
 }
 RUN_ALL = """
 import sys
-from flows.server import some_server
-from tasks.reading import read_plan
+from secateur.tasks.engine.prefect_server import prefect_server
+from secateur.tasks.plan.plan_file import read_plan
 
 if __name__ == "__main__":
-    with some_server():
-        from flows.curate import curate
+    with prefect_server():
+        from secateur.flows.curate import curate
         for path in sys.argv[1:]:
             curate(read_plan(path))
 """
 SLEEP = """
-import sys, time
+import sys
 from prefect import flow
-from flows.server import some_server
-from flows.workers import Call, crew
-from tasks.plan import Workers
-from tests.flows.sleeping import sleeping
+from secateur.flows.workers import Call, worker_pool
+from secateur.tasks.engine.prefect_server import prefect_server
+from secateur.tasks.plan import WorkersConfig
+from tests.flows.sleeping import sleep
 
 if __name__ == "__main__":
-    with some_server():
+    kind, run_url, *marks = sys.argv[1:]
+    with prefect_server():
         @flow
-        def waiting():
-            with crew(Workers(kind=sys.argv[1], count=2)) as workers:
-                workers.together([Call(sleeping, (f"{sys.argv[2]}/{n}",)) for n in range(2)], "sleeping")
-        waiting()
+        def wait():
+            with worker_pool(WorkersConfig(kind=kind, count=2)) as workers:
+                workers.map([Call(sleep, (run_url, mark)) for mark in marks], "sleeping")
+        wait()
 """
 
 
-class Watched(WorkerPool):
-    """Two workers that are this process, and what they were given."""
+class InlineProcesses(InlineWorkers):
+    """Two workers that are this process. They note the tasks and arguments that they are given."""
+
+    count = 2
+    kind = "processes"
 
     def __init__(self) -> None:
-        super().__init__(WorkersConfig(kind="processes", count=2))
-        self.given: list[tuple[str, str]] = []
+        self.calls: list[tuple[str, str]] = []
 
-    def call(self, task: Any, *args: Any, **kwargs: Any) -> Any:
-        self.given.append((task.name, json.dumps([args, kwargs])))
-        return task.fn(*args, **kwargs)
+    def call(self, task: PipelineTask[P, R], run_url: str, *args: P.args, **kwargs: P.kwargs) -> R:
+        values = TypeAdapter(Any).dump_json([[run_url, *args], kwargs])
+        self.calls.append((task.name, values.decode()))
+        return super().call(task, run_url, *args, **kwargs)
 
-    def map(self, calls: Any, label: str, live: Any = None) -> None:
-        for one in reversed(calls):  # any order does
-            self.call(one.task, *one.arguments)
+    def map(
+        self, calls: Sequence[Call], label: str, progress: ProgressArtifact | None = None
+    ) -> None:
+        # Tasks that do not depend on one another may run in any order.
+        for call in reversed(calls):
+            self.call(call.task, *call.arguments)
 
 
 def two_targets(folder: Path) -> dict[str, Any]:
@@ -85,21 +105,28 @@ def two_targets(folder: Path) -> dict[str, Any]:
 
 
 def content(run: Run) -> dict[str, str]:
-    """Every file's hash and every artefact's facts, but for what names the run's own folder or workers."""
-    found = {}
+    """Return every file's hash and every output's facts.
+
+    Facts that name the run's own folder or the seconds taken are left out, and so are profile and
+    report, which only some of these runs write.
+    """
+    content = {}
     root = Folder(run.url)
     for name in root.files():
-        if name.endswith("manifest.json") and not name.startswith("plan/"):
-            folder = name.removesuffix("/manifest.json")
-            manifest = Output(root.child(folder)).manifest
-            facts = {name: value for name, value in manifest.facts.items() if name != "seconds"}
-            found[folder] = json.dumps(facts, sort_keys=True).replace(run.url, "")
-            found |= {f"{folder}/{file}": facts["sha256"] for file, facts in manifest.files.items()}
-    own = ("stages/00/profile", "stages/00/report")
-    return {name: value for name, value in found.items() if not name.startswith(own)}
+        if not name.endswith("manifest.json") or name.startswith("plan/"):
+            continue
+        folder = name.removesuffix("/manifest.json")
+        manifest = Output(root.child(folder)).manifest
+        facts = {key: value for key, value in manifest.facts.items() if key != "seconds"}
+        content[folder] = json.dumps(facts, sort_keys=True).replace(run.url, "")
+        for file, file_facts in manifest.files.items():
+            content[f"{folder}/{file}"] = file_facts["sha256"]
+    not_compared = ("stages/00/profile", "stages/00/report")
+    return {name: value for name, value in content.items() if not name.startswith(not_compared)}
 
 
-def told(folder: Path, kind: str) -> str:
+def write_workers_plan(folder: Path, kind: str) -> str:
+    """Write a plan with two workers of a kind, and return its path."""
     plan = small_plan(folder, run=kind, workers={"kind": kind, "count": 2}, **two_targets(folder))
     path = folder / f"{kind}.yaml"
     path.write_text(plan_text(plan))
@@ -118,71 +145,87 @@ def serial(folder: Path) -> Run:
     return curate_small(small_plan(folder, run="serial", **two_targets(folder)))
 
 
-def strip(run: Run) -> None:
-    """Removes everything that is made of the trained first stage."""
-    own = run.folder.stage(0)
-    for artefact in (
-        own.embeddings,
-        own.index,
-        own.targets,
-        own.scores,
-        own.profile,
-        own.prune(PLAN_PRUNING),
-        own.audit(4),
+def remove_results(run: Run) -> None:
+    """Remove everything that is derived from the trained first stage."""
+    stage = run.folder.stage(0)
+    for output in (
+        stage.embeddings,
+        stage.index,
+        stage.targets,
+        stage.scores,
+        stage.profile,
+        stage.prune(PLAN_PRUNING),
+        stage.audit(4),
     ):
-        artefact.remove()
+        output.remove()
     for name in ("replay", "removals"):
-        own.root.child(name).delete()
+        stage.root.child(name).delete()
 
 
-def test_parts_in_any_order_are_the_serial_run(folder: Path) -> None:
+def test_parts_in_any_order_write_what_the_serial_run_wrote(folder: Path) -> None:
     run = curate_small(small_plan(folder, run="parts", **two_targets(folder)))
-    before, workers = content(run), Watched()
-    strip(run)
+    before = content(run)
+    workers = InlineProcesses()
+    remove_results(run)
     score_stage(workers, run.url, 0)
+    analyze_stage(workers, run.url, 0)
     audit_stage(workers, run.url, 0)
     prune_stage(workers, run.url, 0)
     assert content(run) == before
-    names = [name for name, _ in workers.given]
-    assert {n: names.count(n) for n in set(names)} == {
-        "embed segment": 2, "compose embeddings": 1, "index": 1, "differentiate targets": 1, "score": 1, "profile": 1, "replay": 2,
-        "retrain without a sample": 4, "audit": 2, "decide": 1, "rewrite shard": 2, "prune": 1,
-    }  # fmt: skip
-    assert max(len(arguments) for _, arguments in workers.given) < 500  # URLs and small values
+    names = [name for name, _ in workers.calls]
+    assert {name: names.count(name) for name in set(names)} == {
+        "embed segment": 2,
+        "compose embeddings": 1,
+        "index": 1,
+        "differentiate targets": 1,
+        "score": 1,
+        "profile": 1,
+        "replay": 2,
+        "retrain without a sample": 4,
+        "audit": 2,
+        "decide": 1,
+        "rewrite shard": 2,
+        "prune": 1,
+    }
+    # Only URLs and small values pass between processes.
+    assert max(len(arguments) for _, arguments in workers.calls) < 500
 
 
 def test_shards_that_were_written_before_an_interruption_are_kept(
     serial: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own, policy = serial.folder.stage(0), {"policy": "random", "keep": 0.5}
-    from secateur.tasks.pruning import prune
+    stage = serial.folder.stage(0)
+    policy = RandomPolicy(keep=0.5)
+    rewritten_numbers = []
 
-    decided = prune.decide_stage.fn(serial.url, 0, policy)
-    rewrite_shard.fn(serial.url, 0, "random-0.5", 0)
-    kept = own.rewritten("random-0.5", 0).fingerprint
-    writes = []
-    whole = prune.rewritten
-    monkeypatch.setattr(prune, "rewritten", lambda *args: writes.append(args[2]) or whole(*args))
-    found = prune.write_pruned_stage.fn(serial.url, 0, policy)
-    assert (decided, writes, len(found.shards)) == (2, [1], 2)
-    assert not own.rewritten("random-0.5", 0).committed
-    assert not own.decided("random-0.5").committed
-    assert kept
+    def rewrite_and_note(
+        attempt: Attempt, urls: Sequence[str], number: int, frame: pl.DataFrame, keep: np.ndarray
+    ) -> list[str]:
+        rewritten_numbers.append(number)
+        return write_kept_members(attempt, urls, number, frame, keep)
 
-    own.prune("random-0.5").remove()  # what is left of other scores is not taken
-    prune.decide_stage.fn(serial.url, 0, policy)
-    rewrite_shard.fn(serial.url, 0, "random-0.5", 0)
-    with own.decided("random-0.5").attempt("other", {}):
-        pass
-    own.decided("random-0.5").remove()
-    with own.decided("random-0.5").attempt("decisions", {"scores": "other"}) as attempt:
+    shards = prune.decide_stage(serial, 0, policy)
+    prune.rewrite_kept_shard(serial, 0, "random-0.5", 0)
+    assert stage.rewritten("random-0.5", 0).fingerprint
+    monkeypatch.setattr(prune, "rewrite_shard", rewrite_and_note)
+    result = prune.write_pruned_stage(serial, 0, policy)
+    assert (shards, rewritten_numbers, len(result.shards)) == (2, [1], 2)
+    assert not stage.rewritten("random-0.5", 0).committed
+    assert not stage.decided("random-0.5").committed
+
+    # Parts that were made from other scores are made again.
+    stage.prune("random-0.5").remove()
+    prune.decide_stage(serial, 0, policy)
+    prune.rewrite_kept_shard(serial, 0, "random-0.5", 0)
+    stage.decided("random-0.5").remove()
+    with stage.decided("random-0.5").attempt("decisions", {"scores": "other"}) as attempt:
         attempt.write("decisions.parquet", b"")
-    writes.clear()
-    assert prune.write_pruned_stage.fn(serial.url, 0, policy).kept == found.kept
-    assert own.prune("random-0.5").committed
+    rewritten_numbers.clear()
+    assert prune.write_pruned_stage(serial, 0, policy).kept == result.kept
+    assert stage.prune("random-0.5").committed
 
 
-def test_a_run_goes_on_with_other_workers_and_not_with_another_plan(
+def test_a_run_continues_with_other_workers_but_not_with_another_plan(
     folder: Path, serial: Run
 ) -> None:
     plan = small_plan(
@@ -201,7 +244,7 @@ def test_a_run_goes_on_with_other_workers_and_not_with_another_plan(
     [
         (
             {"kind": "threads", "address": "tcp://a:1"},
-            "`address` is a Dask scheduler's or a Ray cluster's, and `kind` is",
+            "`address` names a Dask scheduler or a Ray cluster, and `kind` is threads",
         ),
         (
             {"kind": "dask", "address": "tcp://a:1", "count": 2},
@@ -212,7 +255,9 @@ def test_a_run_goes_on_with_other_workers_and_not_with_another_plan(
         ({"timeout": 0}, "workers.timeout"),
     ],
 )
-def test_workers_that_cannot_be(folder: Path, workers: dict[str, Any], expected: str) -> None:
+def test_impossible_workers_are_refused(
+    folder: Path, workers: dict[str, Any], expected: str
+) -> None:
     text = plan_text(small_plan(folder))
     with pytest.raises(PlanError, match="plan") as raised:
         parse_plan(text, "plan", {"workers": workers})
@@ -224,14 +269,15 @@ def test_workers_that_cannot_be(folder: Path, workers: dict[str, Any], expected:
 def test_a_missing_extra_is_a_sentence(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     calls = [Call(rewrite_shard, ("runs/any", 0, "plan", number)) for number in range(2)]
+    config = WorkersConfig.model_validate({"kind": kind, "count": 2})
     with (
-        worker_pool(WorkersConfig(kind=kind, count=2)) as workers,
+        worker_pool(config) as workers,
         pytest.raises(PlanError, match=rf"pip install secateur\[{kind}\]"),
-    ):  # type: ignore[arg-type]
+    ):
         workers.map(calls, "rewriting")
 
 
-def test_workers_that_are_not_there_are_a_sentence() -> None:
+def test_workers_that_cannot_be_reached_are_a_sentence() -> None:
     (port,) = free_ports(1)
     calls = [Call(rewrite_shard, ("runs/any", 0, "plan", number)) for number in range(2)]
     with (
@@ -244,7 +290,8 @@ def test_workers_that_are_not_there_are_a_sentence() -> None:
         workers.map(calls, "rewriting")
 
 
-def started(code: str, *words: str) -> subprocess.Popen[str]:
+def start_script(path: Path, *words: str) -> subprocess.Popen[str]:
+    """Start a Python script without the Prefect settings of the tests."""
     clean = {
         k: v for k, v in os.environ.items() if not k.startswith("PREFECT_") or k == "PREFECT_HOME"
     }
@@ -253,16 +300,16 @@ def started(code: str, *words: str) -> subprocess.Popen[str]:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     }
     return subprocess.Popen(
-        [sys.executable, code, *words], env=clean | quiet, stderr=subprocess.PIPE, text=True
+        [sys.executable, str(path), *words], env=clean | quiet, stderr=subprocess.PIPE, text=True
     )
 
 
 @pytest.mark.server
-def test_every_kind_leaves_the_same_bytes(folder: Path, serial: Run) -> None:
+def test_every_kind_writes_the_same_bytes(folder: Path, serial: Run) -> None:
     kinds = ["threads", "processes", "dask", "ray"]
     script = folder / "all.py"
     script.write_text(RUN_ALL)
-    process = started(str(script), *(told(folder, kind) for kind in kinds))
+    process = start_script(script, *(write_workers_plan(folder, kind) for kind in kinds))
     _, errors = process.communicate(timeout=1800)
     assert process.returncode == 0, errors
     expected = content(serial)
@@ -273,11 +320,13 @@ def test_every_kind_leaves_the_same_bytes(folder: Path, serial: Run) -> None:
 @pytest.mark.server
 @pytest.mark.parametrize("kind", ["threads", "processes"])
 def test_workers_end_with_the_flow_run_that_is_cancelled(tmp_path: Path, kind: str) -> None:
-    """SIGTERM is what a Prefect worker sends to a flow run that is cancelled."""
+    """A Prefect worker sends SIGTERM to a flow run that is cancelled."""
+    make_data(tmp_path)
+    run = Run.start(small_plan(tmp_path))
     script = tmp_path / "sleep.py"
     script.write_text(SLEEP)
     marks = [tmp_path / str(number) for number in range(2)]
-    with started(str(script), kind, str(tmp_path)) as process:
+    with start_script(script, kind, run.url, *map(str, marks)) as process:
         try:
             end = time.monotonic() + 900
             while not all(mark.exists() and mark.read_text() for mark in marks):
@@ -285,19 +334,20 @@ def test_workers_end_with_the_flow_run_that_is_cancelled(tmp_path: Path, kind: s
                 assert time.monotonic() < end
                 time.sleep(0.1)
             process.send_signal(signal.SIGTERM)
-            begun = time.monotonic()
+            start = time.monotonic()
             process.communicate(timeout=120)
         finally:
             process.kill()
     assert process.returncode != 0
-    assert time.monotonic() - begun < 60  # of the 600 that they would take
+    # The tasks would take 600 seconds.
+    assert time.monotonic() - start < 60
     for mark in marks:
-        assert not Path(f"/proc/{mark.read_text()}").exists()  # the process that carried it out
+        assert not Path(f"/proc/{mark.read_text()}").exists()
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_a_task_that_ends_as_its_turn_of_waiting_does_is_waited_for(own: bool) -> None:
-    """Its state is final by then: that was taken for a timeout of the task's own, and ended flows on Dask."""
+def test_a_task_that_ends_together_with_a_turn_of_waiting_is_waited_for(own: bool) -> None:
+    """Its state is final by then. That was taken for the task's own timeout, and ended flows on Dask."""
 
     def result(timeout: float | None = None) -> str:
         if timeout is not None or own:
