@@ -1,20 +1,22 @@
-"""What capture, embeddings and replay cost, as ratios to plain training, by turns in one process.
+"""The cost of capture, embeddings and replay, as ratios to plain training, in turns in one process.
 
-`python -m benchmarks.cost [--repeats 5]`, on workloads E and F; embeddings in 2,048 coordinates, blocks uncoupled.
+`python -m benchmarks.cost [--repeats 5]`, on workloads E and F, with embeddings in 2,048 coordinates
+whose blocks are not coupled.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 
 import torch
+from torch import nn
 
-from benchmarks.fidelity import two_thousand
-from benchmarks.larger import images, text
-from benchmarks.timing import by_turns, spread
+from benchmarks.fidelity import fit_2048_coordinates
+from benchmarks.larger import make_images, make_text
+from benchmarks.timing import format_spread, time_in_turns
 from benchmarks.workloads import Workload
-from secateur.influence.adjoint import LossPart, Tape, step_back
+from secateur.influence.adjoint import Tape, step_back
+from secateur.influence.basis import Basis
 from secateur.influence.bindings import bind_layers
 from secateur.influence.curvature import EmpiricalFisher
 from secateur.influence.recorder import Recorder
@@ -23,84 +25,84 @@ from secateur.influence.segment import Segment
 
 
 def measure(workload: Workload, steps: int, repeats: int) -> None:
-    """Prints one workload's ratios over its first steps, as one segment."""
+    """Print one workload's ratios over its first steps, which are one segment."""
     workload.batches = workload.batches[:steps]
-    basis = two_thousand(workload, 0)
-
-    def plain() -> None:
-        model = workload.model()
-        optimizer = workload.optimizer(model)
-        for step in range(steps):
-            workload.step(model, optimizer, step)
-
-    def captured() -> tuple[Recorder, Segment]:
-        model = workload.model()
-        optimizer = workload.optimizer(model)
-        recorder = Recorder(model, optimizer, bind_layers(model), basis)
-        for step in range(steps):
-            workload.step(model, optimizer, step, None, recorder)
-        return recorder, recorder.take_segment()
-
-    recorder, segment = captured()
-
-    def embedded() -> None:
-        dynamics = Dynamics.from_segment(
-            segment, recorder.update_rule, EmpiricalFisher(segment, basis.spans), basis.spans
-        )
-        walk_segment(
-            dynamics,
-            identity_transition(basis.spans, 3, segment.contributions.dtype, theta_only=True),
-        )
-
-    def replayed(targets: int) -> Callable[[], None]:
-        def body() -> None:
-            model = workload.model()
-            optimizer = workload.optimizer(model)
-            tape = Tape(model, optimizer)
-            for step in range(steps):
-                workload.step(model, optimizer, step)
-            tape.close()
-            ones = {name: torch.ones_like(p) for name, p in model.named_parameters()}
-            later = [tape.groups.start_adjoint(ones, 2) for _ in range(targets)]
-            for step in reversed(range(steps)):
-                ids, moment = workload.batches[step], tape.steps.pop()
-                part = LossPart(
-                    lambda m, ids=ids: workload.losses(m, ids),
-                    torch.full((len(ids),), 1 / len(ids)),
-                )
-                for n, q in enumerate(later):
-                    _, later[n] = step_back(model, tape.groups, moment, tape.update_rule, [part], q)
-
-        return body
-
-    bodies = {
-        "plain": plain,
-        "captured": captured,
-        "embedded": embedded,
-        "one": replayed(1),
-        "two": replayed(2),
+    basis = fit_2048_coordinates(workload, 0)
+    recorder, segment = train_recorded(workload, basis)
+    functions = {
+        "plain": lambda: train_plain(workload),
+        "captured": lambda: train_recorded(workload, basis),
+        "embedded": lambda: embed(recorder, segment, basis),
+        "one": lambda: replay(workload, 1),
+        "two": lambda: replay(workload, 2),
     }
-    seconds = by_turns(bodies, repeats)
-    ratio = {
-        name: [a / b for a, b in zip(found, seconds["plain"], strict=True)]
-        for name, found in seconds.items()
+    seconds = time_in_turns(functions, repeats)
+    ratios = {
+        name: [own / plain for own, plain in zip(values, seconds["plain"], strict=True)]
+        for name, values in seconds.items()
     }
-    further = [two - one for one, two in zip(ratio["one"], ratio["two"], strict=True)]
+    further = [two - one for one, two in zip(ratios["one"], ratios["two"], strict=True)]
     print(f"workload {workload.name}, {steps} steps, times plain training:")
-    print(f"  training with capture in 2,048 coordinates  {spread(ratio['captured'])}")
-    print(f"  embeddings of these, empirical Fisher       {spread(ratio['embedded'])}")
-    print(f"  replay of one target                        {spread(ratio['one'])}")
-    print(f"  replay of each further target               {spread(further)}")
+    print(f"  training with capture in 2,048 coordinates  {format_spread(ratios['captured'])}")
+    print(f"  embeddings of these, empirical Fisher       {format_spread(ratios['embedded'])}")
+    print(f"  replay of one target                        {format_spread(ratios['one'])}")
+    print(f"  replay of each further target               {format_spread(further)}")
+
+
+def train_plain(workload: Workload) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Train without recording."""
+    model = workload.model()
+    optimizer = workload.optimizer(model)
+    for step in range(len(workload.batches)):
+        workload.step(model, optimizer, step)
+    return model, optimizer
+
+
+def train_recorded(workload: Workload, basis: Basis) -> tuple[Recorder, Segment]:
+    """Train and record every step."""
+    model = workload.model()
+    optimizer = workload.optimizer(model)
+    recorder = Recorder(model, optimizer, bind_layers(model), basis)
+    for step in range(len(workload.batches)):
+        workload.step(model, optimizer, step, None, recorder)
+    return recorder, recorder.take_segment()
+
+
+def embed(recorder: Recorder, segment: Segment, basis: Basis) -> None:
+    """Compute the embeddings of a recorded segment."""
+    fisher = EmpiricalFisher(segment, basis.spans)
+    dynamics = Dynamics.from_segment(segment, recorder.update_rule, fisher, basis.spans)
+    dtype = segment.contributions.dtype
+    walk_segment(dynamics, identity_transition(basis.spans, 3, dtype, theta_only=True))
+
+
+def replay(workload: Workload, targets: int) -> None:
+    """Train and keep every state, then go back through the steps for some targets."""
+    model = workload.model()
+    optimizer = workload.optimizer(model)
+    tape = Tape(model, optimizer)
+    for step in range(len(workload.batches)):
+        workload.step(model, optimizer, step)
+    tape.close()
+    ones = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    adjoints = [tape.groups.start_adjoint(ones, 2) for _ in range(targets)]
+    for ids in reversed(workload.batches):
+        state = tape.steps.pop()
+        part = workload.loss_part(ids)
+        for number, adjoint in enumerate(adjoints):
+            _, adjoints[number] = step_back(
+                model, tape.groups, state, tape.update_rule, [part], adjoint
+            )
 
 
 def main() -> None:
-    """Prints both workloads."""
+    """Print both workloads' ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     repeats = parser.parse_args().repeats
     torch.set_num_threads(1)
-    measure(images(0), 60, repeats)
-    measure(text(0), 30, repeats)
+    measure(make_images(0), 60, repeats)
+    measure(make_text(0), 30, repeats)
 
 
 if __name__ == "__main__":

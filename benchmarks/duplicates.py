@@ -1,8 +1,10 @@
-"""The study of duplicates: what the later copies of a sample are worth beside its first, within one epoch.
+"""The study of duplicates: the scores of a sample's later copies and of its first, within one epoch.
 
-Of 3,000 MNIST images 200 each are there 2, 4 and 8 times, byte for byte, under keys of their own. TSLOO of every use, by
-embeddings and by replay, against the mean of a clean target at the epoch's end. As any use's effect depends on when it
-happens, a copy is held against the samples that are there once and were used in the same tenth of the epoch.
+There are 3,000 MNIST images. 200 of them are there 2 times, 200 others 4 times and 200 others 8
+times, byte for byte, under different keys. The score of every use is its effect (TSLOO) on the mean
+loss of a clean target at the epoch's end, by embeddings and by replay. The effect of any use depends
+on when it happens, so a copy is compared with samples that are there once and were used in the same
+tenth of the epoch.
 """
 
 from __future__ import annotations
@@ -14,15 +16,19 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from benchmarks.arms import first_stage
-from benchmarks.mislabelled import images
+from benchmarks.arms import start_scored
+from benchmarks.mislabelled import read_images
 from examples.shards import write_shards
 from secateur.tasks.data.samples import read_stage_samples
 from secateur.tasks.plan import Plan
-from secateur.tasks.run.run import Run
-from secateur.tasks.valuation.replay import read_replay_scores, replay_stage
-from secateur.tasks.valuation.score import aggregate, read_scores, scored_vectors
-from secateur.tasks.valuation.target_gradients import read_scoring_gradients
+from secateur.tasks.results.valuation_results import (
+    read_replay_scores,
+    read_scores,
+    read_scoring_gradients,
+)
+from secateur.tasks.run import Run
+from secateur.tasks.valuation.replay import replay_stage
+from secateur.tasks.valuation.score import aggregate_scores, scored_vectors
 
 IMAGES, EACH, TARGET = 3000, 200, 500
 COPIES = (2, 4, 8)
@@ -31,41 +37,48 @@ KINDS = ("embedding", "replay")
 
 
 def study(folder: Path, seed: int) -> dict[str, Any]:
-    """For each number of copies and each place among them, in units of the mean score of the samples that are there once:
-    the mean score, that beyond single samples of the same tenth of the epoch; and how many score lower than the first."""
-    _make(folder / "data", seed)
-    run = first_stage(_plan(folder, seed))
-    samples = read_stage_samples(run, 0)
-    facts = pl.DataFrame([json.loads(s["json"]) for s in samples.read(range(len(samples)))])
-    uses = (
-        read_scores(run, 0)
-        .select("sample", "step")
-        .with_columns(embedding=_embedding(run), replay=_replayed(run))
-    )
-    uses = uses.join(facts.with_row_index("sample"), "sample", maintain_order="left").sort(
-        "step", maintain_order=True
-    )
-    part = pl.col("step") * PARTS // (pl.col("step").max() + 1)
-    uses = uses.with_columns(place=pl.int_range(1, pl.len() + 1).over("image"), part=part)
+    """Return figures for each number of copies and each place among them.
+
+    They are the mean score, the mean difference from single samples of the same tenth of the epoch
+    (`beyond`), both in units of the mean score of single samples, and the share of copies that
+    score lower than the first one (`lower`).
+    """
+    _write_data(folder / "data", seed)
+    uses = _score_uses(start_scored(_make_plan(folder, seed)))
     single = uses.filter(pl.col("copies") == 1)
     average = single.select(pl.col(*KINDS).mean()).row(0, named=True)
-    timed = single.group_by("part").agg(pl.col(k).mean().alias(f"single_{k}") for k in KINDS)
-    first = uses.filter(pl.col("place") == 1).select(
-        "image", *(pl.col(k).alias(f"first_{k}") for k in KINDS)
-    )
-    joined = uses.join(timed, "part").join(first, "image")
-    rows = joined.group_by("copies", "place").agg(
-        *(pl.col(k).mean() / average[k] for k in KINDS),
-        *(
-            (pl.col(k) - pl.col(f"single_{k}")).mean().alias(f"beyond_{k}") / average[k]
-            for k in KINDS
-        ),
-        *((pl.col(k) < pl.col(f"first_{k}")).mean().alias(f"lower_{k}") for k in KINDS),
-    )
+    single_means = (pl.col(kind).mean().alias(f"single_{kind}") for kind in KINDS)
+    single_by_part = single.group_by("part").agg(single_means)
+    first_scores = (pl.col(kind).alias(f"first_{kind}") for kind in KINDS)
+    first = uses.filter(pl.col("place") == 1).select("image", *first_scores)
+    joined = uses.join(single_by_part, "part").join(first, "image")
+    means = [pl.col(kind).mean() / average[kind] for kind in KINDS]
+    differences = [
+        (pl.col(kind) - pl.col(f"single_{kind}")).mean().alias(f"beyond_{kind}") / average[kind]
+        for kind in KINDS
+    ]
+    lower = [
+        (pl.col(kind) < pl.col(f"first_{kind}")).mean().alias(f"lower_{kind}") for kind in KINDS
+    ]
+    rows = joined.group_by("copies", "place").agg(*means, *differences, *lower)
     return {"rows": rows.sort("copies", "place").to_dicts()}
 
 
-def _plan(folder: Path, seed: int) -> Plan:
+def _score_uses(run: Run) -> pl.DataFrame:
+    """One row per use: its image, its place among the image's copies, its tenth, and both scores."""
+    samples = read_stage_samples(run, 0)
+    facts = [json.loads(sample["json"]) for sample in samples.read(range(len(samples)))]
+    images = pl.DataFrame(facts).with_row_index("sample")
+    scores = read_scores(run, 0).select("sample", "step")
+    scores = scores.with_columns(embedding=_embedding_scores(run), replay=_replay_scores(run))
+    uses = scores.join(images, "sample", maintain_order="left").sort("step", maintain_order=True)
+    return uses.with_columns(
+        place=pl.int_range(1, pl.len() + 1).over("image"),
+        part=pl.col("step") * PARTS // (pl.col("step").max() + 1),
+    )
+
+
+def _make_plan(folder: Path, seed: int) -> Plan:
     return Plan.model_validate(
         {
             "run": "run",
@@ -84,22 +97,22 @@ def _plan(folder: Path, seed: int) -> Plan:
     )
 
 
-def _make(out: Path, seed: int) -> None:
+def _write_data(out: Path, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    pixels, labels = images("mnist")
+    pixels, labels = read_images("mnist")
     order = rng.permutation(len(pixels))
-    repeated = [n for copies in COPIES for n in [copies] * EACH]
-    counts = np.array(repeated + [1] * (IMAGES - len(repeated)))
-    listed = [(n, copy) for n, count in enumerate(counts) for copy in range(count)]
+    repeated = [copies for copies in COPIES for _ in range(EACH)]
+    counts = repeated + [1] * (IMAGES - len(repeated))
     samples = [
-        {"__key__": f"image-{n:05d}-{copy}"}
-        | _members(pixels, labels, order[n], {"image": n, "copies": int(counts[n])})
-        for n, copy in listed
+        {"__key__": f"image-{number:05d}-{copy}"}
+        | _members(pixels, labels, order[number], {"image": number, "copies": count})
+        for number, count in enumerate(counts)
+        for copy in range(count)
     ]
     write_shards(str(out / "train-%06d.tar"), samples, 1)
     target = [
-        {"__key__": f"t-{i:05d}"} | _members(pixels, labels, i, {})
-        for i in order[IMAGES : IMAGES + TARGET]
+        {"__key__": f"t-{row:05d}"} | _members(pixels, labels, row, {})
+        for row in order[IMAGES : IMAGES + TARGET]
     ]
     write_shards(str(out / "target-%06d.tar"), target, 1)
 
@@ -114,16 +127,14 @@ def _members(
     }
 
 
-def _embedding(run: Run) -> np.ndarray:
+def _embedding_scores(run: Run) -> np.ndarray:
     gradients = read_scoring_gradients(run, 0, "clean")
-    return np.concatenate(
-        [aggregate(run, vectors, gradients) for _, vectors in scored_vectors(run, 0)]
-    )
+    parts = [aggregate_scores(run, vectors, gradients) for _, vectors in scored_vectors(run, 0)]
+    return np.concatenate(parts)
 
 
-def _replayed(run: Run) -> np.ndarray:
-    replay_stage.fn(run.url, 0)
+def _replay_scores(run: Run) -> np.ndarray:
+    replay_stage(run, 0)
     segments = range(len(run.folder.stage(0).segments()))
-    return np.concatenate(
-        [read_replay_scores(run, 0, number)["clean"].numpy() for number in segments]
-    )
+    parts = [read_replay_scores(run, 0, number)["clean"].numpy() for number in segments]
+    return np.concatenate(parts)

@@ -1,4 +1,7 @@
-"""Spearman correlation of scores with retraining: `python -m benchmarks.fidelity [--workload A B] [--seeds 5] [--json]`."""
+"""Spearman correlation of scores with retraining.
+
+`python -m benchmarks.fidelity [--workload A B] [--estimator NAME ...] [--seeds 5] [--json]`
+"""
 
 from __future__ import annotations
 
@@ -14,25 +17,26 @@ import torch
 from scipy.stats import pearsonr, spearmanr
 from torch import Tensor, nn
 
-from benchmarks.larger import images, text
+from benchmarks.larger import make_images, make_text
 from benchmarks.peers import ADAMW_ONLY, PEERS
-from benchmarks.workloads import Workload, digits
-from secateur.influence.adjoint import LossPart, Tape, step_back
+from benchmarks.workloads import Trained, Workload, make_digits
+from secateur.influence.adjoint import Tape, step_back
 from secateur.influence.basis import Basis, KroneckerBasis, leading_eigenvectors
 from secateur.influence.basis_fitting import EnergyFit, MomentFit, random_kronecker_basis
 from secateur.influence.bindings import bind_layers
-from secateur.influence.curvature import EmpiricalFisher, Hessian
+from secateur.influence.curvature import Curvature, EmpiricalFisher, Hessian
 from secateur.influence.hessian import compute_hessian
 from secateur.influence.hooks import capture_hooks, sample_gradients
 from secateur.influence.recorder import Recorder
 from secateur.influence.recursion import Dynamics, identity_transition, walk_segment
 
 FIT_STEPS = 10
+PEER_NUMBERS = 416  # coefficients of the peers that do not use full gradients
 
 
 @dataclass
 class Row:
-    """One estimator on one workload and seed; `cost` is its time over the plain training time."""
+    """One estimator on one workload and seed. `cost` is its time over that of plain training."""
 
     workload: str
     estimator: str
@@ -44,9 +48,15 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Embeddings:
-    """A setting of the embeddings: basis, coupling, the steps that one Hessian stands for (0: empirical Fisher), and the
-    principal components that embeddings are reduced to (0: none)."""
+class EmbeddingSettings:
+    """Settings of the embeddings.
+
+    Attributes:
+        basis: fits the basis, given a workload and a seed.
+        coupling: `block` or `full`.
+        every: steps that one Hessian is used for; 0 means empirical Fisher.
+        components: principal components that embeddings are reduced to; 0 means none.
+    """
 
     basis: Callable[[Workload, int], Basis]
     coupling: str
@@ -54,211 +64,253 @@ class Embeddings:
     components: int = 0
 
 
-def pca(workload: Workload, seed: int) -> Basis:
-    """A PCA Kronecker basis of 16 x 16 a layer."""
-    return _fitted(
-        workload, lambda bindings: MomentFit(bindings), lambda fit: fit.basis(16, torch.float64)
-    )
+def fit_pca_basis(workload: Workload, seed: int) -> Basis:
+    """Fit a PCA Kronecker basis of 16 x 16 per layer."""
+    fit = MomentFit(bind_layers(workload.model()))
+    _train_first_steps(workload, fit)
+    return fit.basis(16, torch.float64)
 
 
-def random(workload: Workload, seed: int) -> Basis:
-    """A random Kronecker basis of 16 x 16 a layer."""
+def make_random_basis(workload: Workload, seed: int) -> Basis:
+    """Draw a random Kronecker basis of 16 x 16 per layer."""
     return random_kronecker_basis(bind_layers(workload.model()), 16, seed, torch.float64)
 
 
-def few(workload: Workload, seed: int) -> Basis:
-    """The 416 coordinates of most energy."""
-    return _fitted(workload, lambda bindings: EnergyFit(bindings), lambda fit: fit.basis(416))
+def fit_416_coordinates(workload: Workload, seed: int) -> Basis:
+    """Choose the 416 coordinates of most energy."""
+    return _fit_coordinates(workload, 416)
 
 
-def two_thousand(workload: Workload, seed: int) -> Basis:
-    """The 2,048 coordinates of most energy."""
-    return _fitted(workload, lambda bindings: EnergyFit(bindings), lambda fit: fit.basis(2048))
+def fit_2048_coordinates(workload: Workload, seed: int) -> Basis:
+    """Choose the 2,048 coordinates of most energy."""
+    return _fit_coordinates(workload, 2048)
 
 
-def full(workload: Workload, seed: int) -> Basis:
-    """Every parameter."""
-    return _fitted(workload, lambda bindings: EnergyFit(bindings), lambda fit: fit.basis(None))
+def take_all_coordinates(workload: Workload, seed: int) -> Basis:
+    """Choose every parameter."""
+    return _fit_coordinates(workload, None)
 
 
-def _fitted(workload: Workload, make: Callable, finish: Callable) -> Basis:
+def _fit_coordinates(workload: Workload, count: int | None) -> Basis:
+    fit = EnergyFit(bind_layers(workload.model()))
+    _train_first_steps(workload, fit)
+    return fit.basis(count)
+
+
+def _train_first_steps(workload: Workload, fit: MomentFit | EnergyFit) -> None:
     model = workload.model()
-    optimizer, bindings = workload.optimizer(model), bind_layers(model)
-    fit = make(bindings)
+    optimizer = workload.optimizer(model)
+    bindings = bind_layers(model)
     for step in range(FIT_STEPS):
         with capture_hooks(bindings, fit.add):
             workload.step(model, optimizer, step)
-    return finish(fit)
 
 
-ESTIMATORS: dict[str, Embeddings | None] = {
+ESTIMATORS: dict[str, EmbeddingSettings | None] = {
     "replay": None,
-    "random empirical_fisher block": Embeddings(random, "block"),
-    "pca empirical_fisher block": Embeddings(pca, "block"),
-    "pca empirical_fisher full": Embeddings(pca, "full"),
-    "pca hessian/20 full": Embeddings(pca, "full", 20),
-    "pca hessian/1 block": Embeddings(pca, "block", 1),
-    "pca hessian/1 full": Embeddings(pca, "full", 1),
-    "coordinates empirical_fisher full": Embeddings(few, "full"),
-    "coordinates hessian/5 full": Embeddings(few, "full", 5),
-    "coordinates hessian/1 full": Embeddings(few, "full", 1),
-    "2048 coordinates empirical_fisher block": Embeddings(two_thousand, "block"),
-    "2048 coordinates empirical_fisher full": Embeddings(two_thousand, "full"),
-    "all in 2048 components, empirical_fisher full": Embeddings(full, "full", 0, 2048),
-    "all in 416 components, hessian/2 full": Embeddings(full, "full", 2, 416),
-    "all empirical_fisher full": Embeddings(full, "full"),
-    "all hessian/1 full": Embeddings(full, "full", 1),
+    "random empirical_fisher block": EmbeddingSettings(make_random_basis, "block"),
+    "pca empirical_fisher block": EmbeddingSettings(fit_pca_basis, "block"),
+    "pca empirical_fisher full": EmbeddingSettings(fit_pca_basis, "full"),
+    "pca hessian/20 full": EmbeddingSettings(fit_pca_basis, "full", 20),
+    "pca hessian/1 block": EmbeddingSettings(fit_pca_basis, "block", 1),
+    "pca hessian/1 full": EmbeddingSettings(fit_pca_basis, "full", 1),
+    "coordinates empirical_fisher full": EmbeddingSettings(fit_416_coordinates, "full"),
+    "coordinates hessian/5 full": EmbeddingSettings(fit_416_coordinates, "full", 5),
+    "coordinates hessian/1 full": EmbeddingSettings(fit_416_coordinates, "full", 1),
+    "2048 coordinates empirical_fisher block": EmbeddingSettings(fit_2048_coordinates, "block"),
+    "2048 coordinates empirical_fisher full": EmbeddingSettings(fit_2048_coordinates, "full"),
+    "all in 2048 components, empirical_fisher full": EmbeddingSettings(
+        take_all_coordinates, "full", 0, 2048
+    ),
+    "all in 416 components, hessian/2 full": EmbeddingSettings(
+        take_all_coordinates, "full", 2, 416
+    ),
+    "all empirical_fisher full": EmbeddingSettings(take_all_coordinates, "full"),
+    "all hessian/1 full": EmbeddingSettings(take_all_coordinates, "full", 1),
 }
 
 
-def embedding_scores(workload: Workload, basis: Basis, setting: Embeddings) -> Tensor:
-    """The score of every removal by its embedding, from a recorded run and one walk of the target's gradient."""
-    spans = list(basis.spans) if setting.coupling == "block" else [slice(0, basis.size)]
-
-    def evaluate(step: int, model: nn.Module, recorder: Recorder) -> None:
-        if step % setting.every == 0:
-            ids = torch.cat(workload.batches[step : step + setting.every])
-            recorder.record_hessian(
-                compute_hessian([lambda: workload.losses(model, ids).mean()], model, basis, spans)
-            )
-
-    trained = workload.train(
-        lambda model, optimizer: Recorder(model, optimizer, bind_layers(model), basis),
-        evaluate if setting.every else None,
-    )
+def embedding_scores(workload: Workload, basis: Basis, settings: EmbeddingSettings) -> Tensor:
+    """Return the score of every removal by its embedding, from one recorded training."""
+    spans = list(basis.spans) if settings.coupling == "block" else [slice(0, basis.size)]
+    trained = _train_recorded(workload, basis, settings, spans)
     assert trained.recorder is not None
     segment = trained.recorder.take_segment()
-    curvature = Hessian(segment, spans) if setting.every else EmpiricalFisher(segment, spans)
+    curvature: Curvature = EmpiricalFisher(segment, spans)
+    if settings.every:
+        curvature = Hessian(segment, spans)
     dynamics = Dynamics.from_segment(segment, trained.recorder.update_rule, curvature, spans)
-    count = len(workload.target_losses(trained.model))
-    rows, _ = sample_gradients(
-        lambda: workload.target_losses(trained.model), count, bind_layers(trained.model), basis
-    )
-    slots, size = len(trained.recorder.update_rule.slots) + 1, len(workload.batches[0])
-    removed = torch.tensor([step * size + place for step, place in workload.removals])
-    if setting.components:
-        (embeddings,), _ = walk_segment(
-            dynamics, identity_transition(spans, slots, torch.float64, theta_only=True)
-        )
-        axes = leading_eigenvectors(embeddings.T @ embeddings, setting.components)
-        return embeddings[removed] @ axes @ (axes.T @ rows.mean(0))
+    gradient = _target_gradient(workload, trained, basis)
+    slots = len(trained.recorder.update_rule.slots) + 1
+    batch_size = len(workload.batches[0])
+    removed = torch.tensor([step * batch_size + place for step, place in workload.removals])
+    if settings.components:
+        identity = identity_transition(spans, slots, torch.float64, theta_only=True)
+        (embeddings,), _ = walk_segment(dynamics, identity)
+        axes = leading_eigenvectors(embeddings.T @ embeddings, settings.components)
+        return embeddings[removed] @ axes @ (axes.T @ gradient)
+    # Walking the target's gradient alone costs less than the embeddings, and gives the same.
     query = []
     for span in spans:
         start = torch.zeros(1, slots, span.stop - span.start, dtype=segment.contributions.dtype)
-        start[0, 0] = rows.mean(0)[span]
+        start[0, 0] = gradient[span]
         query.append(start)
     effects, _ = walk_segment(dynamics, query)
     return torch.cat(effects, 1).sum(1)[removed]
 
 
+def _train_recorded(
+    workload: Workload, basis: Basis, settings: EmbeddingSettings, spans: list[slice]
+) -> Trained:
+    """Train once, and record every step and the Hessians."""
+
+    def record_hessian(step: int, model: nn.Module, recorder: Recorder) -> None:
+        if step % settings.every == 0:
+            ids = torch.cat(workload.batches[step : step + settings.every])
+            losses = [lambda: workload.losses(model, ids).mean()]
+            recorder.record_hessian(compute_hessian(losses, model, basis, spans))
+
+    return workload.train(
+        lambda model, optimizer: Recorder(model, optimizer, bind_layers(model), basis),
+        record_hessian if settings.every else None,
+    )
+
+
+def _target_gradient(workload: Workload, trained: Trained, basis: Basis) -> Tensor:
+    """The target's mean gradient at the end, in the basis."""
+    model = trained.model
+    count = len(workload.target_losses(model))
+    gradients, _ = sample_gradients(
+        lambda: workload.target_losses(model), count, bind_layers(model), basis
+    )
+    return gradients.mean(0)
+
+
 def replay_scores(workload: Workload) -> Tensor:
-    """The score of every removal by the adjoint of training."""
+    """Return the score of every removal by the adjoint of training."""
     model = workload.model()
     optimizer = workload.optimizer(model)
     tape = Tape(model, optimizer)
     for step in range(len(workload.batches)):
         workload.step(model, optimizer, step)
     tape.close()
-    named = dict(model.named_parameters())
-    gradients = torch.autograd.grad(workload.target_losses(model).mean(), list(named.values()))
-    later = tape.groups.start_adjoint(
-        dict(zip(named, gradients, strict=True)), len(tape.update_rule.slots)
+    parameters = dict(model.named_parameters())
+    loss = workload.target_losses(model).mean()
+    gradients = torch.autograd.grad(loss, list(parameters.values()))
+    adjoint = tape.groups.start_adjoint(
+        dict(zip(parameters, gradients, strict=True)), len(tape.update_rule.slots)
     )
     scores: dict[int, Tensor] = {}
     for step in reversed(range(len(workload.batches))):
         ids = workload.batches[step]
-        part = LossPart(
-            lambda m, ids=ids: workload.losses(m, ids), torch.full((len(ids),), 1 / len(ids))
-        )
-        scores[step], later = step_back(
-            model, tape.groups, tape.steps.pop(), tape.update_rule, [part], later
+        part = workload.loss_part(ids)
+        scores[step], adjoint = step_back(
+            model, tape.groups, tape.steps.pop(), tape.update_rule, [part], adjoint
         )
     return torch.stack([scores[step][place] for step, place in workload.removals])
 
 
-def plain_seconds(workload: Workload) -> float:
-    """Seconds of training, with nothing recorded or kept; the lesser of two runs."""
-    found = []
+def time_plain_training(workload: Workload) -> float:
+    """Return the seconds of training with nothing recorded or kept, the lesser of two runs."""
+    seconds = []
     for _ in range(2):
         model = workload.model()
         optimizer = workload.optimizer(model)
-        started = time.perf_counter()
+        start = time.perf_counter()
         for step in range(len(workload.batches)):
             workload.step(model, optimizer, step)
-        found.append(time.perf_counter() - started)
-    return min(found)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
-def measure(name: str, seed: int, chosen: list[str]) -> list[Row]:
-    """All estimators on one workload and seed, held against the same retrainings."""
-    workload = {"E": images, "F": text}[name](seed) if name in "EF" else digits(name, seed)
-    training = plain_seconds(workload)
-    plain = workload.train()
-    truth = workload.truth(plain)
+def measure(name: str, seed: int, estimators: list[str]) -> list[Row]:
+    """Compare estimators with the same retrainings, on one workload and seed."""
+    workload = make_workload(name, seed)
+    training_seconds = time_plain_training(workload)
+    trained = workload.train()
+    effects = workload.retraining_effects(trained)
+    parameters = sum(parameter.numel() for parameter in trained.model.parameters())
     rows = []
-    for estimator in chosen:
+    for estimator in estimators:
         if estimator in ADAMW_ONLY and name[0] in "AB":
             continue
         print(f"{name} seed {seed}: {estimator}", file=sys.stderr)
-        setting, numbers = (
-            ESTIMATORS.get(estimator),
-            sum(p.numel() for p in plain.model.parameters()),
-        )
-        started = time.perf_counter()
-        if estimator in PEERS:
-            scores, numbers = PEERS[estimator](workload), numbers if "full" in estimator else 416
-        elif setting is None:
-            scores = replay_scores(workload)
-        else:
-            basis = setting.basis(workload, seed)
-            if isinstance(basis, KroneckerBasis) and name[0] in "CDEF":
-                continue  # a kronecker basis cannot follow AdamW
-            scores, numbers = (
-                embedding_scores(workload, basis, setting),
-                setting.components or basis.size,
-            )
-        cost = (time.perf_counter() - started) / training
-        rho, r = spearmanr(scores, truth).statistic, pearsonr(scores, truth).statistic
-        rows.append(Row(name, estimator, numbers, seed, float(rho), float(r), cost))
+        start = time.perf_counter()
+        estimated = estimate(workload, estimator, seed, parameters)
+        if estimated is None:
+            continue
+        scores, numbers = estimated
+        cost = (time.perf_counter() - start) / training_seconds
+        spearman = float(spearmanr(scores, effects).statistic)
+        pearson = float(pearsonr(scores, effects).statistic)
+        rows.append(Row(name, estimator, numbers, seed, spearman, pearson, cost))
     return rows
 
 
+def make_workload(name: str, seed: int) -> Workload:
+    """Return a workload by its name."""
+    if name in "EF":
+        return {"E": make_images, "F": make_text}[name](seed)
+    return make_digits(name, seed)
+
+
+def estimate(
+    workload: Workload, estimator: str, seed: int, parameters: int
+) -> tuple[Tensor, int] | None:
+    """Return the score of every removal, and how many numbers a contribution is reduced to.
+
+    Returns:
+        None if the estimator cannot follow the workload's optimizer.
+    """
+    if estimator in PEERS:
+        numbers = parameters if "full" in estimator else PEER_NUMBERS
+        return PEERS[estimator](workload), numbers
+    settings = ESTIMATORS[estimator]
+    if settings is None:
+        return replay_scores(workload), parameters
+    basis = settings.basis(workload, seed)
+    # A kronecker basis cannot follow AdamW.
+    if isinstance(basis, KroneckerBasis) and workload.name[0] in "CDEF":
+        return None
+    return embedding_scores(workload, basis, settings), settings.components or basis.size
+
+
 def main() -> None:
-    """Prints a table, or one JSON list."""
+    """Print a table, or one JSON list."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--workload",
-        nargs="+",
-        default=list("ABCD"),
-        choices=[*"ABCDEF", *(f"{n}-relu" for n in "ABCD")],
-    )
-    parser.add_argument(
-        "--estimator", nargs="+", default=list(ESTIMATORS), choices=[*ESTIMATORS, *PEERS]
-    )
+    workloads = [*"ABCDEF", *(f"{name}-relu" for name in "ABCD")]
+    known = [*ESTIMATORS, *PEERS]
+    parser.add_argument("--workload", nargs="+", default=list("ABCD"), choices=workloads)
+    parser.add_argument("--estimator", nargs="+", default=list(ESTIMATORS), choices=known)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
     rows = [
         row
-        for name in arguments.workload
-        for seed in range(arguments.seeds)
-        for row in measure(name, seed, arguments.estimator)
+        for name in options.workload
+        for seed in range(options.seeds)
+        for row in measure(name, seed, options.estimator)
     ]
-    if arguments.json:
+    if options.json:
         print(json.dumps([asdict(row) for row in rows], indent=1))
-        return
-    print(
-        f"{'workload':9}{'estimator':46}{'numbers':>8}  {'spearman: median (min to max)':32}{'cost':>6}"
-    )
-    for name in arguments.workload:
-        for estimator in arguments.estimator:
+    else:
+        print_table(rows, options.workload, options.estimator)
+
+
+def print_table(rows: list[Row], workloads: list[str], estimators: list[str]) -> None:
+    """Print a line per workload and estimator: the median, least and greatest correlation."""
+    spearman = "spearman: median (min to max)"
+    print(f"{'workload':9}{'estimator':46}{'numbers':>8}  {spearman:32}{'cost':>6}")
+    for name in workloads:
+        for estimator in estimators:
             own = [row for row in rows if (row.workload, row.estimator) == (name, estimator)]
-            if own:
-                found = sorted(row.spearman for row in own)
-                spread = f"{statistics.median(found):.3f} ({found[0]:.3f} to {found[-1]:.3f})"
-                cost = statistics.median(row.cost for row in own)
-                print(f"{name:9}{estimator:46}{own[0].numbers:8}  {spread:32}{cost:6.2f}")
+            if not own:
+                continue
+            values = sorted(row.spearman for row in own)
+            spread = f"{statistics.median(values):.3f} ({values[0]:.3f} to {values[-1]:.3f})"
+            cost = statistics.median(row.cost for row in own)
+            print(f"{name:9}{estimator:46}{own[0].numbers:8}  {spread:32}{cost:6.2f}")
 
 
 if __name__ == "__main__":

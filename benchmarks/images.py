@@ -1,6 +1,7 @@
-"""Wrong labels in the image example: what each score finds, and what training on each arm's data comes to.
+"""Wrong labels in the image example: what each score finds, and the accuracy after each arm.
 
-`python -m benchmarks.images [--seeds 5]`. Every arm trains the same first stage, then as many more steps on what it keeps.
+`python -m benchmarks.images [--seeds 5]`. Every arm trains the same first stage, then the same number
+of further steps on what it keeps.
 """
 
 from __future__ import annotations
@@ -12,21 +13,23 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from pydantic import TypeAdapter
 
-from benchmarks.arms import stage_through_scores
+from benchmarks.arms import train_and_score
 from examples.images.make_shards import make
-from examples.images.run import PLAN, detection, flips
+from examples.images.run import PLAN, measure_detection, read_flips
+from secateur.storage.layout import PLAN_PRUNING
 from secateur.storage.rewrite import rewrite_shards
 from secateur.tasks.comparison.arm_runs import share_outputs
 from secateur.tasks.data.samples import read_stage_samples
-from secateur.tasks.plan import Plan, Policy, ScoreConfig, TopPolicy
+from secateur.tasks.plan import POLICIES, Plan, ScoreConfig
 from secateur.tasks.plan.plan_file import read_plan
+from secateur.tasks.pruning.context import PruningContext
 from secateur.tasks.pruning.decide import decide_samples
-from secateur.tasks.pruning.prune import PLAN_PRUNING, write_pruned_stage
-from secateur.tasks.run.run import Run
-from secateur.tasks.valuation.score import aggregate, read_scores, scored_vectors
-from secateur.tasks.valuation.target_gradients import read_target_gradients
+from secateur.tasks.pruning.policies import TopPolicy
+from secateur.tasks.pruning.prune import write_pruned_stage
+from secateur.tasks.results.valuation_results import read_target_gradients
+from secateur.tasks.run import Run
+from secateur.tasks.valuation.score import aggregate_scores, scored_vectors
 
 KEEP = 0.7
 ARMS: dict[str, dict[str, Any] | None] = {
@@ -36,107 +39,116 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "unpruned": None,
     "oracle": {"policy": "top", "keep": KEEP},
 }
+FIRST_ARM = next(iter(ARMS))
+Figures = dict[str, list[dict[str, float]]]
 
 
-def plan_of(arm: str, seed: int, root: str, **score_settings: Any) -> Plan:
-    """The example's plan with the arm's policy."""
+def make_plan(arm: str, seed: int, root: str, **score_settings: Any) -> Plan:
+    """Return the example's plan with the arm's policy."""
     shards = {name: {"shards": f"{root}/data/{name}-000000.tar"} for name in ("target", "test")}
-    changes: dict[str, Any] = {"run": arm, "root": root, "seed": seed}
-    changes["data"] = {"shards": f"{root}/data/train-{{000000..000003}}.tar"}
-    changes["targets"] = {"clean": shards["target"], "test": shards["test"]}
+    changes: dict[str, Any] = {
+        "run": arm,
+        "root": root,
+        "seed": seed,
+        "data": {"shards": f"{root}/data/train-{{000000..000003}}.tar"},
+        "targets": {"clean": shards["target"], "test": shards["test"]},
+    }
     plan = read_plan(PLAN, changes)
-    policy = TypeAdapter(Policy | None).validate_python(ARMS[arm])
+    settings = ARMS[arm]
+    policy = POLICIES.parse(settings) if settings else None
     first = plan.stages[0].model_copy(update={"prune": policy})
     plan = plan.model_copy(update={"stages": [first, *plan.stages[1:]]})
-    return (
-        plan.model_copy(update={"score": ScoreConfig(target="clean", **score_settings)})
-        if score_settings
-        else plan
-    )
+    if score_settings:
+        score = ScoreConfig(target="clean", **score_settings)
+        plan = plan.model_copy(update={"score": score})
+    return plan
 
 
-def accuracy(arm: str, seed: int, root: str) -> tuple[Run, dict[str, float]]:
-    """Loss and accuracy on clean test data after the second stage; the first one is trained once a seed."""
-    plan = plan_of(arm, seed, root)
-    run = Run.start(plan)
-    if arm != next(iter(ARMS)):
-        share_outputs.fn(run.url, f"{root}/{next(iter(ARMS))}")
-    stage_through_scores(run, 0)
+def run_arm(arm: str, seed: int, root: str) -> tuple[Run, dict[str, float]]:
+    """Run an arm, and return its loss and accuracy on clean test data after the second stage.
+
+    The first stage is trained once per seed.
+    """
+    run = Run.start(make_plan(arm, seed, root))
+    if arm != FIRST_ARM:
+        share_outputs(run, f"{root}/{FIRST_ARM}")
+    train_and_score(run, 0)
     if arm == "oracle":
         samples = read_stage_samples(run, 0)
+        keep = read_flips(run) == "none"
         with run.folder.stage(0).prune(PLAN_PRUNING).attempt("prune", {}) as attempt:
-            rewrite_shards(attempt, samples.urls, samples.frame, flips(run) == "none")
+            rewrite_shards(attempt, samples.urls, samples.frame, keep)
     elif ARMS[arm]:
-        write_pruned_stage.fn(run.url, 0)
-    stage_through_scores(run, 1)
+        write_pruned_stage(run, 0)
+    train_and_score(run, 1)
     return run, run.folder.stage(1).targets.manifest.facts["test"]
 
 
-def detections(run: Run, seed: int, root: str) -> dict[str, dict[str, float]]:
-    """What `nearest`, `mean` and `loss` find, from the same first stage."""
-    kinds, samples = flips(run), read_stage_samples(run, 0)
-    decisions = decide_samples(run.plan, 0, TopPolicy(keep=KEEP), read_scores(run, 0), samples)
-    found = {"nearest": decisions["score"].to_numpy(), "loss": -decisions["loss"].to_numpy()}
-    mean = Run(plan_of("pruned", seed, root, aggregate="mean"), run.folder)
-    found["mean"] = _mean_scores(mean)
-    return {name: detection(values, kinds) for name, values in found.items()}
+def measure_detections(run: Run, seed: int, root: str) -> dict[str, dict[str, float]]:
+    """Return what `nearest`, `mean` and `loss` find, from the same first stage."""
+    kinds = read_flips(run)
+    decisions = decide_samples(TopPolicy(keep=KEEP), PruningContext.of_stage(run, 0))
+    mean = Run(make_plan("pruned", seed, root, aggregate="mean"), run.folder)
+    scores = {
+        "nearest": decisions["score"].to_numpy(),
+        "loss": -decisions["loss"].to_numpy(),
+        "mean": _mean_scores(mean),
+    }
+    return {name: measure_detection(values, kinds) for name, values in scores.items()}
 
 
 def _mean_scores(run: Run) -> np.ndarray:
     """Scores by the target's mean gradient, summed over the uses of a sample."""
-    gradients = read_target_gradients(run.folder.stage(0).targets, "clean")
-    parts = [
-        pl.DataFrame(
-            {"sample": segment.samples.numpy(), "score": aggregate(run, vectors, gradients)}
-        )
-        for segment, vectors in scored_vectors(run, 0)
-    ]
-    return (
-        pl.concat(parts)
-        .group_by("sample")
-        .agg(pl.col("score").sum())
-        .sort("sample")["score"]
-        .to_numpy()
-    )
+    gradients = read_target_gradients(run, 0, "clean")
+    parts = []
+    for segment, vectors in scored_vectors(run, 0):
+        scores = aggregate_scores(run, vectors, gradients)
+        parts.append(pl.DataFrame({"sample": segment.samples.numpy(), "score": scores}))
+    totals = pl.concat(parts).group_by("sample").agg(pl.col("score").sum()).sort("sample")
+    return totals["score"].to_numpy()
 
 
 def main() -> None:
-    """Prints both tables."""
+    """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
     seeds = range(parser.parse_args().seeds)
-    found: dict[str, list[dict[str, float]]] = {}
-    results: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
+    areas: Figures = {}
+    results: Figures = {arm: [] for arm in ARMS}
     for seed in seeds:
         with tempfile.TemporaryDirectory() as root:
             make(f"{root}/data", seed)
             for arm in ARMS:
-                run, figures = accuracy(arm, seed, root)
+                run, figures = run_arm(arm, seed, root)
                 results[arm].append(figures)
-                if arm == "pruned":
-                    for name, areas in detections(run, seed, root).items():
-                        found.setdefault(name, []).append(areas)
-    print(f"area under the ROC curve for wrong labels, {len(seeds)} seeds: median (min to max)")
-    for name, areas in found.items():
-        print(
-            f"  {name:8}", *(f"{kind} {_spread([a[kind] for a in areas])}  " for kind in areas[0])
-        )
+                if arm == FIRST_ARM:
+                    for name, found in measure_detections(run, seed, root).items():
+                        areas.setdefault(name, []).append(found)
+    _print_areas(areas, len(seeds))
+    _print_results(results)
+
+
+def _print_areas(areas: Figures, seeds: int) -> None:
+    print(f"area under the ROC curve for wrong labels, {seeds} seeds: median (min to max)")
+    for name, found in areas.items():
+        spreads = [f"{kind} {_spread([one[kind] for one in found])}  " for kind in found[0]]
+        print(f"  {name:8}", *spreads)
+
+
+def _print_results(results: Figures) -> None:
     print("clean test data after the second stage: median (min to max)")
     for arm, figures in results.items():
-        print(
-            f"  {arm:9}",
-            *(f"{k} {_spread([f[k] for f in figures])}  " for k in ("accuracy", "loss")),
-        )
+        spreads = [f"{k} {_spread([f[k] for f in figures])}  " for k in ("accuracy", "loss")]
+        print(f"  {arm:9}", *spreads)
     for key in ("accuracy", "loss"):
         for arm in ("pruned", "random", "loss"):
+            rows = zip(results[arm], results["unpruned"], results["oracle"], strict=True)
             closed = [
-                (results[arm][n][key] - results["unpruned"][n][key])
-                / (results["oracle"][n][key] - results["unpruned"][n][key])
-                for n in seeds
+                (own[key] - unpruned[key]) / (oracle[key] - unpruned[key])
+                for own, unpruned, oracle in rows
             ]
-            print(
-                f"  share of the gap in {key} between unpruned and oracle that {arm} closes: {_spread(closed)}"
-            )
+            gap = f"share of the gap in {key} between unpruned and oracle that {arm} closes"
+            print(f"  {gap}: {_spread(closed)}")
 
 
 def _spread(values: list[float]) -> str:

@@ -1,10 +1,11 @@
-"""Submits queries and prunes to one Prefect server, all at once, and says how each ended and how long it took.
+"""Submit queries and prunes to one Prefect server, all together, and time them.
 
     python -m benchmarks.load [--queries 40] [--prunes 5] [--limit 4]
 
-The image example, shortened, is run first. Then every query and prune is a flow run of the deployments in prefect.yaml, on one
-worker that runs `--limit` of them at a time; the prunes, each by another policy, are about the same run and wait for one
-another. A flow run's time is from when its process began until it ended; its wait is from the submission until then.
+First a short version of the image example runs. Then every query and prune is a flow run of the
+deployments in prefect.yaml, on one worker that runs `--limit` of them at a time. All prunes are of
+the same run, each by another policy, and wait for one another. The time of a flow run is from the
+start of its process to its end. Its wait is from the submission to that start.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -25,8 +26,9 @@ from typing import Any
 
 import httpx
 
+from secateur.tasks.plan import POLICIES as POLICY_TYPES
 from secateur.tasks.pruning.prune import pruning_name
-from secateur.tasks.run.run import Run
+from secateur.tasks.run import Run
 from tests.flows.deployed import ENDED, Deployed, environment, make_project, wait_for
 from tests.servers import free_ports
 
@@ -40,7 +42,10 @@ POLICIES: list[dict[str, Any]] = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Start the server, submit everything, and print states and times."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--queries", type=int, default=40)
     parser.add_argument(
         "--prunes", type=int, default=len(POLICIES), choices=range(len(POLICIES) + 1)
@@ -49,145 +54,151 @@ def main() -> None:
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="load-"))
     try:
-        with deployed(folder, options.limit) as (project, begin):
-            begin.command("examples.images.make_shards")
-            begin.command("secateur.flows.cli", "run", "examples/images/plan.yaml")
-            submitted = submit(project, folder, options.queries, options.prunes)
-            begun = time.monotonic()
-            wait_for(
-                lambda: all(ended(project, submitted)), 3600, lambda: str(ended(project, submitted))
-            )
-            seconds = time.monotonic() - begun
-            found = {
-                kind: [project.flow_run(one) for one in ones] for kind, ones in submitted.items()
-            }
-            for kind, runs in found.items():
-                report(kind, runs)
-            print(
-                f"all {sum(map(len, found.values()))} in {seconds:.0f} s, {options.limit} at a time"
-            )
-            run = Run.open(f"{folder}/runs/images")
-            made = [
-                run.folder.stage(0).prune(pruning_name(run, 0, policy)).committed
-                for policy in POLICIES[: options.prunes]
-            ]
-            print(f"prunes committed: {sum(made)} of {len(made)}")
+        with serve(folder, options.limit) as (project, processes):
+            processes.run_module("examples.images.make_shards")
+            processes.run_module("secateur.flows.cli", "run", "examples/images/plan.yaml")
+            measure(project, folder, options.queries, options.prunes, options.limit)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def submit(project: Deployed, folder: Path, queries: int, prunes: int) -> dict[str, list[str]]:
-    """Every flow run, one after the other, as fast as the server takes them; their ids."""
-    query, prune = (
-        project.deployment(name) for name in ("query/on-demand", "prune/on-stage-trained")
+def measure(project: Deployed, folder: Path, queries: int, prunes: int, limit: int) -> None:
+    """Submit all flow runs, wait for their ends, and print states and times."""
+    submitted = submit(project, folder, queries, prunes)
+    start = time.monotonic()
+    wait_for(
+        lambda: all(have_ended(project, submitted)),
+        3600,
+        lambda: str(have_ended(project, submitted)),
     )
+    seconds = time.monotonic() - start
+    for kind, ids in submitted.items():
+        print_times(kind, [project.flow_run(identity) for identity in ids])
+    count = sum(len(ids) for ids in submitted.values())
+    print(f"all {count} in {seconds:.0f} s, {limit} at a time")
+    run = Run.open(f"{folder}/runs/images")
+    names = [pruning_name(run, 0, POLICY_TYPES.parse(policy)) for policy in POLICIES[:prunes]]
+    committed = [run.folder.stage(0).prune(name).committed for name in names]
+    print(f"prunes committed: {sum(committed)} of {len(committed)}")
+
+
+def submit(project: Deployed, folder: Path, queries: int, prunes: int) -> dict[str, list[str]]:
+    """Submit every flow run, as fast as the server accepts them, and return their ids."""
+    query = project.deployment("query/on-demand")
+    prune = project.deployment("prune/on-stage-trained")
     run = f"{folder}/runs/images"
-    asked = [
+    questions = [
         {"run": run, "target": ("clean", "test")[n % 2], "harmful": n % 4 > 1, "top": 5 + n}
         for n in range(queries)
     ]
-    pruned = [{"run": run, "stage": 0, "policy": policy} for policy in POLICIES[:prunes]]
+    prunings = [{"run": run, "stage": 0, "policy": policy} for policy in POLICIES[:prunes]]
     return {
-        "prune": [project.start(prune, **parameters) for parameters in pruned],
-        "query": [project.start(query, **parameters) for parameters in asked],
+        "prune": [project.start(prune, **parameters) for parameters in prunings],
+        "query": [project.start(query, **parameters) for parameters in questions],
     }
 
 
-def ended(project: Deployed, submitted: dict[str, list[str]]) -> list[bool]:
-    """Which flow runs have ended."""
-    wanted = [one for ones in submitted.values() for one in ones]
-    found = project.post("/flow_runs/filter", flow_runs={"id": {"any_": wanted}}, limit=200)
-    return [run["state"]["type"] in ENDED for run in found]
+def have_ended(project: Deployed, submitted: dict[str, list[str]]) -> list[bool]:
+    """Return which flow runs have ended."""
+    ids = [identity for kind_ids in submitted.values() for identity in kind_ids]
+    flow_runs = project.post("/flow_runs/filter", flow_runs={"id": {"any_": ids}}, limit=200)
+    return [flow_run["state"]["type"] in ENDED for flow_run in flow_runs]
 
 
-def report(kind: str, runs: list[dict[str, Any]]) -> None:
-    """States, and least, median and greatest times of one kind of flow run."""
-    if not runs:
+def print_times(kind: str, flow_runs: list[dict[str, Any]]) -> None:
+    """Print states, and the median, least and greatest times of one kind of flow run."""
+    if not flow_runs:
         return
-    states = Counter(run["state"]["name"] for run in runs)
+    states = Counter(flow_run["state"]["name"] for flow_run in flow_runs)
     print(f"{kind}: {', '.join(f'{count} {state}' for state, count in states.items())}")
-    measures: dict[str, Callable[[dict[str, Any]], float]] = {
-        "time": lambda run: seconds_between(run["start_time"], run["end_time"]),
-        "wait": lambda run: seconds_between(run["created"], run["start_time"]),
-        "both": lambda run: seconds_between(run["created"], run["end_time"]),
+    measures = {
+        "time": ("start_time", "end_time"),
+        "wait": ("created", "start_time"),
+        "both": ("created", "end_time"),
     }
-    for name, measure in measures.items():
-        taken = [measure(run) for run in runs]
-        print(f"  {name}: median {median(taken):.1f} s ({min(taken):.1f} to {max(taken):.1f})")
+    for name, (start, end) in measures.items():
+        seconds = [seconds_between(flow_run[start], flow_run[end]) for flow_run in flow_runs]
+        spread = f"{median(seconds):.1f} s ({min(seconds):.1f} to {max(seconds):.1f})"
+        print(f"  {name}: median {spread}")
 
 
 def seconds_between(start: str, end: str) -> float:
+    """Return the seconds between two ISO dates."""
     return (datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds()
 
 
-class Begin:
-    """Begins the commands of a deployment in its folder, and ends them."""
+class Processes:
+    """The server and the worker of a deployment, which run in its folder."""
 
     def __init__(self, folder: Path, settings: dict[str, str], limit: int) -> None:
-        self.folder, self.settings = folder, settings
+        self.folder = folder
+        self.settings = settings
         self.running: dict[str, subprocess.Popen[bytes]] = {}
-        self._words = {
+        self._commands = {
             "server": ("prefect", "server", "start"),
             "worker": ("prefect", "worker", "start", "--pool", "secateur", "--limit", str(limit)),
         }
 
-    def command(self, *words: str) -> None:
-        """Runs one to its end."""
-        python = [sys.executable, "-m"]
+    def run_module(self, *words: str) -> None:
+        """Run a module with arguments to its end."""
         subprocess.run(
-            [*python, *words],
+            [sys.executable, "-m", *words],
             cwd=self.folder,
             env=self.settings,
             check=True,
             stdout=subprocess.DEVNULL,
         )
 
-    def __call__(self, name: str) -> None:
-        """Begins the server or the worker."""
+    def start(self, name: str) -> None:
+        """Start the server or the worker."""
         with open(self.folder / "prefect.log", "ab") as log:
             self.running[name] = subprocess.Popen(
-                [sys.executable, "-m", *self._words[name]],
+                [sys.executable, "-m", *self._commands[name]],
                 cwd=self.folder,
                 env=self.settings,
                 stdout=log,
                 stderr=log,
             )
 
-    def end(self) -> None:
+    def kill(self) -> None:
+        """Kill both, because a worker that is only asked to end waits for its flow runs."""
         for process in reversed(self.running.values()):
-            process.kill()  # a worker that is asked to end first waits for what it runs
+            process.kill()
             process.wait()
 
 
 @contextmanager
-def deployed(folder: Path, limit: int) -> Iterator[tuple[Deployed, Begin]]:
-    """A server, the three deployments and a worker."""
+def serve(folder: Path, limit: int) -> Iterator[tuple[Deployed, Processes]]:
+    """Run a server, the three deployments and a worker."""
     make_project(folder)
     (port,) = free_ports(1)
     settings = environment(folder, port) | {
         "DO_NOT_TRACK": "1",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": (
+            "prefect.server.concurrency.lease_storage.filesystem"
+        ),
+        "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
+        # Flow runs of a deployment start in the folder where `prefect deploy` was called.
+        "PWD": str(folder),
     }
-    settings["PWD"] = str(folder)  # `prefect deploy` has flow runs begin there
-    settings["PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"] = (
-        "prefect.server.concurrency.lease_storage.filesystem"
-    )
-    settings["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
-    begin = Begin(folder, settings, limit)
+    processes = Processes(folder, settings, limit)
     client = httpx.Client(base_url=settings["PREFECT_API_URL"], timeout=300)
+    log = folder / "prefect.log"
     try:
-        begin("server")
-        wait_for(lambda: healthy(client), 120, lambda: (folder / "prefect.log").read_text()[-2000:])
-        begin.command("prefect", "work-pool", "create", "secateur", "--type", "process")
-        begin.command("prefect", "--no-prompt", "deploy", "--all")
-        begin("worker")
-        yield Deployed(folder, client, settings), begin
+        processes.start("server")
+        wait_for(lambda: is_healthy(client), 120, lambda: log.read_text()[-2000:])
+        processes.run_module("prefect", "work-pool", "create", "secateur", "--type", "process")
+        processes.run_module("prefect", "--no-prompt", "deploy", "--all")
+        processes.start("worker")
+        yield Deployed(folder, client, settings), processes
     finally:
         client.close()
-        begin.end()
+        processes.kill()
 
 
-def healthy(client: httpx.Client) -> bool:
+def is_healthy(client: httpx.Client) -> bool:
+    """Return whether the server answers."""
     try:
         return client.get("/health").is_success
     except httpx.TransportError:

@@ -1,4 +1,4 @@
-"""Peers on the same workloads and the same truth; `pip install .[peers]` first."""
+"""Other projects' estimators on the same workloads and retrainings. `pip install .[peers]` first."""
 
 from __future__ import annotations
 
@@ -13,29 +13,23 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.workloads import Workload
 
+Scores = Callable[[Workload], Tensor]
 
-def dattri(factorization: str, numbers: int | None) -> Callable[[Workload], Tensor]:
-    """Scores of dattri's data value embeddings: `none` with full gradients, or `kronecker` or `elementwise` factors."""
 
-    def scores(workload: Workload) -> Tensor:
+def dattri(factorization: str, numbers: int | None) -> Scores:
+    """Return a function that scores removals by dattri's data value embeddings.
+
+    Args:
+        factorization: `none` for full gradients, or `kronecker` or `elementwise` factors.
+        numbers: that a gradient is reduced to.
+    """
+
+    def score(workload: Workload) -> Tensor:
         from dattri.algorithm.dvemb import DVEmbAttributor  # type: ignore[import-not-found]
-        from dattri.task import AttributionTask  # type: ignore[import-not-found]
 
         model = workload.model()
         optimizer = workload.optimizer(model)
-
-        def full(parameters: dict[str, Tensor], data: tuple[Tensor, Tensor]) -> Tensor:
-            x, y = data
-            return functional.cross_entropy(torch.func.functional_call(model, parameters, x), y)
-
-        def factored(model: torch.nn.Module, data: list[Tensor], device: torch.device) -> Tensor:
-            return functional.cross_entropy(model(data[0]), data[1])
-
-        task = AttributionTask(
-            loss_func=full if factorization == "none" else factored,
-            model=model,
-            checkpoints=[model.state_dict()],
-        )
+        task = _dattri_task(model, factorization)
         attributor = DVEmbAttributor(task=task, proj_dim=numbers, factorization_type=factorization)
         size = len(workload.batches[0])
         for step, ids in enumerate(workload.batches):
@@ -46,76 +40,99 @@ def dattri(factorization: str, numbers: int | None) -> Callable[[Workload], Tens
         target = TensorDataset(*workload.data(None))
         influence = attributor.attribute(DataLoader(target, batch_size=len(target)))
         removed = torch.tensor([step * size + place for step, place in workload.removals])
-        return influence.mean(1)[removed].double().cpu()
+        scores: Tensor = influence.mean(1)[removed].double().cpu()
+        return scores
 
-    return scores
+    return score
 
 
-def dattri_llm(adamw: bool, mask: int | None = None) -> Callable[[Workload], Tensor]:
-    """Scores of dattri-llm: AdamW-influence, or data value embeddings; of all coordinates, or a random mask a layer."""
+def _dattri_task(model: torch.nn.Module, factorization: str) -> Any:
+    from dattri.task import AttributionTask  # type: ignore[import-not-found]
 
-    def scores(workload: Workload) -> Tensor:
+    def loss_of_parameters(parameters: dict[str, Tensor], data: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = data
+        return functional.cross_entropy(torch.func.functional_call(model, parameters, x), y)
+
+    def loss_of_model(model: torch.nn.Module, data: list[Tensor], device: torch.device) -> Tensor:
+        return functional.cross_entropy(model(data[0]), data[1])
+
+    loss = loss_of_parameters if factorization == "none" else loss_of_model
+    return AttributionTask(loss_func=loss, model=model, checkpoints=[model.state_dict()])
+
+
+def dattri_llm(adamw: bool, mask: int | None = None) -> Scores:
+    """Return a function that scores removals by dattri-llm.
+
+    Args:
+        adamw: score by AdamW-influence; otherwise by data value embeddings.
+        mask: size of a random mask of coordinates per layer; all of them if None.
+    """
+    projection = {"__default__": {"style": "mask", "proj_dim": mask}} if mask else None
+
+    def score(workload: Workload) -> Tensor:
         import dattri_llm as peer  # type: ignore[import-not-found]
 
         model = workload.model()
         optimizer = workload.optimizer(model)
-        projection = {"__default__": {"style": "mask", "proj_dim": mask}} if mask else None
-        moments = (
-            peer.OptimizerStateCallback(model, optimizer, projection_kwargs=projection)
-            if adamw
-            else None
-        )
-
-        def capturing(folder: str, *more: Any) -> Any:
-            store = peer.OffloadCallback(
-                offload_interval=1,
-                file_manager=peer.GradientStorageManager(folder),
-                recording_type="per_sample",
-            )
-            config = peer.HookManagerConfig(
-                linear_io=peer.REGISTER_ALL, projection_kwargs=projection
-            )
-            return peer.HookManager(model, config=config, callbacks=[store, *more]).collect(
-                deregister_on_exit=True
-            )
-
-        def backward(ids: Tensor | None) -> None:
-            model.zero_grad()
-            x, y = workload.data(ids)
-            functional.cross_entropy(model(x), y).backward()
-
+        moments = None
+        if adamw:
+            moments = peer.OptimizerStateCallback(model, optimizer, projection_kwargs=projection)
         with tempfile.TemporaryDirectory() as folder:
-            with capturing(f"{folder}/train", *([moments] if moments else [])):
+            callbacks = [moments] if moments else []
+            with _capture(model, projection, f"{folder}/train", callbacks):
                 for step, ids in enumerate(workload.batches):
                     for group in optimizer.param_groups:
                         group["lr"] = workload.rate(step)
-                    backward(ids)
+                    _backward(workload, model, ids)
                     optimizer.step()
                     if moments:
                         moments.record_post(step)
-            with capturing(f"{folder}/test"):
-                backward(None)
-            arguments = peer.AttributionArguments(output_dir=f"{folder}/out")
-            stores = f"{folder}/train", f"{folder}/test"
-            if moments:
-                attributor = peer.AdamWInfluenceAttributor(arguments)
-                found = attributor.attribute_from_cache(
-                    *stores, dynamics=moments.dynamics(), propagation="test"
-                )
-            else:
-                rates = {step: workload.rate(step) for step in range(len(workload.batches))}
-                attributor = peer.DVEmbAttributor(arguments)
-                found = attributor.attribute_from_cache(
-                    *stores, learning_rate=rates, propagation="test"
-                )
-        # AdamWInfluence: the change of the final loss as the weight grows; DVEmb: as the sample is removed
+            with _capture(model, projection, f"{folder}/test", []):
+                _backward(workload, model, None)
+            result = _attribute(workload, folder, moments)
+        # AdamWInfluence gives the change of the final loss as a sample's weight grows, DVEmb as the
+        # sample is removed.
         sign = -1 if moments else 1
-        values, steps = sign * found.scores.double().sum(1), torch.tensor(found.row_steps)
-        return torch.stack(
-            [values[(steps == step).nonzero()[place, 0]] for step, place in workload.removals]
-        )
+        values = sign * result.scores.double().sum(1)
+        steps = torch.tensor(result.row_steps)
+        places = [(steps == step).nonzero()[place, 0] for step, place in workload.removals]
+        return torch.stack([values[place] for place in places])
 
-    return scores
+    return score
+
+
+def _capture(model: torch.nn.Module, projection: Any, folder: str, callbacks: list[Any]) -> Any:
+    """A context in which dattri-llm stores the gradient of every sample."""
+    import dattri_llm as peer
+
+    store = peer.OffloadCallback(
+        offload_interval=1,
+        file_manager=peer.GradientStorageManager(folder),
+        recording_type="per_sample",
+    )
+    config = peer.HookManagerConfig(linear_io=peer.REGISTER_ALL, projection_kwargs=projection)
+    manager = peer.HookManager(model, config=config, callbacks=[store, *callbacks])
+    return manager.collect(deregister_on_exit=True)
+
+
+def _backward(workload: Workload, model: torch.nn.Module, ids: Tensor | None) -> None:
+    model.zero_grad()
+    x, y = workload.data(ids)
+    functional.cross_entropy(model(x), y).backward()
+
+
+def _attribute(workload: Workload, folder: str, moments: Any) -> Any:
+    import dattri_llm as peer
+
+    arguments = peer.AttributionArguments(output_dir=f"{folder}/out")
+    stores = f"{folder}/train", f"{folder}/test"
+    if moments:
+        attributor = peer.AdamWInfluenceAttributor(arguments)
+        dynamics = moments.dynamics()
+        return attributor.attribute_from_cache(*stores, dynamics=dynamics, propagation="test")
+    rates = {step: workload.rate(step) for step in range(len(workload.batches))}
+    attributor = peer.DVEmbAttributor(arguments)
+    return attributor.attribute_from_cache(*stores, learning_rate=rates, propagation="test")
 
 
 PEERS = {

@@ -1,7 +1,10 @@
-"""Does a score find what the next stage should not see? Wrong labels, mixed text, duplicates: three studies.
+"""Does a score find what the next stage should not train on? Three studies try it.
 
-`python -m benchmarks.pruning [labels domains duplicates] [--seeds 5]` prints every table of docs/pruning.md and draws its
-figures. Each seed of a study leaves its results in data/pruning, from where an interrupted benchmark carries on.
+They are about wrong labels, mixed text and duplicates.
+
+`python -m benchmarks.pruning [labels domains duplicates] [--seeds 5]` prints every table of
+docs/pruning.md and draws its figures. Each seed of a study writes its results to data/pruning, and an
+interrupted benchmark continues from there.
 """
 
 from __future__ import annotations
@@ -24,54 +27,55 @@ RESULTS = Path("data/pruning")
 Study = Callable[[Path], dict[str, Any]]
 
 
-def jobs(study: str, seeds: int) -> dict[str, Study]:
-    """What one study runs, by the name of its results."""
-    found: dict[str, Study] = {}
+def list_jobs(study: str, seeds: int) -> dict[str, Study]:
+    """Return what one study runs, by the name of its results."""
+    jobs: dict[str, Study] = {}
     for seed in range(seeds):
         if study == "labels":
             for name, kind in WORKLOADS:
-                found[f"labels-{name}-{kind}-{seed}"] = partial(
-                    labels.study, name=name, kind=kind, seed=seed
-                )
+                job = partial(labels.study, name=name, kind=kind, seed=seed)
+                jobs[f"labels-{name}-{kind}-{seed}"] = job
+        elif study == "domains":
+            jobs[f"domains-{seed}"] = partial(domains.study, seed=seed)
         else:
-            module = {"domains": domains, "duplicates": duplicates}[study]
-            found[f"{study}-{seed}"] = partial(module.study, seed=seed)
-    return found
+            jobs[f"duplicates-{seed}"] = partial(duplicates.study, seed=seed)
+    return jobs
 
 
-def carry_out(found: dict[str, Study]) -> None:
-    """Runs what has left no results yet."""
+def run_jobs(jobs: dict[str, Study]) -> None:
+    """Run the jobs that have no results yet."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     missing = {
-        name: study for name, study in found.items() if not (RESULTS / f"{name}.json").exists()
+        name: study for name, study in jobs.items() if not (RESULTS / f"{name}.json").exists()
     }
     for number, (name, study) in enumerate(missing.items(), 1):
         print_status(f"{name}, {number} of {len(missing)}")
-        start, used = time.monotonic(), time.process_time()
+        start = time.monotonic()
+        process_start = time.process_time()
         with tempfile.TemporaryDirectory() as folder:
             result = study(Path(folder))
         (RESULTS / f"{name}.json").write_text(json.dumps(result))
-        print_status(
-            f"  took {time.monotonic() - start:.0f} s, {time.process_time() - used:.0f} s of them computing"
-        )
+        seconds = time.monotonic() - start
+        computing = time.process_time() - process_start
+        print_status(f"  took {seconds:.0f} s, {computing:.0f} s of them computing")
 
 
-def results(found: dict[str, Study]) -> dict[str, dict[str, Any]]:
-    """What every job left."""
-    return {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in found}
+def read_results(jobs: dict[str, Study]) -> dict[str, dict[str, Any]]:
+    """Return the results of every job."""
+    return {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in jobs}
 
 
 def main() -> None:
-    """Runs the studies and prints their tables."""
+    """Run the studies and print their tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("studies", nargs="*", default=["labels", "domains", "duplicates"])
     parser.add_argument("--seeds", type=int, default=5)
     arguments = parser.parse_args()
     reports = {"labels": report_labels, "domains": report_domains, "duplicates": report_duplicates}
     for study in arguments.studies:
-        found = jobs(study, arguments.seeds)
-        carry_out(found)
-        reports[study](results(found))
+        jobs = list_jobs(study, arguments.seeds)
+        run_jobs(jobs)
+        reports[study](read_results(jobs))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Timing by turns: what is compared runs alternately in one process, so that noise meets all of it alike."""
+"""Timing in turns: what is compared runs alternately in one process, so noise affects all equally."""
 
 from __future__ import annotations
 
@@ -7,28 +7,32 @@ import time
 from collections.abc import Callable, Mapping
 
 
-def by_turns(
-    bodies: Mapping[str, Callable[[], object]], repeats: int, inner: int = 1
+def time_in_turns(
+    functions: Mapping[str, Callable[[], object]], repeats: int, inner: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of each body, `repeats` times by turns, each time the median of `inner` calls; warmed up by one call."""
-    for body in bodies.values():
-        body()
-    seconds: dict[str, list[list[float]]] = {name: [] for name in bodies}
+    """Return the seconds of each function, `repeats` times in turns.
+
+    Each is called once before, to warm up.
+
+    Args:
+        inner: calls per turn, of which the median counts.
+    """
+    for function in functions.values():
+        function()
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
-        rounds: dict[str, list[float]] = {name: [] for name in bodies}
+        turn: dict[str, list[float]] = {name: [] for name in functions}
         for _ in range(inner):
-            for name, body in bodies.items():
+            for name, function in functions.items():
                 start = time.perf_counter()
-                body()
-                rounds[name].append(time.perf_counter() - start)
-        for name, found in rounds.items():
-            seconds[name].append(found)
-    return {
-        name: [statistics.median(found) for found in rounds] for name, rounds in seconds.items()
-    }
+                function()
+                turn[name].append(time.perf_counter() - start)
+        for name, values in turn.items():
+            seconds[name].append(statistics.median(values))
+    return seconds
 
 
-def spread(values: list[float], digits: int = 2) -> str:
-    """Median (least to greatest)."""
-    middle, low, high = statistics.median(values), min(values), max(values)
-    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+def format_spread(values: list[float], digits: int = 2) -> str:
+    """Return the median, and the least and the greatest value, as text."""
+    middle = statistics.median(values)
+    return f"{middle:.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"

@@ -1,9 +1,10 @@
-"""Embedding a stage's 16 segments on one and on two workers, beside the same function called in a plain loop.
+"""Embed a stage's 16 segments on one and on two workers, and in a plain loop.
 
     python -m benchmarks.workers [--repeats 5] [--steps 10] [--kinds threads processes dask ray]
 
-By turns, each time with the embeddings removed before; the workers are running when the clock starts, one torch thread each. With one
-worker of any kind the tasks run in the flow's own process. What counts is the ratio of times: how many times as fast.
+They run in turns. The embeddings are removed before each turn, and the workers have started when the
+clock starts. Each has one torch thread. With one worker of any kind the tasks run in the flow's own
+process. The result is how many times as fast each is.
 """
 
 from __future__ import annotations
@@ -13,91 +14,103 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from prefect import flow
 
-from benchmarks.timing import spread
-from secateur.flows.workers import Call, WorkerPool, worker_pool
-from secateur.tasks.data.samples import list_stage_samples
+from benchmarks.timing import format_spread
+from secateur.flows import pipeline_tasks
+from secateur.flows.stage import train_stage
+from secateur.flows.workers import Call, InlineWorkers, WorkerPool, worker_pool
 from secateur.tasks.engine.prefect_server import prefect_server
 from secateur.tasks.plan import WorkersConfig
-from secateur.tasks.run.run import Run
-from secateur.tasks.training.fit_basis import fit_basis
-from secateur.tasks.training.train import train_stage
-from secateur.tasks.valuation.embed import embed_segment
+from secateur.tasks.run import Run
 from tests.tasks.small import make_data, small_plan
 
-SEGMENTS, WIDTH, BATCH = 16, 16, 32  # 64-16-10: 1,210 numbers a sample, all of them recorded
+# An MLP 64-16-10: 1,210 coefficients per sample, all of them recorded.
+SEGMENTS, WIDTH, BATCH = 16, 16, 32
 
 
 def main() -> None:
+    """Train the stage, then time every kind of workers."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=10, help="of a segment")
+    parser.add_argument("--steps", type=int, default=10, help="steps of each segment")
     parser.add_argument("--kinds", nargs="+", default=["threads", "processes", "dask", "ray"])
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, prefect_server():
-        measure(trained(Path(name), options.steps), options.kinds, options.repeats)
+        measure(train(Path(name), options.steps), options.kinds, options.repeats)
 
 
 @flow(name="workers")
 def measure(run_url: str, kinds: list[str], repeats: int) -> None:
-    """Times every body by turns, and prints what came of it."""
+    """Time every kind of workers in turns, and print the ratios."""
     with ExitStack() as stack:
-        bodies: dict[str, Callable[[], None]] = {"plain loop": lambda: plain(run_url)}
-        bodies["1 worker"] = on(stack.enter_context(worker_pool(WorkersConfig(count=1))), run_url)
+        one = stack.enter_context(worker_pool(WorkersConfig(count=1)))
+        functions: dict[str, Callable[[], None]] = {
+            "plain loop": lambda: embed_in_loop(run_url),
+            "1 worker": lambda: embed_on(one, run_url),
+        }
         for kind in kinds:
-            workers = stack.enter_context(
-                worker_pool(WorkersConfig.model_validate({"kind": kind, "count": 2}))
-            )
-            bodies[f"2 {kind}"] = on(workers, run_url)
-        seconds: dict[str, list[float]] = {name: [] for name in bodies}
-        for turn in range(repeats + 1):  # the first starts the workers
-            for name, body in bodies.items():
-                clear(run_url)
-                begun = time.perf_counter()
-                body()
+            config = WorkersConfig.model_validate({"kind": kind, "count": 2})
+            pool = stack.enter_context(worker_pool(config))
+            functions[f"2 {kind}"] = partial(embed_on, pool, run_url)
+        seconds: dict[str, list[float]] = {name: [] for name in functions}
+        # The first turn starts the workers and does not count.
+        for turn in range(repeats + 1):
+            for name, function in functions.items():
+                remove_embeddings(run_url)
+                start = time.perf_counter()
+                function()
                 if turn:
-                    seconds[name].append(time.perf_counter() - begun)
+                    seconds[name].append(time.perf_counter() - start)
+    print_ratios(seconds)
+
+
+def print_ratios(seconds: dict[str, list[float]]) -> None:
+    """Print how many times as fast each is as one worker and as the plain loop."""
     print(
         f"{SEGMENTS} segments; how many times as fast as one worker, and as the plain loop; seconds"
     )
-    for name, found in seconds.items():
-        ratios = [
-            spread([other / own for other, own in zip(seconds[base], found, strict=True)])
-            for base in ("1 worker", "plain loop")
-        ]
-        print(f"{name:12} {ratios[0]:>22} {ratios[1]:>22} {spread(found, 1):>24}", flush=True)
+    for name, own in seconds.items():
+        ratios = []
+        for base in ("1 worker", "plain loop"):
+            pairs = zip(seconds[base], own, strict=True)
+            ratios.append(format_spread([base_time / own_time for base_time, own_time in pairs]))
+        spread = format_spread(own, 1)
+        print(f"{name:12} {ratios[0]:>22} {ratios[1]:>22} {spread:>24}", flush=True)
 
 
-def trained(folder: Path, steps: int) -> str:
-    """A run with a trained stage of 16 segments."""
+def train(folder: Path, steps: int) -> str:
+    """Train a stage of 16 segments, and return the run's URL."""
     make_data(folder)
     plan = small_plan(
-        folder, model={"factory": "tests.tasks.small:network", "args": {"width": WIDTH}},
-        basis={"kind": "coordinates", "numbers": None, "fit_steps": 1}, segment_steps=steps,
+        folder,
+        model={"factory": "tests.tasks.small:network", "args": {"width": WIDTH}},
+        basis={"kind": "coordinates", "numbers": None, "fit_steps": 1},
+        segment_steps=steps,
         stages=[{"steps": SEGMENTS * steps, "batch_size": BATCH}],
-    )  # fmt: skip
+    )
     run = Run.start(plan)
-    list_stage_samples.fn(run.url, 0)
-    fit_basis.fn(run.url)
-    train_stage.fn(run.url, 0)
+    train_stage(InlineWorkers(), run.url, 0)
     return run.url
 
 
-def plain(run_url: str) -> None:
+def embed_in_loop(run_url: str) -> None:
+    """Embed the segments one after the other, as a plain function."""
     for number in range(SEGMENTS):
-        embed_segment.fn(run_url, 0, number)
+        pipeline_tasks.embed_segment.run_without_prefect(run_url, 0, number)
 
 
-def on(workers: WorkerPool, run_url: str) -> Callable[[], None]:
-    """The same by some workers."""
-    calls = [Call(embed_segment, (run_url, 0, number)) for number in range(SEGMENTS)]
-    return lambda: workers.map(calls, "embedding")
+def embed_on(pool: WorkerPool, run_url: str) -> None:
+    """Embed the segments on some workers."""
+    task = pipeline_tasks.embed_segment
+    pool.map([Call(task, (run_url, 0, number)) for number in range(SEGMENTS)], "embedding")
 
 
-def clear(run_url: str) -> None:
+def remove_embeddings(run_url: str) -> None:
+    """Remove the segments' embeddings."""
     folder = Run.open(run_url).folder.stage(0)
     for number in range(SEGMENTS):
         folder.local(number).remove()

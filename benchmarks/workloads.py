@@ -1,4 +1,7 @@
-"""The workloads of DESIGN section 7: small enough that the truth can be had by retraining."""
+"""Workloads A to D: small enough that the true effect of a sample can be measured by retraining.
+
+`docs/fidelity.md` describes them.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,12 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
 
+from secateur.influence.adjoint import LossPart
 from secateur.influence.recorder import Recorder
+
+Losses = Callable[[nn.Module, Tensor], Tensor]
+Data = Callable[[Tensor | None], tuple[Tensor, Tensor]]
+State = tuple[dict[str, Tensor], dict[str, object]]  # of the model, and of the optimizer
 
 
 @dataclass
@@ -20,11 +28,13 @@ class Workload:
     """A training run that can be repeated with one sample left out of one step.
 
     Attributes:
+        model: makes the model.
+        optimizer: makes the optimizer of a model.
         batches: ids of the samples of each step.
         rate: learning rate of each step.
-        losses: one loss a sample, from the model and sample ids.
-        target: mean loss on the validation set.
-        target_losses: one loss a validation sample.
+        losses: one loss per sample, from the model and sample ids.
+        target_losses: one loss per validation sample.
+        removals: the step and the place in its batch of each sample to leave out.
         data: inputs and labels of some samples, or of the validation set if None.
     """
 
@@ -33,27 +43,32 @@ class Workload:
     optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     batches: list[Tensor]
     rate: Callable[[int], float]
-    losses: Callable[[nn.Module, Tensor], Tensor]
+    losses: Losses
     target_losses: Callable[[nn.Module], Tensor]
     removals: list[tuple[int, int]]
-    data: Callable[[Tensor | None], tuple[Tensor, Tensor]]
+    data: Data
 
     def train(
         self,
-        recorder: Callable[[nn.Module, torch.optim.Optimizer], Recorder] | None = None,
-        before: Callable[[int, nn.Module, Recorder], None] | None = None,
+        make_recorder: Callable[[nn.Module, torch.optim.Optimizer], Recorder] | None = None,
+        before_step: Callable[[int, nn.Module, Recorder], None] | None = None,
     ) -> Trained:
-        """Trains to the end, keeping every state; recorded where `recorder` makes one, calling `before` each step."""
+        """Train to the end, and keep the state before every step.
+
+        Args:
+            make_recorder: if given, every step is recorded.
+            before_step: called before each recorded step.
+        """
         model = self.model()
         optimizer = self.optimizer(model)
-        recording = recorder(model, optimizer) if recorder else None
+        recorder = make_recorder(model, optimizer) if make_recorder else None
         states = []
         for step in range(len(self.batches)):
-            states.append(_copy(model, optimizer))
-            if recording and before:
-                before(step, model, recording)
-            self.step(model, optimizer, step, None, recording)
-        return Trained(model, optimizer, states, recording)
+            states.append(_copy_state(model, optimizer))
+            if recorder and before_step:
+                before_step(step, model, recorder)
+            self.step(model, optimizer, step, None, recorder)
+        return Trained(model, optimizer, states, recorder)
 
     def step(
         self,
@@ -63,7 +78,11 @@ class Workload:
         without: int | None = None,
         recorder: Recorder | None = None,
     ) -> None:
-        """One step, perhaps without one place of its batch; the others keep their weight."""
+        """Take one step.
+
+        Args:
+            without: a place of the batch to leave out. The other samples keep their weights.
+        """
         ids = self.batches[step]
         weights = torch.full((len(ids),), 1 / len(ids), dtype=torch.float64)
         if without is not None:
@@ -80,16 +99,25 @@ class Workload:
                 (losses @ weights).backward()
         optimizer.step()
 
-    def truth(self, trained: Trained) -> Tensor:
-        """What leaving each of `removals` out did to the target's loss at the end, by retraining from its step."""
+    def loss_part(self, ids: Tensor) -> LossPart:
+        """Return the mean loss of a batch, as replay takes it."""
+        weights = torch.full((len(ids),), 1 / len(ids))
+        return LossPart(lambda model: self.losses(model, ids), weights)
+
+    def retraining_effects(self, trained: Trained) -> Tensor:
+        """Return how leaving each of `removals` out changes the target's loss at the end.
+
+        Training is repeated from the sample's step.
+        """
         base = float(self.target_losses(trained.model).detach().mean())
         changes = []
         for step, place in self.removals:
-            model, optimizer = self.model(), None
+            model = self.model()
             optimizer = self.optimizer(model)
-            _restore(model, optimizer, trained.states[step])
-            for later in range(step, len(self.batches)):
-                self.step(model, optimizer, later, place if later == step else None)
+            _load_state(model, optimizer, trained.states[step])
+            self.step(model, optimizer, step, place)
+            for later in range(step + 1, len(self.batches)):
+                self.step(model, optimizer, later)
             with torch.no_grad():
                 changes.append(float(self.target_losses(model).mean()) - base)
         return torch.tensor(changes, dtype=torch.float64)
@@ -97,62 +125,53 @@ class Workload:
 
 @dataclass
 class Trained:
-    """A finished run, its state before every step, and the recorder that watched."""
+    """A finished training, its state before every step, and its recorder."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    states: list[tuple[dict[str, Tensor], dict[str, object]]]
+    states: list[State]
     recorder: Recorder | None
 
 
-def digits(name: str, seed: int, removals: int = 150) -> Workload:
-    """Workloads A to D: scikit-learn digits, MLP 64-32-10 GELU, batches of 64, float64; `A-relu` and so on with kinks."""
-    settings = {
-        "A": ("sgd", 0.05, 3),
-        "B": ("sgd", 0.3, 3),
-        "C": ("adamw", 0.002, 3),
-        "D": ("adamw", 0.01, 6),
-    }
-    kind, lr, epochs = settings[name[0]]
+@dataclass(frozen=True)
+class DigitsSettings:
+    """How a workload on digits is trained."""
+
+    optimizer: str
+    lr: float
+    epochs: int
+
+
+DIGITS = {
+    "A": DigitsSettings("sgd", 0.05, 3),
+    "B": DigitsSettings("sgd", 0.3, 3),
+    "C": DigitsSettings("adamw", 0.002, 3),
+    "D": DigitsSettings("adamw", 0.01, 6),
+}
+
+
+def make_digits(name: str, seed: int, removals: int = 150) -> Workload:
+    """Return a workload A to D: scikit-learn digits, MLP 64-32-10 GELU, batches of 64, float64.
+
+    `A-relu` and so on have ReLU in place of GELU.
+    """
+    settings = DIGITS[name[0]]
     activation = nn.ReLU if name.endswith("-relu") else nn.GELU
-    images, labels = (torch.from_numpy(part) for part in load_digits(return_X_y=True))
-    images = images.double() / 16
+    pixels, labels = (torch.from_numpy(part) for part in load_digits(return_X_y=True))
+    images = pixels.double() / 16
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images), generator=generator)
     train, validation = order[:1280], order[1280:]
-    batches = [
-        b for _ in range(epochs) for b in train[torch.randperm(1280, generator=generator)].split(64)
-    ]
-    steps = len(batches)
+    batches: list[Tensor] = []
+    for _ in range(settings.epochs):
+        batches += train[torch.randperm(1280, generator=generator)].split(64)
 
-    def model() -> nn.Module:
+    def make_model() -> nn.Module:
         torch.manual_seed(seed)
         return nn.Sequential(nn.Linear(64, 32), activation(), nn.Linear(32, 10)).double()
 
-    def optimizer(made: nn.Module) -> torch.optim.Optimizer:
-        if kind == "sgd":
-            return torch.optim.SGD(made.parameters(), lr)
-        return torch.optim.AdamW(made.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.01)
-
-    def rate(step: int) -> float:
-        if kind == "sgd":
-            return lr
-        warm = steps // 10
-        if step < warm:
-            return lr * (step + 1) / warm
-        return lr * (0.1 + 0.9 * (1 + math.cos(math.pi * (step - warm) / (steps - warm))) / 2)
-
-    def losses(made: nn.Module, ids: Tensor) -> Tensor:
-        return functional.cross_entropy(made(images[ids]), labels[ids], reduction="none")
-
-    chosen = torch.stack(
-        [
-            torch.randint(steps, (removals,), generator=generator),
-            torch.randint(64, (removals,), generator=generator),
-        ],
-        1,
-    )
-    places = [(int(step), int(place)) for step, place in chosen]
+    def losses(model: nn.Module, ids: Tensor) -> Tensor:
+        return functional.cross_entropy(model(images[ids]), labels[ids], reduction="none")
 
     def data(ids: Tensor | None) -> tuple[Tensor, Tensor]:
         rows = validation if ids is None else ids
@@ -160,33 +179,55 @@ def digits(name: str, seed: int, removals: int = 150) -> Workload:
 
     return Workload(
         name,
-        model,
-        optimizer,
+        make_model,
+        lambda model: _digits_optimizer(settings, model),
         batches,
-        rate,
+        lambda step: _digits_rate(settings, step, len(batches)),
         losses,
-        lambda made: losses(made, validation),
-        places,
+        lambda model: losses(model, validation),
+        draw_removals(len(batches), 64, removals, generator),
         data,
     )
 
 
-def _copy(
-    model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[dict[str, Tensor], dict[str, object]]:
-    weights = {k: v.clone() for k, v in model.state_dict().items()}
+def draw_removals(
+    steps: int, batch_size: int, count: int, generator: torch.Generator
+) -> list[tuple[int, int]]:
+    """Draw steps, and a place in the batch of each."""
+    step_numbers = torch.randint(steps, (count,), generator=generator)
+    places = torch.randint(batch_size, (count,), generator=generator)
+    return list(zip(step_numbers.tolist(), places.tolist(), strict=True))
+
+
+def _digits_optimizer(settings: DigitsSettings, model: nn.Module) -> torch.optim.Optimizer:
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), settings.lr)
+    return torch.optim.AdamW(model.parameters(), settings.lr, betas=(0.9, 0.95), weight_decay=0.01)
+
+
+def _digits_rate(settings: DigitsSettings, step: int, steps: int) -> float:
+    """The learning rate of a step: constant for SGD, else a warm-up and a cosine to a tenth."""
+    if settings.optimizer == "sgd":
+        return settings.lr
+    warmup = steps // 10
+    if step < warmup:
+        return settings.lr * (step + 1) / warmup
+    cosine = math.cos(math.pi * (step - warmup) / (steps - warmup))
+    return settings.lr * (0.1 + 0.9 * (1 + cosine) / 2)
+
+
+def _copy_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = optimizer.state_dict()
     slots = {
-        i: {k: v.clone() if isinstance(v, Tensor) else v for k, v in s.items()}
-        for i, s in state["state"].items()
+        number: {k: v.clone() if isinstance(v, Tensor) else v for k, v in slot.items()}
+        for number, slot in state["state"].items()
     }
     return weights, {"state": slots, "param_groups": state["param_groups"]}
 
 
-def _restore(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: tuple[dict[str, Tensor], dict[str, object]],
-) -> None:
-    model.load_state_dict(state[0])
-    optimizer.load_state_dict(copy.deepcopy(state[1]))  # it would train on the tensors given
+def _load_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: State) -> None:
+    weights, slots = state
+    model.load_state_dict(weights)
+    # A copy, because the optimizer would change the tensors that it is given.
+    optimizer.load_state_dict(copy.deepcopy(slots))
