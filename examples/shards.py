@@ -1,4 +1,4 @@
-"""Writing WebDataset shards whose bytes depend on their content alone."""
+"""Write WebDataset shards whose bytes depend only on their content."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ import webdataset
 
 
 def write_shards(pattern: str, samples: Sequence[dict[str, Any]], count: int) -> None:
-    """Writes samples in order to `count` shards, as equal as can be; `pattern` takes the shard's number."""
+    """Write samples in order to `count` shards of nearly equal size.
+
+    Args:
+        pattern: path of a shard, with a place for its number (`train-%06d.tar`).
+    """
     Path(pattern).parent.mkdir(parents=True, exist_ok=True)
     size = -(-len(samples) // count)
     for number in range(count):

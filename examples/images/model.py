@@ -1,4 +1,4 @@
-"""Models of the image example."""
+"""The model of the image example."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from torch import nn
 
 
 def mlp(hidden: int = 128) -> nn.Module:
-    """784 pixels, one hidden layer, ten classes."""
+    """Make a perceptron of 784 pixels, one hidden layer and ten classes."""
     return nn.Sequential(nn.Linear(784, hidden), nn.GELU(), nn.Linear(hidden, 10))

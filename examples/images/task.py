@@ -1,4 +1,4 @@
-"""How an image sample becomes tensors and a loss."""
+"""The learning task of the image example: image samples become tensors and losses."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch.nn import functional
 
 
 class Digits:
-    """28 x 28 grey images (`.png`) with a label (`.cls`); cross-entropy."""
+    """28 x 28 gray images (`.png`) with a label (`.cls`), and cross-entropy."""
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """`images` from 0 to 1, flat, and `labels`."""
+        """Return `images` from 0 to 1, flat, and `labels`."""
         images = np.stack(
             [np.asarray(Image.open(io.BytesIO(s["png"])).convert("L")) for s in samples]
         )
@@ -27,9 +27,9 @@ class Digits:
         }
 
     def losses(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """Cross-entropy of each image."""
+        """Return the cross-entropy of each image."""
         return functional.cross_entropy(model(batch["images"]), batch["labels"], reduction="none")
 
     def metrics(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Whether each image is classified rightly."""
+        """Return whether each image is classified correctly."""
         return {"accuracy": (model(batch["images"]).argmax(1) == batch["labels"]).float()}

@@ -1,6 +1,7 @@
-"""A plain PyTorch loop trains both stages of a plan; between them Prefect prunes. `python -m examples.outside.train`.
+"""Train both stages of a plan in a plain PyTorch loop, while Prefect prunes between them.
 
-Killed, it carries on at the last whole segment when it is started again.
+`python -m examples.outside.train`. If it is killed and started again, it continues after the last
+whole segment.
 """
 
 from __future__ import annotations
@@ -14,30 +15,35 @@ from torch.nn import functional
 
 from examples.images.model import mlp
 from examples.images.task import Digits
-from secateur.flows.trainers import Recording, wait_for_shards
+from secateur import Recording, wait_for_shards
 
 PLAN = "examples/outside/plan.yaml"
 STEPS = 240
 
 
-def batches(shards: str | list[str], stage: int) -> Iterator[tuple[list[str], Tensor, Tensor]]:
-    """Keys, images and labels of each step, in an order that the stage determines, so that a step can be taken again."""
+def read_batches(shards: str | list[str], stage: int) -> Iterator[tuple[list[str], Tensor, Tensor]]:
+    """Yield keys, images and labels of each step.
+
+    The stage determines their order, so every step can be repeated.
+    """
     samples = list(webdataset.WebDataset(shards, shardshuffle=False))
-    generator, collate = torch.Generator().manual_seed(stage), Digits().collate
+    generator = torch.Generator().manual_seed(stage)
+    task = Digits()
     for _ in range(STEPS):
         chosen = [samples[n] for n in torch.randint(len(samples), (32,), generator=generator)]
-        tensors = collate(chosen)
+        tensors = task.collate(chosen)
         yield [sample["__key__"] for sample in chosen], tensors["images"], tensors["labels"]
 
 
 def train(shards: str | list[str], stage: int) -> str:
-    """Trains a stage; the run's folder."""
+    """Train a stage, and return the run's folder."""
     torch.manual_seed(0)
     model = mlp(hidden=128)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with Recording(PLAN, stage, model, optimizer) as recording:
-        for step, (keys, images, labels) in enumerate(batches(shards, stage)):
-            if step < recording.step:  # committed before this process was started
+        for step, (keys, images, labels) in enumerate(read_batches(shards, stage)):
+            # These steps were committed before this process was started.
+            if step < recording.step:
                 continue
             optimizer.zero_grad()
             with recording.batch(keys) as batch:
@@ -49,7 +55,7 @@ def train(shards: str | list[str], stage: int) -> str:
 
 
 def main() -> None:
-    """Two stages, the second on what the first one's pruning kept."""
+    """Train two stages, the second one on what pruning kept of the first one's samples."""
     run = train("data/images/train-{000000..000003}.tar", stage=0)
     shards = wait_for_shards(run, stage=0)
     print(f"stage 1 trains on {len(shards)} shards: {', '.join(shards)}", flush=True)

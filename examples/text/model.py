@@ -17,29 +17,34 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Mix each position with the ones before it."""
         query, key, value = self.into(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return out
 
 
 class Layer(nn.Module):
-    """Attention and a perceptron, each after a normalisation and beside a residual."""
+    """Attention and a perceptron, each after a normalization and with a residual connection."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
         self.attention = Attention(width, heads)
         self.perceptron = nn.Sequential(
             nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply both to every position."""
         x = x + self.attention(self.norm1(x))
-        return x + self.perceptron(self.norm2(x))
+        added: Tensor = self.perceptron(self.norm2(x))
+        return x + added
 
 
 class Transformer(nn.Module):
-    """Predicts each next byte of `batch positions`; the head is the embedding where `tied`."""
+    """Predicts each next byte of texts (batch, positions). If `tied`, the head is the embedding."""
 
     def __init__(
         self, width: int = 64, heads: int = 4, layers: int = 2, context: int = 64, tied: bool = True
@@ -56,5 +61,7 @@ class Transformer(nn.Module):
             self.head.weight = self.bytes.weight
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Return the logits of the byte after each position."""
         places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        return self.head(self.norm(self.layers(self.bytes(ids) + self.positions(places))))
+        logits: Tensor = self.head(self.norm(self.layers(self.bytes(ids) + self.positions(places))))
+        return logits

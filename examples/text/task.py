@@ -1,4 +1,4 @@
-"""How a text sample becomes tensors and a loss."""
+"""The learning task of the text example: text samples become tensors and losses."""
 
 from __future__ import annotations
 
@@ -10,19 +10,15 @@ from torch.nn import functional
 
 
 class NextByte:
-    """Text of equal length (`.txt`); the mean cross-entropy of each next byte."""
+    """Texts of equal length (`.txt`), and the mean cross-entropy of each next byte."""
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """`bytes`, batch by length."""
-        return {
-            "bytes": torch.stack(
-                [torch.frombuffer(bytearray(s["txt"]), dtype=torch.uint8) for s in samples]
-            ).long()
-        }
+        """Return `bytes` (batch, length)."""
+        texts = [torch.frombuffer(bytearray(s["txt"]), dtype=torch.uint8) for s in samples]
+        return {"bytes": torch.stack(texts).long()}
 
     def losses(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """Nats a byte, for each sample."""
-        logits = model(batch["bytes"][:, :-1])
-        return functional.cross_entropy(
-            logits.transpose(1, 2), batch["bytes"][:, 1:], reduction="none"
-        ).mean(1)
+        """Return the nats per byte of each sample."""
+        logits = model(batch["bytes"][:, :-1]).transpose(1, 2)
+        losses = functional.cross_entropy(logits, batch["bytes"][:, 1:], reduction="none")
+        return losses.mean(1)
