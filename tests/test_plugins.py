@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+from secateur.errors import PlanError
 from secateur.influence.optimizers import find_update_rule
 from secateur.storage.frames import read_frame
 from secateur.tasks.plan import Plan
@@ -99,6 +101,34 @@ def test_the_plug_ins_update_rule_is_the_optimizers_update() -> None:
     predicted = rule.update(before[None], parameter.grad.clone(), hyper)[0]
     optimizer.step()
     torch.testing.assert_close(parameter.detach(), predicted)
+
+
+@pytest.mark.parametrize(
+    ("ruling", "sentence"),
+    [
+        (lambda samples: samples, "returned no column keep"),
+        (lambda samples: _keep_all(samples).head(3), "returned 3 rows for 140 samples"),
+        (lambda samples: _keep_all(samples).with_columns(rank=pl.lit("first")), "wrong type"),
+    ],
+    ids=["no decision", "samples left out", "wrong type"],
+)
+def test_a_policy_that_rules_wrongly_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ruling: Callable[[pl.DataFrame], pl.DataFrame],
+    sentence: str,
+) -> None:
+    make_data(tmp_path)
+    monkeypatch.setattr(
+        plugin_example.KeepSurprising, "decide", lambda self, samples, context: ruling(samples)
+    )
+    plan = Plan.model_validate(plugin_values(tmp_path, "tests.plugin_example"))
+    with pytest.raises(PlanError, match=sentence):
+        curate_small(plan)
+
+
+def _keep_all(samples: pl.DataFrame) -> pl.DataFrame:
+    return samples.with_columns(keep=True, reason=pl.lit("kept: all"), rank=1)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 from pydantic import BaseModel
@@ -178,7 +179,7 @@ def _scaled_bounds(phases: Phases, steps: int) -> list[range]:
         stop = round(phase.stop * steps / phases.steps)
         # Room is left for one step of each later piece.
         ends.append(min(max(stop, ends[-1] + 1), steps - last + number))
-    return [range(start, stop) for start, stop in zip(ends, ends[1:], strict=False)]
+    return [range(start, stop) for start, stop in pairwise(ends)]
 
 
 def _join_adjacent(windows: list[range]) -> list[range]:

@@ -9,10 +9,9 @@ import polars as pl
 from secateur.errors import PlanError, StorageError
 from secateur.storage import schemas
 from secateur.storage.frames import read_frame, write_frame
-from secateur.storage.integrity import check_output_file
 from secateur.storage.layout import PLAN_PRUNING
 from secateur.storage.outputs import Attempt, Output
-from secateur.storage.shards import Samples, expand_shard_urls, list_shards
+from secateur.storage.shards import Samples, WrongShardError, expand_shard_urls, list_shards
 from secateur.tasks.engine.progress import print_status
 from secateur.tasks.plan import DataConfig
 from secateur.tasks.run import Run
@@ -27,7 +26,7 @@ def list_stage_samples(run: Run, stage: int) -> int:
         Number of samples.
 
     Raises:
-        PlanError: there are none, or the stage before is not pruned yet.
+        PlanError: there are none, the stage before is not pruned yet, or its shards have changed.
         StorageError: a shard is missing or truncated, repeats a key, or (if it is a pruned shard)
             holds a sample that the stage before did not train on.
     """
@@ -35,7 +34,7 @@ def list_stage_samples(run: Run, stage: int) -> int:
     def write(attempt: Attempt) -> None:
         urls = stage_shard_urls(run, stage)
         skipped: list[str] = []
-        frame = list_shards(urls, damaged_shard_handler(run.plan.data, skipped))
+        frame = _list_checked(run, stage, urls, skipped)
         if not len(frame):
             raise PlanError(
                 f"there are no samples to train on in {', '.join(urls)}; give shards that hold some"
@@ -99,27 +98,41 @@ def stage_shard_urls(run: Run, stage: int) -> list[str]:
     """Return the shards that a stage trains on.
 
     Raises:
-        PlanError: the stage before is not pruned yet, kept no sample, or its shards have changed.
+        PlanError: the stage before is not pruned yet, or kept no sample.
     """
     before = run.plan.pruned_before(stage)
     if before is None:
         return expand_shard_urls(run.plan.data.shards)
-    pruning = _pruning_before(run, stage, before)
-    names = shard_names(pruning)
-    for name in names:
-        if problem := check_output_file(pruning, name):
-            raise PlanError(
-                f"the pruned shard {pruning.url(name)} is {problem}; restore it, or remove its "
-                f"folder to prune again"
-            )
-    if not names:
+    urls = _kept_shard_urls(run, stage, before)
+    if not urls:
         raise PlanError(f"stage {before} of {run.url} kept no sample; relax its policy")
-    return [pruning.url(name) for name in names]
+    return urls
 
 
 def shard_names(pruning: Output) -> list[str]:
     """Return the names of a pruning's shards within its output."""
     return [name for name in pruning.names() if name.startswith("shards/")]
+
+
+def _list_checked(run: Run, stage: int, urls: list[str], skipped: list[str]) -> pl.DataFrame:
+    """List shards. Pruned ones are compared with their manifest in the same pass.
+
+    Raises:
+        PlanError: a pruned shard is missing or has changed.
+    """
+    expected = {}
+    before = run.plan.pruned_before(stage)
+    if before is not None:
+        pruning = _pruning_before(run, stage, before)
+        files = pruning.manifest.files
+        expected = {pruning.url(name): files[name]["sha256"] for name in shard_names(pruning)}
+    try:
+        return list_shards(urls, damaged_shard_handler(run.plan.data, skipped), expected)
+    except WrongShardError as error:
+        raise PlanError(
+            f"the pruned shard {error.url} is {error.problem}; restore it, or remove its folder to "
+            f"prune again"
+        ) from error
 
 
 def _kept_shard_urls(run: Run, stage: int, before: int) -> list[str]:

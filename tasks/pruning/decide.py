@@ -7,11 +7,16 @@ from typing import Any
 import polars as pl
 
 from secateur.errors import PlanError
+from secateur.storage.schemas import DECISIONS
 from secateur.tasks.plan import Policy
 from secateur.tasks.pruning.context import PruningContext
 from secateur.tasks.run import Run
 
 NOT_IN_WINDOW = "kept: not used in a window"
+# The columns of a policy's decisions that are stored.
+RULING = {
+    name: DECISIONS[name] for name in ("sample", "score", "loss", "uses", "keep", "reason", "rank")
+}
 
 
 def decide_samples(policy: Policy, context: PruningContext) -> pl.DataFrame:
@@ -32,14 +37,43 @@ def decide_samples(policy: Policy, context: PruningContext) -> pl.DataFrame:
         .sort("sample")
     )
     listed = context.samples.frame.select("sample", "key", "shard")
-    ruled = policy.decide(recorded.join(listed, "sample", maintain_order="left"), context)
-    columns = ("sample", "score", "loss", "uses", "keep", "reason", "rank")
-    decisions = listed.join(ruled.select(columns), "sample", how="left", maintain_order="left")
+    samples = recorded.join(listed, "sample", maintain_order="left")
+    ruled = _check_ruling(policy, samples, policy.decide(samples, context))
+    decisions = listed.join(ruled, "sample", how="left", maintain_order="left")
     return decisions.with_columns(
         pl.col("uses").fill_null(0),
         pl.col("keep").fill_null(True),
         pl.col("reason").fill_null(NOT_IN_WINDOW),
     )
+
+
+def _check_ruling(policy: Policy, samples: pl.DataFrame, ruled: pl.DataFrame) -> pl.DataFrame:
+    """The columns of a policy's decisions that are stored.
+
+    Raises:
+        PlanError: a column is missing or of another type, or a sample is missing or repeated. A
+            missing one would be kept without a word.
+    """
+    rule = f"the policy {policy.policy} ({type(policy).__module__}.{type(policy).__qualname__})"
+    missing = [name for name in RULING if name not in ruled.columns]
+    if missing:
+        raise PlanError(
+            f"{rule} returned no column {missing[0]}; `decide` must return the samples it was "
+            f"given, with `keep`, `reason` and `rank`"
+        )
+    if sorted(ruled["sample"].to_list()) != sorted(samples["sample"].to_list()):
+        raise PlanError(
+            f"{rule} returned {len(ruled)} rows for {len(samples)} samples; `decide` must return "
+            f"each sample once"
+        )
+    try:
+        return ruled.select(pl.col(name).cast(dtype) for name, dtype in RULING.items())
+    except pl.exceptions.PolarsError as error:
+        reason = " ".join(str(error).split())
+        raise PlanError(
+            f"{rule} returned a column of the wrong type ({reason}); `keep` is a Boolean, `reason` "
+            f"text and `rank` a whole number"
+        ) from error
 
 
 def count_decisions(decisions: pl.DataFrame) -> dict[str, Any]:

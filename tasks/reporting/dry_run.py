@@ -212,7 +212,7 @@ def _trial_steps(plan: Plan) -> dict[int, int]:
     if trial is None:
         return {}
     pruned = [number for number, stage in enumerate(plan.stages) if stage.prune]
-    return {number: trial.steps * (1 + trial.draws) for number in pruned}
+    return dict.fromkeys(pruned, trial.steps * (1 + trial.draws))
 
 
 def _stage_bytes(stage: StageEstimate) -> int:
