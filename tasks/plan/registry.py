@@ -7,6 +7,7 @@ the module of its built-ins at first use, so the plan does not depend on the roo
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any, Generic, TypeVar
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
@@ -50,11 +51,11 @@ class Registry(Generic[C]):
                 f'`{self.tag}: Literal["..."] = "..."`'
             )
         known = self._classes.get(name)
-        # A module that is imported twice (under Prefect's loader, say) registers an equal class.
-        if known is not None and known.__qualname__ != cls.__qualname__:
+        # A file may be imported twice, as a script and as a module, and then registers twice.
+        if known is not None and _source(known) != _source(cls):
             raise PlanError(
-                f"{known.__qualname__} and {cls.__qualname__} both register the {self.tag} "
-                f"{name}; rename one"
+                f"{known.__module__}.{known.__qualname__} and {cls.__module__}.{cls.__qualname__} "
+                f"both register the {self.tag} {name}; rename one"
             )
         self._classes[name] = cls
         return cls
@@ -103,6 +104,12 @@ class Registry(Generic[C]):
     ) -> JsonSchemaValue:
         choices = {name: cls.__pydantic_core_schema__ for name, cls in self.classes().items()}
         return handler(core_schema.tagged_union_schema(choices, discriminator=self.tag))
+
+
+def _source(cls: type) -> tuple[str | None, str]:
+    """The file and the name of a class."""
+    module = sys.modules.get(cls.__module__)
+    return getattr(module, "__file__", None), cls.__qualname__
 
 
 def _at(error: ValidationError, name: str) -> ValidationError:

@@ -107,7 +107,8 @@ def test_a_duplicate_name_is_refused(shapes: Registry[Shape]) -> None:
 def test_a_class_may_be_registered_again_by_its_own_module(shapes: Registry[Shape]) -> None:
     """Prefect's loader may import a module a second time, which defines an equal class."""
     (circle,) = shapes.classes().values()
-    again = type("Circle", (circle,), {"__qualname__": circle.__qualname__})
+    names = {"__qualname__": circle.__qualname__, "__module__": circle.__module__}
+    again = type("Circle", (circle,), names)
     shapes.register(again)
     assert shapes.classes() == {"circle": again}
 
