@@ -27,8 +27,9 @@ from examples.text.make_shards import make as make_text
 from secateur.flows.stage import train_stage
 from secateur.flows.workers import InlineWorkers
 from secateur.storage.frames import read_frame
-from secateur.tasks.analysis.influence_profile import learning_rates, profile_series, write_profile
+from secateur.tasks.analysis.influence_profile import write_profile
 from secateur.tasks.analysis.plots import draw_evolution, draw_profile
+from secateur.tasks.analysis.profile_frames import learning_rates, profile_series
 from secateur.tasks.plan import Plan
 from secateur.tasks.results.profile_results import EVOLUTION, PROFILE, Phases, read_phases
 from secateur.tasks.results.valuation_results import read_replay_scores

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from secateur.errors import PlanError, SecateurError
-
-if TYPE_CHECKING:
-    from pydantic import ValidationError
-
-    from secateur.tasks.plan import Policy
+from secateur.errors import PlanError
+from secateur.flows.cli_support import (
+    TERMINATED,
+    errors_as_sentences,
+    print_lines,
+    read_policy,
+    show_result,
+)
 
 # Everything heavy is imported within the commands, so that --help answers at once. Prefect must be
 # imported late for another reason too: it reads its settings once, when it is imported.
@@ -33,8 +32,6 @@ QUIET = {
     "DO_NOT_TRACK": "1",
 }
 PRELOADED = ("secateur.flows.audit", "secateur.flows.curate")
-# Exit codes after Ctrl-C (as typer exits) and after SIGTERM (as schedulers expect).
-INTERRUPTED, TERMINATED = 130, 143
 
 app = typer.Typer(
     name="secateur",
@@ -60,7 +57,7 @@ def run(plan: PlanFile, as_json: Json = False) -> None:
         from secateur.flows.curate import curate
 
         summary = curate(spec)
-    _show(summary, as_json, lambda: tables.print_run(f"{spec.root}/{spec.run}", summary))
+    show_result(summary, as_json, lambda: tables.print_run(f"{spec.root}/{spec.run}", summary))
 
 
 @app.command()
@@ -71,7 +68,7 @@ def plan(plan: PlanFile, as_json: Json = False) -> None:
     from secateur.tasks.reporting.dry_run import estimate_run
 
     estimate = estimate_run(read_plan(plan))
-    _show(estimate, as_json, lambda: tables.print_estimate(estimate))
+    show_result(estimate, as_json, lambda: tables.print_estimate(estimate))
 
 
 @app.command()
@@ -95,7 +92,7 @@ def query(
     from secateur.tasks.valuation.query import find_influential
 
     hits = find_influential(Run.open(run), target, sample, top, harmful, stage, window)
-    _show(hits, as_json, lambda: tables.print_hits(hits))
+    show_result(hits, as_json, lambda: tables.print_hits(hits))
 
 
 @app.command()
@@ -122,7 +119,7 @@ def prune(
     from secateur.tasks.run import Run
 
     Run.open(run)
-    chosen = _read_policy(settings) if settings else None
+    chosen = read_policy(settings) if settings else None
     with _server():
         from secateur.flows import tables
         from secateur.flows.prune import prune as prune_flow
@@ -130,7 +127,7 @@ def prune(
         result = prune_flow(run, stage, chosen)
     if result is None:
         raise PlanError(f"stage {stage} of the plan has no `prune`; name one with --policy")
-    _show(result, as_json, lambda: tables.print_pruning(result))
+    show_result(result, as_json, lambda: tables.print_pruning(result))
 
 
 @app.command()
@@ -143,7 +140,7 @@ def audit(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Retrain a stage without a few samples, one at a time, to check how far scores can be trusted."""
+    """Check how far scores can be trusted: retrain without a few samples, one at a time."""
     with _server():
         from secateur.flows import tables
         from secateur.flows.audit import audit as audit_flow
@@ -153,7 +150,7 @@ def audit(
         cost = estimate_audit_cost(Run.open(run), stage, removals)
         print(f"the audit costs about {cost:.1f} trainings of stage {stage}", file=sys.stderr)
         result = audit_flow(run, stage, removals)
-    _show(result, as_json, lambda: tables.print_audits([result]))
+    show_result(result, as_json, lambda: tables.print_audits([result]))
 
 
 @app.command()
@@ -183,7 +180,7 @@ def compare(
 
         further = read_arms(arm or [], str(arms) if arms else None)
         result = compare_flow(spec, seeds, further, judge)
-    _show(result, as_json, lambda: tables.print_comparison(result))
+    show_result(result, as_json, lambda: tables.print_comparison(result))
 
 
 @app.command()
@@ -201,7 +198,7 @@ def windows(
     from secateur.tasks.run import Run
 
     suggestions = suggest_windows(Run.open(run), stage, budget)
-    _show(suggestions, as_json, lambda: tables.print_windows(suggestions))
+    show_result(suggestions, as_json, lambda: tables.print_windows(suggestions))
 
 
 @app.command()
@@ -214,7 +211,7 @@ def verify(run: RunUrl, as_json: Json = False) -> None:
 
     findings = [asdict(finding) for finding in verify_folder(Run.open(run).folder.root)]
     lines = [f"{finding['what']:8}{finding['file']}" for finding in findings]
-    _show(findings, as_json, lambda: _print_lines(lines, "every file is as it was committed"))
+    show_result(findings, as_json, lambda: print_lines(lines, "every file is as it was committed"))
     if findings:
         raise SystemExit(2)
 
@@ -233,7 +230,7 @@ def gc(
     names = find_stray_files(root) if dry_run else remove_stray_files(root)
     verb = "would be removed" if dry_run else "removed"
     lines = [f"{verb}: {name}" for name in names]
-    _show(names, as_json, lambda: _print_lines(lines, "nothing to remove"))
+    show_result(names, as_json, lambda: print_lines(lines, "nothing to remove"))
 
 
 @app.command()
@@ -250,10 +247,10 @@ def main() -> None:
     sys.path.insert(0, os.getcwd())
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    # Prefect's settings do not reach this logger of its own.
+    # Prefect's settings do not reach this one of its loggers.
     logging.getLogger("EventsWorker").setLevel(logging.CRITICAL)
     signal.signal(signal.SIGTERM, _terminate)
-    with _errors_as_sentences():
+    with errors_as_sentences():
         app(standalone_mode=True)
 
 
@@ -270,67 +267,6 @@ def _terminate(*_: object) -> None:
     Within a flow, Prefect ends the flow run first and then sends the signal again.
     """
     raise SystemExit(TERMINATED)
-
-
-@contextmanager
-def _errors_as_sentences() -> Iterator[None]:
-    """Print one sentence and exit with 2 for what a user can get wrong."""
-    try:
-        yield
-    except SecateurError as error:
-        print(f"secateur: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except SystemExit as end:
-        if end.code in (INTERRUPTED, TERMINATED):
-            print(
-                "secateur: interrupted; the same command continues after the last whole segment",
-                file=sys.stderr,
-            )
-        raise
-
-
-def _read_policy(settings: dict[str, Any]) -> Policy:
-    """The policy that the options of `secateur prune` describe."""
-    from pydantic import TypeAdapter, ValidationError
-
-    from secateur.tasks.plan import POLICIES
-
-    try:
-        adapter = TypeAdapter[Any](Annotated[Any, POLICIES])
-        policy: Policy = adapter.validate_python(settings)
-    except ValidationError as error:
-        names = ", ".join(POLICIES.names())
-        raise PlanError(_option_sentence(error, settings, names)) from error
-    return policy
-
-
-def _option_sentence(error: ValidationError, settings: dict[str, Any], names: str) -> str:
-    """What is wrong with the options of `secateur prune`."""
-    first = error.errors()[0]
-    policy = settings.get("policy")
-    key = str(first["loc"][-1] if first["loc"] else "policy")
-    option = f"--{key.replace('_', '-')}"
-    if first["type"] == "missing":
-        return f"--policy {policy} needs {option}"
-    if first["type"] == "extra_forbidden":
-        return f"--policy {policy} takes no {option}; leave it out"
-    if option == "--policy":
-        return f"--policy is {policy or 'missing'}; give one of {names}"
-    return f"{option}: {first['msg'].lower()}"
-
-
-def _print_lines(lines: list[str], otherwise: str) -> None:
-    print("\n".join(lines) or otherwise)
-
-
-def _show(value: Any, as_json: bool, print_table: Callable[[], None]) -> None:
-    """Print one JSON document, or the table."""
-    if not as_json:
-        print_table()
-        return
-    from pydantic import TypeAdapter
-
-    print(json.dumps(TypeAdapter(Any).dump_python(value, mode="json"), indent=1))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from torch import Tensor
 from secateur.errors import PlanError
 from secateur.flows.trainers.recording import Recording
 from secateur.influence.recorder import RecordedBatch
-from secateur.tasks.external.recording import Keys
+from secateur.tasks.external.recording_checks import Keys
 from secateur.tasks.plan import Plan
 
 

@@ -36,27 +36,29 @@ def wait_for_shards(
             f"the plan of {opened.url} does not prune a stage {stage}, so no shards will come; see "
             f"its `stages`"
         )
-    folder = opened.folder.stage(stage)
     start = last_line = time.monotonic()
-    while not folder.prune(PLAN_PRUNING).committed:
+    while not opened.folder.stage(stage).prune(PLAN_PRUNING).committed:
         now = time.monotonic()
         is_late = timeout is not None and now - start >= timeout
         is_line_due = now - last_line >= SECONDS_BETWEEN_LINES
         # Prefect is asked only now and then, because that is a request to its server.
         _check_possible(opened, stage, ask_prefect=is_late or is_line_due)
-        state = "trained" if folder.trained.committed else "not trained yet"
         if is_late:
             raise PlanError(
-                f"stage {stage} of {opened.url} is {state} and was not pruned in {timeout:g} s; "
-                f"check whether a Prefect worker serves the deployment of `prune`, or run "
+                f"{_state(opened, stage)} and was not pruned in {timeout:g} s; check whether a "
+                f"Prefect worker serves the deployment of `prune`, or run "
                 f"`secateur prune {opened.url} --stage {stage}`"
             )
         if is_line_due:
             last_line = now
-            waited = f"waited {now - start:.0f} s for its shards"
-            print_status(f"stage {stage} of {opened.url} is {state}; {waited}")
+            print_status(f"{_state(opened, stage)}; waited {now - start:.0f} s for its shards")
         time.sleep(poll)
     return stage_shard_urls(opened, stage + 1)
+
+
+def _state(run: Run, stage: int) -> str:
+    trained = run.folder.stage(stage).trained.committed
+    return f"stage {stage} of {run.url} is {'trained' if trained else 'not trained yet'}"
 
 
 def _check_possible(run: Run, stage: int, ask_prefect: bool) -> None:

@@ -1,0 +1,1 @@
+"""Looking at scores: audits by retraining, influence profiles, phases and windows."""

@@ -58,15 +58,8 @@ def write_audit(run: Run, stage: int, removals: int | None = None) -> AuditResul
     def write(attempt: Attempt) -> None:
         check_replayable(run, stage)
         uses, cost = sample_removals(run, stage, config)
-        replay_stage(run, stage)
-        frame = uses.with_columns(
-            pl.Series("truth", retraining_effects(run, stage, uses)),
-            pl.Series("embedding", _embedding_scores(run, stage, uses)),
-            pl.Series("replay", _replay_scores(run, stage, uses)),
-        )
-        seed = seed_for(run.plan.seed, "bootstrap", stage) % 2**32
-        truth = frame["truth"].to_numpy()
-        fidelity = {name: _fidelity(frame[name].to_numpy(), truth, seed) for name in ESTIMATES}
+        frame = _compare_with_retraining(run, stage, uses)
+        fidelity = _measure_fidelity(run, stage, frame)
         title = f"stage {stage}, target {run.plan.pruning_target}"
         write_frame(attempt, AUDIT, frame, schemas.AUDIT)
         attempt.write(AUDIT_PLOT, draw_audit(frame, fidelity, title))
@@ -82,6 +75,22 @@ def write_audit(run: Run, stage: int, removals: int | None = None) -> AuditResul
     inputs = {"scores": run.folder.stage(stage).scores.fingerprint}
     audit_output(run, stage, removals).write_once("audit", inputs, write)
     return read_audit(run, stage, config.removals)
+
+
+def _compare_with_retraining(run: Run, stage: int, uses: pl.DataFrame) -> pl.DataFrame:
+    """The uses with the true effect of leaving each out, and what each estimate predicted."""
+    replay_stage(run, stage)
+    return uses.with_columns(
+        pl.Series("truth", retraining_effects(run, stage, uses)),
+        pl.Series("embedding", _embedding_scores(run, stage, uses)),
+        pl.Series("replay", _replay_scores(run, stage, uses)),
+    )
+
+
+def _measure_fidelity(run: Run, stage: int, frame: pl.DataFrame) -> dict[str, Fidelity]:
+    seed = seed_for(run.plan.seed, "bootstrap", stage) % 2**32
+    truth = frame["truth"].to_numpy()
+    return {name: _fidelity(frame[name].to_numpy(), truth, seed) for name in ESTIMATES}
 
 
 def _embedding_scores(run: Run, stage: int, uses: pl.DataFrame) -> list[float]:

@@ -1,4 +1,4 @@
-"""The removals of an audit: which uses are left out, what that costs, and retraining without each."""
+"""An audit's removals: which uses are left out, what that costs, and retraining without them."""
 
 from __future__ import annotations
 

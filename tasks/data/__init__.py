@@ -1,0 +1,1 @@
+"""The data of a stage: its sample list, its batch schedule, and seeds."""

@@ -1,0 +1,1 @@
+"""What runs the tasks: Prefect, its server and its UI, and the progress of long work."""

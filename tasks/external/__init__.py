@@ -1,0 +1,1 @@
+"""Recording a stage that another loop trains."""

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from secateur.errors import PlanError
 from secateur.influence.recorder import RecordedBatch, Recorder
-from secateur.storage.ledger import read_checkpoint, read_ledger, write_checkpoint
+from secateur.storage.ledger import read_checkpoint, write_checkpoint
 from secateur.storage.outputs import Attempt
 from secateur.tasks.data.samples import list_stage_samples, read_stage_samples
 from secateur.tasks.engine.progress import print_status
@@ -24,6 +24,12 @@ from secateur.tasks.external.compatibility import (
     check_plan,
     preserve_rng,
     resolve_windows,
+)
+from secateur.tasks.external.recording_checks import (
+    Keys,
+    check_losses,
+    check_recorded,
+    find_rows,
 )
 from secateur.tasks.plan import Plan
 from secateur.tasks.plan.plan_file import read_plan
@@ -42,8 +48,6 @@ from secateur.tasks.training.segments import (
     commit_training_result,
     window_of_step,
 )
-
-Keys = Sequence[str] | Sequence[int] | Int[Tensor, " batch"]
 
 RANDOM_STATE = "random"  # torch's random state, in addition to what every checkpoint holds
 
@@ -217,7 +221,7 @@ class StageRecording:
                 f"leave them out"
             )
         step = self.step
-        rows = self._find_rows(keys)
+        rows = find_rows(keys, self._rows, self.stage, step)
         if self.steps is not None and step >= self.steps:
             raise PlanError(
                 f"stage {self.stage} continues after the {self.steps} steps that it should take; "
@@ -232,7 +236,8 @@ class StageRecording:
             return
         with self._recorder.batch(rows, weights, *place) as batch:
             yield batch
-        self._check_losses(batch, step)
+        policy = self.plan.stages[self.stage].prune
+        check_losses(batch, policy, self._samples, self.stage, step)
 
     def finish(self) -> TrainingResult:
         """Commit the steps since the last segment, and that the stage is trained to its end.
@@ -244,7 +249,7 @@ class StageRecording:
             return read_training_result(self.run, self.stage)
         if self._recorder is not None and self.step > self._committed_steps:
             self._commit()
-        self._check_recorded()
+        check_recorded(self.run, self.stage)
         result = TrainingResult(
             stage=self.stage,
             samples=len(self._samples),
@@ -275,7 +280,7 @@ class StageRecording:
         self.run = Run.open(self.run.url)
 
     def _create_start(self) -> None:
-        """Commit the run's first checkpoint, and fit the basis from there on a copy of the model."""
+        """Commit the run's first checkpoint, and fit the basis on a copy of the model."""
         start = self._folder.start
 
         def write(attempt: Attempt) -> None:
@@ -321,45 +326,6 @@ class StageRecording:
             )
         self._segments += 1
         self._committed_steps = self.step
-
-    def _find_rows(self, keys: Keys) -> Int[Tensor, " batch"]:
-        """The samples' rows in the stage's list."""
-        listed: Iterable[str | int] = keys.tolist() if isinstance(keys, Tensor) else keys
-        rows = []
-        for key in listed:
-            row = key if isinstance(key, int) else self._rows.get(key, -1)
-            if not 0 <= row < len(self._samples):
-                raise PlanError(
-                    f"sample {key} of step {self.step} is none of the {len(self._samples)} that "
-                    f"stage {self.stage} trains on; give keys as they are in the stage's shards"
-                )
-            rows.append(row)
-        return torch.tensor(rows, dtype=torch.int64)
-
-    def _check_losses(self, batch: RecordedBatch, step: int) -> None:
-        if batch.losses is None:
-            policy = self.plan.stages[self.stage].prune
-            if policy is not None and policy.needs_losses:
-                raise PlanError(
-                    f"the plan prunes stage {self.stage} by {policy.policy}, and step {step} gave "
-                    f"no losses; set `batch.losses`"
-                )
-            return
-        bad = (~batch.losses.isfinite()).nonzero().flatten().tolist()
-        if bad:
-            key = self._samples.keys([int(batch.samples[bad[0]])])[0]
-            raise PlanError(
-                f"the loss of sample {key} is {float(batch.losses[bad[0]]):g} at step {step} of "
-                f"stage {self.stage}; lower the learning rate or look at the sample"
-            )
-
-    def _check_recorded(self) -> None:
-        segments = self._folder.segments()
-        if not any((read_ledger(segment)[0]["windows"] >= 0).any() for segment in segments):
-            raise PlanError(
-                f"no step of stage {self.stage} of {self.run.url} was recorded in a window; take "
-                f"its steps within the block, each with `recording.batch`"
-            )
 
 
 def count_committed_steps(plan: Plan | str | Path, stage: int) -> int:

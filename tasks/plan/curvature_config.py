@@ -1,4 +1,4 @@
-"""The base class of curvature settings, and their registry. The curvatures are in `tasks/training`."""
+"""The base class of curvature settings, and their registry. `tasks/training` has the classes."""
 
 from __future__ import annotations
 

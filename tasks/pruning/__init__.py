@@ -1,0 +1,1 @@
+"""Pruning a stage: policies, trust gates, decisions and pruned shards."""

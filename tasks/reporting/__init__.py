@@ -1,0 +1,1 @@
+"""Telling people: summaries, the HTML report, sample previews and the dry run."""

@@ -1,0 +1,1 @@
+"""Training a stage: the loop, segments, checkpoints, the basis, and online selection."""

@@ -1,0 +1,1 @@
+"""What samples are worth: embeddings, index, target gradients, replay, scores and queries."""

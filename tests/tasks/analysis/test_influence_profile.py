@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from secateur.storage.frames import read_frame
-from secateur.tasks.analysis.influence_profile import learning_rates, profile_series, write_profile
+from secateur.tasks.analysis.influence_profile import write_profile
+from secateur.tasks.analysis.profile_frames import learning_rates, profile_series
 from secateur.tasks.data.batches import BatchSchedule
 from secateur.tasks.data.samples import list_target_samples, read_stage_samples
 from secateur.tasks.plan import Plan

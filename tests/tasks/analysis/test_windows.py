@@ -11,12 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from secateur.errors import PlanError
-from secateur.tasks.analysis.windows import (
-    WindowSuggestion,
-    allocate_windows,
-    freeze_windows,
-    suggest_windows,
-)
+from secateur.tasks.analysis.allocation import allocate_windows
+from secateur.tasks.analysis.windows import WindowSuggestion, freeze_windows, suggest_windows
 from secateur.tasks.data.batches import BatchSchedule
 from secateur.tasks.data.samples import list_stage_samples
 from secateur.tasks.plan import Plan, SelectionConfig, WindowConfig
