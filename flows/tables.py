@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import shutil
 import sys
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from secateur.tasks.analysis.windows import WindowSuggestion
 from secateur.tasks.comparison.arms import RANDOM, UNPRUNED
-from secateur.tasks.comparison.comparison_report import Comparison
-from secateur.tasks.reporting.dry_run import RunEstimate
-from secateur.tasks.reporting.summary import StageSummary
-from secateur.tasks.results.audit_results import AuditResult
-from secateur.tasks.results.pruning_results import PruneResult
-from secateur.tasks.valuation.query import QueryHit
+
+if TYPE_CHECKING:  # what prints a result must not import what makes it
+    from secateur.tasks.analysis.windows import WindowSuggestion
+    from secateur.tasks.comparison.comparison_report import Comparison
+    from secateur.tasks.reporting.dry_run import RunEstimate
+    from secateur.tasks.reporting.summary import StageSummary
+    from secateur.tasks.results.audit_results import AuditResult
+    from secateur.tasks.results.pruning_results import PruneResult
+    from secateur.tasks.valuation.query import QueryHit
 
 # Wide enough for every table, so that files and pipes get whole cells.
 WIDTH_WITHOUT_TERMINAL = 200
