@@ -17,8 +17,8 @@ demo: $(READY)  ## run the image example; its run is kept in runs/images
 text: $(READY)  ## run the text example; its run is kept in runs/text
 	$(BIN)/python -m examples.text.run
 
-test: $(READY)  ## run the quick tests
-	$(BIN)/python -m pytest $(TWO)
+test: $(READY)  ## run the quick tests, and print how much of the package they cover
+	$(BIN)/python -m pytest $(TWO) --cov
 
 test-slow: $(READY)  ## run the slow tests: whole examples, real servers
 	$(BIN)/python -m pytest $(TWO) -m slow
