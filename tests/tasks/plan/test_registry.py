@@ -104,8 +104,16 @@ def test_a_duplicate_name_is_refused(shapes: Registry[Shape]) -> None:
     assert [one.__name__ for one in shapes.classes().values()] == ["Circle"]
 
 
-def test_a_class_may_be_registered_again_by_its_own_module(shapes: Registry[Shape]) -> None:
-    """Prefect's loader may import a module a second time, which defines an equal class."""
+def test_an_equally_named_class_of_another_file_is_refused(shapes: Registry[Shape]) -> None:
+    (circle,) = shapes.classes().values()
+    names = {"__qualname__": circle.__qualname__, "__module__": json.__name__}
+    with pytest.raises(PlanError, match=r"Circle and json\..*Circle both register the kind circle"):
+        shapes.register(type("Circle", (circle,), names))
+    assert shapes.classes() == {"circle": circle}
+
+
+def test_a_class_may_be_registered_again_by_its_own_file(shapes: Registry[Shape]) -> None:
+    """A file may be imported twice, as a script and as a module."""
     (circle,) = shapes.classes().values()
     names = {"__qualname__": circle.__qualname__, "__module__": circle.__module__}
     again = type("Circle", (circle,), names)
