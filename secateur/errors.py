@@ -1,10 +1,13 @@
-"""Errors about what a user can get wrong: each message says in one sentence what is wrong, where, and what to do."""
+"""Errors about user mistakes: each says in one sentence what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
 
 class SecateurError(ValueError):
-    """A model, optimizer or recording that cannot be followed; the base of every error in this module."""
+    """A model, optimizer or recording that cannot be followed.
+
+    The base of every error in this module.
+    """
 
 
 class StorageError(SecateurError):
