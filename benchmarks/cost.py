@@ -15,13 +15,14 @@ from benchmarks.fidelity import fit_2048_coordinates
 from benchmarks.larger import make_images, make_text
 from benchmarks.timing import format_spread, time_in_turns
 from benchmarks.workloads import Workload
-from secateur.influence.adjoint import Tape, step_back
+from secateur.influence.adjoint import step_back
 from secateur.influence.basis import Basis
 from secateur.influence.bindings import bind_layers
 from secateur.influence.curvature import EmpiricalFisher
 from secateur.influence.recorder import Recorder
 from secateur.influence.recursion import Dynamics, identity_transition, walk_segment
 from secateur.influence.segment import Segment
+from secateur.influence.tape import Tape
 
 
 def measure(workload: Workload, steps: int, repeats: int) -> None:

@@ -20,15 +20,18 @@ from torch import Tensor, nn
 from benchmarks.larger import make_images, make_text
 from benchmarks.peers import ADAMW_ONLY, PEERS
 from benchmarks.workloads import Trained, Workload, make_digits
-from secateur.influence.adjoint import Tape, step_back
-from secateur.influence.basis import Basis, KroneckerBasis, leading_eigenvectors
-from secateur.influence.basis_fitting import EnergyFit, MomentFit, random_kronecker_basis
+from secateur.influence.adjoint import step_back
+from secateur.influence.basis import Basis
+from secateur.influence.basis_fitting import EnergyFit, MomentFit, leading_eigenvectors
 from secateur.influence.bindings import bind_layers
 from secateur.influence.curvature import Curvature, EmpiricalFisher, Hessian
 from secateur.influence.hessian import compute_hessian
 from secateur.influence.hooks import capture_hooks, sample_gradients
+from secateur.influence.kronecker_basis import KroneckerBasis
+from secateur.influence.random_basis import random_kronecker_basis
 from secateur.influence.recorder import Recorder
 from secateur.influence.recursion import Dynamics, identity_transition, walk_segment
+from secateur.influence.tape import Tape
 
 FIT_STEPS = 10
 PEER_NUMBERS = 416  # coefficients of the peers that do not use full gradients

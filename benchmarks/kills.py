@@ -40,7 +40,7 @@ from secateur.storage.integrity import find_stray_files, verify_folder
 from secateur.storage.layout import PLAN_PRUNING, RunFolder
 from secateur.storage.manifest import MANIFEST_FILE
 from secateur.storage.outputs import list_outputs
-from secateur.storage.shards import list_shards
+from secateur.storage.shard_listing import list_shards
 from secateur.tasks.engine.prefect_server import prefect_server
 from tests.servers import SeaweedFS
 

@@ -35,7 +35,7 @@ import numpy as np
 from secateur.storage.folder import Folder
 from secateur.storage.outputs import Output
 from secateur.storage.rewrite import rewrite_shards
-from secateur.storage.shards import list_shards
+from secateur.storage.shard_listing import list_shards
 url, out = sys.argv[1:]
 frame = list_shards([url])
 keep = np.arange(len(frame)) % 3 != 0

@@ -24,8 +24,8 @@ from examples.shards import write_shards
 from secateur.flows.pipeline_tasks import compose_embeddings, embed_segment
 from secateur.flows.stage import train_stage
 from secateur.flows.workers import InlineWorkers
-from secateur.influence.basis import KroneckerBasis
 from secateur.influence.bindings import bind_layers
+from secateur.influence.kronecker_basis import KroneckerBasis
 from secateur.influence.recorder import Recorder
 from secateur.storage.faiss_index import build_index, read_index, search_index, write_index
 from secateur.storage.folder import Folder

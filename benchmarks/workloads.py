@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
 
-from secateur.influence.adjoint import LossPart
+from secateur.influence.directional_derivatives import LossPart
 from secateur.influence.recorder import Recorder
 
 Losses = Callable[[nn.Module, Tensor], Tensor]

@@ -8,7 +8,6 @@ The location and the size limit depend on the machine, so they are environment v
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import uuid
 from collections.abc import Callable, Iterator
@@ -16,16 +15,12 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from secateur.errors import StorageError
+from secateur.storage.file_check import ContentMismatch, check_file
 
 DEFAULT_BYTES = 50_000_000_000
 DRAFT_PREFIX = "draft-"
 
 Download = Callable[[str], None]
-FileIdentity = tuple[int, int, int, int, str]
-
-
-class ContentMismatch(Exception):
-    """A file's content differs from the committed content."""
 
 
 class FileCache:
@@ -97,9 +92,7 @@ class FileCache:
                 fcntl.flock(stack.enter_context(open(draft, "xb")), fcntl.LOCK_EX)
             try:
                 download(str(draft))
-                if file_digest(draft) != (size, sha256):
-                    raise ContentMismatch
-                _checked_files.add(_file_identity(draft, sha256))
+                check_file(draft, size, sha256)
                 os.replace(draft, path)
             finally:
                 with suppress(FileNotFoundError):
@@ -151,34 +144,3 @@ def _has_content(path: Path, size: int, sha256: str) -> bool:
     except (ContentMismatch, FileNotFoundError):
         return False
     return True
-
-
-def check_file(path: Path, size: int, sha256: str) -> None:
-    """Check the content of a local file by reading it.
-
-    A process reads each file once, and again if its size or modification time has changed.
-
-    Raises:
-        ContentMismatch: the content is different.
-        FileNotFoundError: the file does not exist.
-    """
-    identity = _file_identity(path, sha256)
-    if identity in _checked_files:
-        return
-    if file_digest(path) != (size, sha256):
-        raise ContentMismatch
-    _checked_files.add(identity)
-
-
-def file_digest(path: Path) -> tuple[int, str]:
-    """Return the size in bytes and the SHA-256 of a local file."""
-    with open(path, "rb") as file:
-        return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _file_identity(path: Path, sha256: str) -> FileIdentity:
-    stat = path.stat()
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, sha256
-
-
-_checked_files: set[FileIdentity] = set()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import uuid
 from collections.abc import Iterable, Iterator
@@ -11,41 +10,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, cast
 
-from botocore.exceptions import BotoCoreError, ConnectionError, HTTPClientError
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from secateur.errors import StorageError, UnavailableError
+from secateur.storage.io_errors import is_refused_put, wrap_io_errors
+from secateur.storage.local_files import create_file, fsync_file, fsync_folder
 from secateur.storage.retry_log import show_retries
-from secateur.storage.urls import check_url, redact_credentials
-
-REMEDIES = {
-    errno.ENOSPC: "free some space and run the same command again",
-    errno.EDQUOT: "free some space and run the same command again",
-    errno.EACCES: "check its permissions, or the credentials of the store",
-    errno.EPERM: "check its permissions, or the credentials of the store",
-    errno.EISDIR: "it is a folder; name a file",
-    errno.ENOTDIR: "a part of its path is a file; choose another path",
-}
-OTHER_REMEDY = "check the disk or the connection and run the same command again"
-# Errors that may pass. s3fs reports a store's own failures as EREMOTEIO, EBUSY or EIO, or without
-# a number.
-TRANSIENT = {
-    None,
-    errno.EIO,
-    errno.EBUSY,
-    errno.EAGAIN,
-    errno.ESTALE,
-    errno.ETIMEDOUT,
-    errno.ECONNRESET,
-    errno.ECONNREFUSED,
-    errno.ECONNABORTED,
-    errno.EPIPE,
-    errno.EHOSTUNREACH,
-    errno.ENETUNREACH,
-    errno.EREMOTEIO,
-}
+from secateur.storage.urls import check_url
 
 
 class Folder:
@@ -118,13 +90,13 @@ class Folder:
         """
         with wrap_io_errors(self.url_of(name), "written"):
             if self.is_local:
-                _create_local(self._path_of(name), data)
+                create_file(self._path_of(name), data)
                 return
             try:
                 # A conditional put: the store creates the object only if there is none.
                 self._filesystem.pipe_file(self._path_of(name), data, mode="create")
             except OSError as error:
-                if _is_refused_put(error):
+                if is_refused_put(error):
                     raise FileExistsError(self.url_of(name)) from error
                 raise
 
@@ -194,8 +166,8 @@ class Folder:
         # A file's name is part of its folder, and survives only if the folder is flushed too.
         folders = {folder for path in paths for folder in path.parents}
         with wrap_io_errors(self.url, "written"), ThreadPoolExecutor(4) as pool:
-            list(pool.map(_fsync, paths))
-            list(pool.map(_fsync_folder, folders))
+            list(pool.map(fsync_file, paths))
+            list(pool.map(fsync_folder, folders))
 
     def _list_files(self) -> dict[str, dict[str, Any]]:
         """Return fsspec's entry of every file within, by relative name."""
@@ -221,82 +193,3 @@ class Folder:
 
     def _path_of(self, name: str) -> str:
         return f"{self._path.rstrip('/')}/{name}"
-
-
-def _create_local(path: str, data: bytes) -> None:
-    """Create a whole file, or raise FileExistsError."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    draft = f"{path}.{uuid.uuid4().hex}"
-    try:
-        with open(draft, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        # A hard link appears with the whole content in one step, and fails if the name exists. A
-        # rename would replace an existing file.
-        os.link(draft, path)
-        _fsync_folder(Path(path).parent)
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(draft)
-
-
-def _fsync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _fsync_folder(path: Path) -> None:
-    """Flush a folder to the disk, if possible."""
-    # It may belong to another user, or its file system may not support this.
-    with suppress(OSError):
-        _fsync(path)
-
-
-@contextmanager
-def wrap_io_errors(subject: str, verb: str) -> Iterator[None]:
-    """Turn an error of the operating system or store into a StorageError of one sentence.
-
-    Args:
-        subject: the file or folder, as the sentence names it.
-        verb: the failed action as a participle, such as `read`.
-    """
-    try:
-        yield
-    except (FileExistsError, StorageError):
-        raise
-    except FileNotFoundError as error:
-        raise StorageError(
-            f"{subject} does not exist; check the path, and that the run has reached this step"
-        ) from error
-    except (OSError, BotoCoreError) as error:
-        number = getattr(error, "errno", None)
-        reason = str(getattr(error, "strerror", None) or error)
-        reason = " ".join(redact_credentials(reason).split())
-        remedy = REMEDIES.get(number or 0, OTHER_REMEDY)
-        message = f"{subject} cannot be {verb}: {reason}; {remedy}"
-        # A traceback would print the cause, with its credentials.
-        cause = error if redact_credentials(str(error)) == str(error) else None
-        raise _error_class(error, number)(message) from cause
-
-
-def _error_class(error: BaseException, number: int | None) -> type[StorageError]:
-    """Return UnavailableError if the cause may pass, because it is not in the request itself."""
-    if isinstance(error, BotoCoreError):
-        transient = isinstance(error, (ConnectionError, HTTPClientError))
-    else:
-        # s3fs reports a refused key as a PermissionError without a number.
-        transient = number in TRANSIENT and not isinstance(error, PermissionError)
-    return UnavailableError if transient else StorageError
-
-
-def _is_refused_put(error: BaseException) -> bool:
-    """Check whether a store refused a conditional put because the object exists."""
-    # Stores report this in different ways.
-    cause: Any = error.__cause__
-    code = getattr(cause, "response", {}).get("Error", {}).get("Code")
-    return isinstance(error, FileExistsError) or code == "PreconditionFailed"

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import polars as pl
 
 from secateur.errors import StorageError
-from secateur.storage.outputs import Attempt, Output
+from secateur.storage.attempt import Attempt
+from secateur.storage.outputs import Output
 from secateur.storage.schemas import Schema
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from secateur.storage.outputs import Attempt, Output
+from secateur.storage.attempt import Attempt
+from secateur.storage.outputs import Output
 from secateur.storage.tensors import read_tensors, write_tensors
 
 LEDGER = "ledger.safetensors"

@@ -4,70 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from secateur.errors import StorageError
-from secateur.storage.cache import ContentMismatch, FileCache, check_file
-from secateur.storage.folder import Folder, wrap_io_errors
-from secateur.storage.hashing_writer import HashingWriter, hash_while_writing
+from secateur.storage.attempt import Attempt
+from secateur.storage.cache import FileCache
+from secateur.storage.file_check import ContentMismatch, check_file
+from secateur.storage.folder import Folder
+from secateur.storage.io_errors import wrap_io_errors
 from secateur.storage.manifest import (
     MANIFEST_FILE,
     Manifest,
     parse_manifest,
     serialize_manifest,
 )
-
-
-@dataclass
-class Attempt:
-    """Files that one process writes for an output. They do not count until they are committed.
-
-    Attributes:
-        root: the folder to write the files to.
-        files: `size` (bytes) and `sha256` of each written file, by name.
-        facts: small figures about the content, for the manifest.
-    """
-
-    root: Folder
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
-
-    @contextmanager
-    def open(self, name: str) -> Iterator[HashingWriter]:
-        """Open a file of the output for writing. It is hashed while it is written."""
-        with self.root.open(name, "wb") as file, hash_while_writing(file) as writer:
-            yield writer
-        self.files[name] = {"size": writer.size, "sha256": writer.digest.hexdigest()}
-
-    def write(self, name: str, data: bytes) -> None:
-        """Write a whole file of the output."""
-        with self.open(name) as file:
-            file.write(data)
-
-    def link_files(self, output: Output) -> None:
-        """Add every file of a committed output, without reading it."""
-        for name, entry in output.manifest.files.items():
-            self.root.link_or_copy(output.files(), name)
-            self.files[name] = entry
-
-    def check_files(self) -> None:
-        """Check that every written file exists with its size.
-
-        Raises:
-            StorageError: a file is missing or has another size, because it was removed meanwhile
-                or because the store lost it.
-        """
-        sizes = self.root.sizes()
-        for name, entry in self.files.items():
-            if sizes.get(name) != entry["size"]:
-                raise StorageError(
-                    f"{self.root.url_of(name)} is missing or was truncated before it was committed "
-                    f"(does `secateur gc` run at the same time?); run the same command again"
-                )
 
 
 class Output:
@@ -237,21 +190,3 @@ def list_outputs(root: Folder) -> list[Output]:
     """Return every output below a folder that has a manifest, damaged or not."""
     manifests = [name for name in root.files() if name.rsplit("/", 1)[-1] == MANIFEST_FILE]
     return [Output(root.child(*name.split("/")[:-1])) for name in manifests]
-
-
-def copy_output(source: Output, target: Output) -> None:
-    """Copy an output with its inputs and facts, and so its fingerprint, unless it exists."""
-
-    def link(attempt: Attempt) -> None:
-        attempt.link_files(source)
-        attempt.facts.update(source.manifest.facts)
-
-    target.write_once(source.manifest.kind, source.manifest.inputs, link)
-
-
-def copy_outputs(source: Folder, target: Folder, without: Collection[str] = ()) -> None:
-    """Copy every output below a folder, except those below the folders named in `without`."""
-    for output in list_outputs(source):
-        parts = output.root.url.removeprefix(source.url).strip("/").split("/")
-        if parts[0] not in without:
-            copy_output(output, Output(target.child(*parts)))

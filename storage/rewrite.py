@@ -12,9 +12,9 @@ import numpy as np
 import polars as pl
 import xxhash
 
-from secateur.storage.folder import wrap_io_errors
+from secateur.storage.attempt import Attempt
 from secateur.storage.hashing_writer import HashingWriter
-from secateur.storage.outputs import Attempt
+from secateur.storage.io_errors import wrap_io_errors
 from secateur.storage.sample_hashes import shard_changed_error
 from secateur.storage.tars import member_end, open_shard
 

@@ -12,7 +12,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from secateur.errors import StorageError
-from secateur.storage.folder import wrap_io_errors
+from secateur.storage.io_errors import wrap_io_errors
 
 BLOCK = tarfile.BLOCKSIZE
 BUFFER = 1 << 20

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from secateur.errors import StorageError
-from secateur.storage.outputs import Attempt, Output
+from secateur.storage.attempt import Attempt
+from secateur.storage.outputs import Output
 
 
 def write_tensors(

@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from secateur.errors import PlanError
 from secateur.flows.trainers.recording import Recording
-from secateur.influence.recorder import RecordedBatch
+from secateur.influence.recorded_batch import RecordedBatch
 from secateur.tasks.external.recording import count_committed_steps
 from secateur.tasks.plan import Plan
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from secateur.errors import PlanError
 from secateur.flows.trainers.recording import Recording
-from secateur.influence.recorder import RecordedBatch
+from secateur.influence.recorded_batch import RecordedBatch
 from secateur.tasks.external.recording_checks import Keys
 from secateur.tasks.plan import Plan
 

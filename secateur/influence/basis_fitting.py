@@ -1,58 +1,20 @@
-"""Making a basis: at random, or fitted to the contributions of the first steps of a run."""
+"""Bases fitted to the contributions of the first steps of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from secateur.errors import SecateurError
-from secateur.influence.basis import CoordinateBasis, KroneckerBasis, leading_eigenvectors
 from secateur.influence.bindings import Binding, Bindings
 from secateur.influence.captures import Capture
+from secateur.influence.coordinate_basis import CoordinateBasis, share_coefficients
+from secateur.influence.kronecker_basis import KroneckerBasis
 
 # A second-moment matrix of this many rows takes 0.5 GB in float64, and its eigenvectors take
 # minutes.
 LARGEST_MOMENT = 8192
-
-
-def random_kronecker_basis(
-    bindings: Bindings, rank: int, seed: int, dtype: torch.dtype
-) -> KroneckerBasis:
-    """Return a basis of orthonormal random factors.
-
-    Args:
-        bindings: the captured layers.
-        rank: at most this many columns per side of a block.
-        seed: every block and side gets a different seed, derived from this one.
-        dtype: of the factors.
-    """
-    factors = []
-    for i, block in enumerate(bindings.blocks):
-        sides = []
-        for side, size in enumerate((block.rows, block.cols)):
-            generator = torch.Generator().manual_seed((seed * 1_000_003 + i) * 2 + side)
-            # Always drawn in float64, so that a seed gives the same basis in every precision.
-            normal = torch.randn(size, min(rank, size), generator=generator, dtype=torch.float64)
-            sides.append(torch.linalg.qr(normal).Q.to(dtype))
-        factors.append((sides[0], sides[1]))
-    return KroneckerBasis(bindings.blocks, factors)
-
-
-def random_coordinates(bindings: Bindings, coefficients: int | None, seed: int) -> CoordinateBasis:
-    """Return a basis of entries chosen at random.
-
-    Args:
-        bindings: the captured layers.
-        coefficients: entries over all blocks, shared as in `share_coefficients`; all if None.
-        seed: every block gets a different seed, derived from this one.
-    """
-    shares = share_coefficients([block.size for block in bindings.blocks], coefficients)
-    entries = []
-    for i, (block, share) in enumerate(zip(bindings.blocks, shares, strict=True)):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
-        entries.append(torch.randperm(block.size, generator=generator)[:share].sort().values)
-    return CoordinateBasis(bindings.blocks, entries)
 
 
 class MomentFit:
@@ -117,23 +79,9 @@ class EnergyFit:
         return CoordinateBasis(self._blocks, entries)
 
 
-def share_coefficients(sizes: Sequence[int], coefficients: int | None) -> list[int]:
-    """Return how many coefficients each block gets: as many as any other, or all that it has.
-
-    Equal shares kept more of an AdamW run's effects than shares by size, or by energy over all
-    blocks, because a loss depends most on small last layers (benchmarks/fidelity.py, workloads C
-    and D).
-
-    Args:
-        sizes: entries of each block.
-        coefficients: the total. Each block gets at least one. If None, each gets all it has.
-    """
-    if coefficients is None:
-        return list(sizes)
-    shares = [0] * len(sizes)
-    rest = coefficients
-    # Smallest blocks first, because the larger ones take the coefficients that these cannot use.
-    for rank, block in enumerate(sorted(range(len(sizes)), key=lambda b: sizes[b])):
-        shares[block] = min(sizes[block], max(1, rest // (len(sizes) - rank)))
-        rest -= shares[block]
-    return shares
+def leading_eigenvectors(moment: Float[Tensor, "n n"], rank: int) -> Float[Tensor, "n _"]:
+    """Return the eigenvectors of the `rank` largest eigenvalues, as columns."""
+    vectors: Tensor = torch.linalg.eigh(moment).eigenvectors.flip(1)[:, :rank]
+    # An eigenvector's sign is arbitrary. Fixed signs make a rerun find the same basis.
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    return vectors * largest.sign()

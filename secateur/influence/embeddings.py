@@ -81,12 +81,7 @@ def embed(
     Raises:
         SecateurError: nothing was recorded.
     """
-    segment = recorder.take_segment()
-    if not bool(segment.selected.any()):
-        raise SecateurError(
-            "nothing was recorded since the last segment was taken; put each step's forward and "
-            "backward pass into a `with recorder.batch(ids)` block and call optimizer.step()"
-        )
+    segment = _take_segment(recorder)
     basis = recorder.basis
     spans = [slice(0, basis.size)] if coupled else list(basis.spans)
     dynamics = Dynamics.from_segment(
@@ -104,3 +99,14 @@ def embed(
         basis=basis,
         parameters=recorder.parameters,
     )
+
+
+def _take_segment(recorder: Recorder) -> Segment:
+    """Return the segment recorded since the last one, or raise SecateurError if it is empty."""
+    segment = recorder.take_segment()
+    if not bool(segment.selected.any()):
+        raise SecateurError(
+            "nothing was recorded since the last segment was taken; put each step's forward and "
+            "backward pass into a `with recorder.batch(ids)` block and call optimizer.step()"
+        )
+    return segment

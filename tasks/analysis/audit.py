@@ -9,8 +9,8 @@ from scipy import stats
 
 from secateur.influence.pullback import query_at_stage_end
 from secateur.storage import schemas
+from secateur.storage.attempt import Attempt
 from secateur.storage.frames import write_frame
-from secateur.storage.outputs import Attempt
 from secateur.tasks.analysis.plots import draw_audit
 from secateur.tasks.analysis.retraining import retraining_effects, sample_removals
 from secateur.tasks.data.seeds import seed_for

@@ -24,8 +24,8 @@ import polars as pl
 
 from secateur.errors import PlanError
 from secateur.storage import schemas
+from secateur.storage.attempt import Attempt
 from secateur.storage.frames import write_frame
-from secateur.storage.outputs import Attempt
 from secateur.tasks.analysis.phases import find_phases
 from secateur.tasks.analysis.plots import draw_evolution, draw_profile
 from secateur.tasks.analysis.profile_frames import evolution_rows, profile_rows, profile_series

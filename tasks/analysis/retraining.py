@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 
 from secateur.errors import PlanError
-from secateur.storage.outputs import Attempt
+from secateur.storage.attempt import Attempt
 from secateur.tasks.data.batches import BatchSchedule
 from secateur.tasks.data.held_out import scoring_rows
 from secateur.tasks.data.samples import list_target_samples, read_stage_samples

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from secateur.errors import PlanError
-from secateur.storage.outputs import Attempt
+from secateur.storage.attempt import Attempt
 from secateur.tasks.analysis.allocation import allocate_windows, describe_phases
 from secateur.tasks.data.batches import BatchSchedule
 from secateur.tasks.data.samples import read_stage_samples

@@ -5,9 +5,10 @@ from __future__ import annotations
 import polars as pl
 
 from secateur.errors import PlanError
+from secateur.storage.copy_outputs import copy_output, copy_outputs
 from secateur.storage.layout import ComparisonFolder
-from secateur.storage.outputs import copy_output, copy_outputs
-from secateur.storage.shards import expand_shard_urls, list_shards
+from secateur.storage.shard_listing import list_shards
+from secateur.storage.shards import expand_shard_urls
 from secateur.tasks.comparison.arms import PLAN, STANDARD_ARMS, Arm, arm_plan
 from secateur.tasks.data.samples import damaged_shard_handler
 from secateur.tasks.plan import Plan

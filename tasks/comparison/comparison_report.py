@@ -9,9 +9,10 @@ import polars as pl
 from pydantic import BaseModel
 
 from secateur.storage import schemas
+from secateur.storage.attempt import Attempt
 from secateur.storage.frames import write_frame
 from secateur.storage.layout import ComparisonFolder
-from secateur.storage.outputs import Attempt, Output
+from secateur.storage.outputs import Output
 from secateur.tasks.comparison.arms import PLAN, RANDOM, UNPRUNED
 from secateur.tasks.comparison.comparison_plot import draw_comparison
 from secateur.tasks.comparison.figures import FIGURES, Interval, read_figures, summarize_figures

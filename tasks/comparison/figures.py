@@ -10,9 +10,9 @@ from pydantic import BaseModel
 from scipy import stats
 
 from secateur.storage import schemas
+from secateur.storage.attempt import Attempt
 from secateur.storage.frames import read_frame, write_frame
 from secateur.storage.layout import PLAN_PRUNING
-from secateur.storage.outputs import Attempt
 from secateur.tasks.data.samples import read_stage_samples
 from secateur.tasks.results.pruning_results import read_prune_result
 from secateur.tasks.results.training_results import read_training_result

@@ -8,10 +8,12 @@ import polars as pl
 
 from secateur.errors import PlanError, StorageError
 from secateur.storage import schemas
+from secateur.storage.attempt import Attempt
 from secateur.storage.frames import read_frame, write_frame
 from secateur.storage.layout import PLAN_PRUNING
-from secateur.storage.outputs import Attempt, Output
-from secateur.storage.shards import Samples, WrongShardError, expand_shard_urls, list_shards
+from secateur.storage.outputs import Output
+from secateur.storage.shard_listing import WrongShardError, list_shards
+from secateur.storage.shards import Samples, expand_shard_urls
 from secateur.tasks.engine.progress import print_status
 from secateur.tasks.plan import DataConfig
 from secateur.tasks.run import Run

@@ -13,9 +13,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from secateur.errors import PlanError
-from secateur.influence.recorder import RecordedBatch, Recorder
+from secateur.influence.recorded_batch import RecordedBatch
+from secateur.influence.recorder import Recorder
+from secateur.storage.attempt import Attempt
 from secateur.storage.ledger import read_checkpoint, write_checkpoint
-from secateur.storage.outputs import Attempt
 from secateur.tasks.data.samples import list_stage_samples, read_stage_samples
 from secateur.tasks.engine.progress import print_status
 from secateur.tasks.external.compatibility import (

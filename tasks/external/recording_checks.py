@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from secateur.errors import PlanError
-from secateur.influence.recorder import RecordedBatch
+from secateur.influence.recorded_batch import RecordedBatch
 from secateur.storage.ledger import read_ledger
 from secateur.storage.shards import Samples
 from secateur.tasks.plan import Policy

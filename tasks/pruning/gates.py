@@ -8,8 +8,8 @@ import numpy as np
 import polars as pl
 
 from secateur.errors import PlanError
+from secateur.storage.attempt import Attempt
 from secateur.storage.ledger import read_checkpoint
-from secateur.storage.outputs import Attempt
 from secateur.storage.shards import Samples
 from secateur.tasks.data.held_out import held_out_rows
 from secateur.tasks.data.samples import list_target_samples

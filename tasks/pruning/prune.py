@@ -9,9 +9,10 @@ import polars as pl
 
 from secateur.errors import StorageError
 from secateur.storage import schemas
+from secateur.storage.attempt import Attempt
 from secateur.storage.frames import read_frame, write_frame
 from secateur.storage.layout import PLAN_PRUNING
-from secateur.storage.outputs import Attempt, Output, list_outputs
+from secateur.storage.outputs import Output, list_outputs
 from secateur.storage.rewrite import rewrite_shard
 from secateur.tasks.data.samples import read_stage_samples
 from secateur.tasks.engine.progress import track

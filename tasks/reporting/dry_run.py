@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pydantic import BaseModel
 
-from secateur.influence.basis_fitting import share_coefficients
 from secateur.influence.bindings import Bindings
-from secateur.storage.shards import expand_shard_urls, list_shards
+from secateur.influence.coordinate_basis import share_coefficients
+from secateur.storage.shard_listing import list_shards
+from secateur.storage.shards import expand_shard_urls
 from secateur.tasks.analysis.retraining import expected_audit_cost
 from secateur.tasks.analysis.windows import preview_windows
 from secateur.tasks.data.batches import BatchSchedule

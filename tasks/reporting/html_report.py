@@ -9,7 +9,7 @@ from importlib.resources import files
 import polars as pl
 from jinja2 import Environment, StrictUndefined
 
-from secateur.storage.outputs import Attempt
+from secateur.storage.attempt import Attempt
 from secateur.tasks.analysis.influence_profile import write_profile
 from secateur.tasks.data.samples import read_stage_samples
 from secateur.tasks.reporting.previews import Preview, preview_sample

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from secateur.errors import PlanError
-from secateur.influence.basis import Basis, restore_basis
+from secateur.influence.basis import Basis
+from secateur.influence.basis_kinds import restore_basis
 from secateur.influence.bindings import Bindings, bind_layers
+from secateur.storage.attempt import Attempt
 from secateur.storage.layout import RunFolder
-from secateur.storage.outputs import Attempt
 from secateur.storage.tensors import read_tensors
 from secateur.tasks.plan import Plan, WindowConfig
 from secateur.tasks.plan.plan_file import parse_plan, plan_text

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from secateur.influence.basis import Basis
-from secateur.influence.basis_fitting import EnergyFit, MomentFit, random_kronecker_basis
+from secateur.influence.basis_fitting import EnergyFit, MomentFit
 from secateur.influence.bindings import Bindings
 from secateur.influence.hooks import capture_hooks
-from secateur.storage.outputs import Attempt
+from secateur.influence.random_basis import random_kronecker_basis
+from secateur.storage.attempt import Attempt
 from secateur.storage.tensors import write_tensors
 from secateur.tasks.data.samples import read_stage_samples
 from secateur.tasks.engine.progress import track

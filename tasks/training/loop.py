@@ -11,7 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from secateur.errors import PlanError
-from secateur.influence.recorder import RecordedBatch, Recorder
+from secateur.influence.recorded_batch import RecordedBatch
+from secateur.influence.recorder import Recorder
 from secateur.storage.shards import Samples
 from secateur.tasks.data.batches import BatchSchedule
 from secateur.tasks.data.collate import Tensors, collate

@@ -15,8 +15,8 @@ from secateur.influence.hooks import sample_gradients
 from secateur.influence.recorder import Recorder
 from secateur.influence.selection import SELECTION_RULES, Choice, select_randomly
 from secateur.storage import schemas
+from secateur.storage.attempt import Attempt
 from secateur.storage.frames import write_frame
-from secateur.storage.outputs import Attempt
 from secateur.tasks.data.collate import Tensors
 from secateur.tasks.data.held_out import scoring_rows
 from secateur.tasks.data.samples import list_target_samples

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from secateur.influence.segment import Segment
+from secateur.storage.attempt import Attempt
 from secateur.storage.ledger import read_checkpoint, write_checkpoint, write_ledger
-from secateur.storage.outputs import Attempt
 from secateur.tasks.data.batches import BatchSchedule
 from secateur.tasks.data.collate import Tensors
 from secateur.tasks.results.training_results import (

@@ -6,8 +6,8 @@ import time
 from functools import partial
 
 from secateur.influence.recorder import Recorder
+from secateur.storage.attempt import Attempt
 from secateur.storage.ledger import write_checkpoint
-from secateur.storage.outputs import Attempt
 from secateur.tasks.data.batches import BatchSchedule
 from secateur.tasks.data.samples import read_stage_samples
 from secateur.tasks.engine.progress import track

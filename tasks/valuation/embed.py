@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from secateur.influence.basis import leading_eigenvectors
+from secateur.influence.basis_fitting import leading_eigenvectors
 from secateur.influence.recursion import (
     Transition,
     carry_effects,
@@ -16,7 +16,8 @@ from secateur.influence.recursion import (
     identity_transition,
     walk_segment,
 )
-from secateur.storage.outputs import Attempt, list_outputs
+from secateur.storage.attempt import Attempt
+from secateur.storage.outputs import list_outputs
 from secateur.storage.tensors import read_tensors, write_tensors
 from secateur.tasks.engine.progress import track
 from secateur.tasks.results.training_results import end_checkpoint

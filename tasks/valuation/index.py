@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from secateur.storage.attempt import Attempt
 from secateur.storage.faiss_index import build_index, write_index
-from secateur.storage.outputs import Attempt
 from secateur.tasks.results.valuation_results import read_embeddings
 from secateur.tasks.run import Run
 

@@ -9,7 +9,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from secateur.errors import PlanError
-from secateur.influence.adjoint import Adjoint, LossPart, ParameterGroups, Tape, step_back
+from secateur.influence.adjoint import step_back
+from secateur.influence.directional_derivatives import LossPart
+from secateur.influence.tape import Adjoint, ParameterGroups, Tape
 from secateur.storage.ledger import read_checkpoint
 from secateur.storage.outputs import Output
 from secateur.storage.tensors import read_tensors, write_tensors

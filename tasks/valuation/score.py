@@ -16,8 +16,8 @@ from secateur.influence.recursion import short_horizon_effects
 from secateur.influence.scoring import mean_alignment, nearest_alignment
 from secateur.influence.segment import Segment
 from secateur.storage import schemas
+from secateur.storage.attempt import Attempt
 from secateur.storage.frames import write_frame
-from secateur.storage.outputs import Attempt
 from secateur.tasks.data.samples import read_stage_samples
 from secateur.tasks.engine.progress import track
 from secateur.tasks.results.valuation_results import (

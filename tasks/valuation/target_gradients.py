@@ -7,8 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from secateur.influence.hooks import sample_gradients
+from secateur.storage.attempt import Attempt
 from secateur.storage.ledger import read_checkpoint
-from secateur.storage.outputs import Attempt
 from secateur.storage.shards import Samples
 from secateur.storage.tensors import write_tensors
 from secateur.tasks.data.held_out import held_out_rows

@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from secateur.influence.baselines import tracin_scores
+from secateur.storage.attempt import Attempt
 from secateur.storage.ledger import read_checkpoint
-from secateur.storage.outputs import Attempt
 from secateur.storage.shards import Samples
 from secateur.storage.tensors import read_tensors, write_tensors
 from secateur.tasks.data.held_out import scoring_rows

@@ -24,9 +24,10 @@ from secateur.errors import PlanError
 from secateur.flows.pipeline_tasks import rewrite_shard
 from secateur.flows.stage import analyze_stage, audit_stage, prune_stage, score_stage
 from secateur.flows.workers import Call, InlineWorkers, WorkerPool, worker_pool
+from secateur.storage.attempt import Attempt
 from secateur.storage.folder import Folder
 from secateur.storage.layout import PLAN_PRUNING
-from secateur.storage.outputs import Attempt, Output
+from secateur.storage.outputs import Output
 from secateur.storage.rewrite import rewrite_shard as write_kept_members
 from secateur.tasks.engine.pipeline_task import PipelineTask
 from secateur.tasks.engine.ui_artifacts import ProgressArtifact

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from secateur.influence.basis import CoordinateBasis
 from secateur.influence.bindings import Bindings, bind_layers
+from secateur.influence.coordinate_basis import CoordinateBasis
 from secateur.influence.hooks import sample_gradients
 
 Losses = Callable[[nn.Module, Tensor], Tensor]

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from secateur.errors import SecateurError
-from secateur.influence.adjoint import LossPart, Tape, step_back
+from secateur.influence.adjoint import step_back
+from secateur.influence.directional_derivatives import LossPart
+from secateur.influence.tape import Tape
 from tests.influence.test_truth import OPTIMIZERS, Make
 
 STEPS = 6

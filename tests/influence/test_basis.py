@@ -7,15 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.influence.basis import Basis, basis_kind, restore_basis
-from secateur.influence.basis_fitting import (
-    EnergyFit,
-    MomentFit,
-    random_kronecker_basis,
-    share_coefficients,
-)
+from secateur.influence.basis import Basis
+from secateur.influence.basis_fitting import EnergyFit, MomentFit
+from secateur.influence.basis_kinds import basis_kind, restore_basis
 from secateur.influence.bindings import Bindings, bind_layers
+from secateur.influence.coordinate_basis import share_coefficients
 from secateur.influence.hooks import capture_hooks, sample_gradients
+from secateur.influence.random_basis import random_kronecker_basis
 from tests.influence.oracle import one_by_one
 from tests.influence.test_layers import Tied, squares
 

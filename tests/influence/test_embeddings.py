@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from secateur.errors import SecateurError
-from secateur.influence.basis import CoordinateBasis, KroneckerBasis
-from secateur.influence.basis_fitting import random_coordinates, random_kronecker_basis
 from secateur.influence.bindings import bind_layers
+from secateur.influence.coordinate_basis import CoordinateBasis
 from secateur.influence.curvature import EmpiricalFisher, NoCurvature
 from secateur.influence.embeddings import Embeddings, embed
 from secateur.influence.hooks import sample_gradients
+from secateur.influence.kronecker_basis import KroneckerBasis
+from secateur.influence.random_basis import random_coordinates, random_kronecker_basis
 from secateur.influence.recorder import Recorder
 from secateur.influence.recursion import Dynamics, identity_transition, walk_segment
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import SecateurError
-from secateur.influence.basis import CoordinateBasis
 from secateur.influence.bindings import bind_layers
+from secateur.influence.coordinate_basis import CoordinateBasis
 from secateur.influence.optimizers import (
     Hyperparameters,
     UpdateRule,

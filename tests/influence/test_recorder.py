@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from secateur.errors import SecateurError
-from secateur.influence.basis_fitting import random_kronecker_basis
 from secateur.influence.bindings import bind_layers
+from secateur.influence.random_basis import random_kronecker_basis
 from secateur.influence.recorder import Recorder
 from tests.influence.oracle import everything, relative
 

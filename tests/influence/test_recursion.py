@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from secateur.influence.basis import Basis
-from secateur.influence.basis_fitting import random_kronecker_basis
 from secateur.influence.bindings import bind_layers
 from secateur.influence.curvature import EmpiricalFisher
 from secateur.influence.pullback import pull_back, query_at_stage_end
+from secateur.influence.random_basis import random_kronecker_basis
 from secateur.influence.recorder import Recorder
 from secateur.influence.recursion import (
     Dynamics,

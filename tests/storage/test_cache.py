@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from secateur.errors import StorageError
-from secateur.storage.cache import ContentMismatch, FileCache
+from secateur.storage.cache import FileCache
+from secateur.storage.file_check import ContentMismatch
 from secateur.storage.folder import Folder
 from secateur.storage.outputs import Output
 

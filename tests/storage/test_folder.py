@@ -11,7 +11,8 @@ import pytest
 from botocore.exceptions import EndpointConnectionError, NoCredentialsError, ReadTimeoutError
 
 from secateur.errors import StorageError, UnavailableError
-from secateur.storage.folder import Folder, wrap_io_errors
+from secateur.storage.folder import Folder
+from secateur.storage.io_errors import wrap_io_errors
 from secateur.storage.outputs import Output
 
 

@@ -23,7 +23,8 @@ from secateur.storage.frames import read_frame, write_frame
 from secateur.storage.ledger import read_ledger, write_ledger
 from secateur.storage.outputs import Output
 from secateur.storage.rewrite import rewrite_shards
-from secateur.storage.shards import Samples, list_shards
+from secateur.storage.shard_listing import list_shards
+from secateur.storage.shards import Samples
 from tests.storage.test_shards import write_tar
 
 pytestmark = pytest.mark.slow

@@ -17,7 +17,7 @@ from secateur.errors import StorageError
 from secateur.storage.folder import Folder
 from secateur.storage.frames import read_frame, write_frame
 from secateur.storage.outputs import Output
-from secateur.storage.shards import list_shards
+from secateur.storage.shard_listing import list_shards
 from secateur.storage.tensors import read_tensors
 from tests.storage.test_shards import write_tar
 
@@ -27,7 +27,7 @@ from secateur.errors import StorageError
 from secateur.storage.frames import read_frame
 from secateur.storage.outputs import Output
 from secateur.storage.folder import Folder
-from secateur.storage.shards import list_shards
+from secateur.storage.shard_listing import list_shards
 kind, place = sys.argv[1:]
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()

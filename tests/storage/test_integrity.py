@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from secateur.errors import StorageError
+from secateur.storage.attempt import Attempt
 from secateur.storage.folder import Folder
 from secateur.storage.integrity import Finding, find_stray_files, remove_stray_files, verify_folder
-from secateur.storage.outputs import Attempt, Output
+from secateur.storage.outputs import Output
 
 
 @pytest.fixture

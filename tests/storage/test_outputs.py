@@ -14,13 +14,15 @@ from typing import Any
 import pytest
 
 from secateur.errors import StorageError
+from secateur.storage.attempt import Attempt
 from secateur.storage.folder import Folder
-from secateur.storage.outputs import Attempt, Output
+from secateur.storage.outputs import Output
 
 ENTRY = {"size": 1, "sha256": "0" * 64}
 RACER = """
 import pathlib, sys, time
-from secateur.storage.outputs import Attempt, Output
+from secateur.storage.attempt import Attempt
+from secateur.storage.outputs import Output
 from secateur.storage.folder import Folder
 base, name, meeting, turns = sys.argv[1:]
 for number in range(int(turns)):

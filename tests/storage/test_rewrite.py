@@ -16,7 +16,7 @@ from secateur.errors import StorageError
 from secateur.storage.folder import Folder
 from secateur.storage.outputs import Output
 from secateur.storage.rewrite import rewrite_shards
-from secateur.storage.shards import list_shards
+from secateur.storage.shard_listing import list_shards
 from tests.storage.test_shards import CONTENTS, write_tar
 
 

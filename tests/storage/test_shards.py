@@ -16,10 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secateur.errors import StorageError, UnavailableError
-from secateur.storage import shards
+from secateur.storage import shard_listing, shard_members
 from secateur.storage.sample_hashes import ShardHashes, Span, hash_shard
 from secateur.storage.schemas import SAMPLES
-from secateur.storage.shards import Samples, WrongShardError, expand_shard_urls, list_shards
+from secateur.storage.shard_listing import WrongShardError, list_shards
+from secateur.storage.shards import Samples, expand_shard_urls
 
 # WebDataset's grammar of names: a key without dots (its folders may contain them), then an
 # extension that may contain more dots.
@@ -190,7 +191,7 @@ def test_shard_that_changes_during_listing_is_named(
         write_tar(Path(url), [("0.a", b"z" * 1500), ("1.a", b"y" * 1500)])
         return hash_shard(url, spans, with_sha256)
 
-    monkeypatch.setattr(shards, "hash_shard", replace_and_hash)
+    monkeypatch.setattr(shard_listing, "hash_shard", replace_and_hash)
     with pytest.raises(StorageError, match=r"a\.tar has changed since it was listed"):
         list_shards([url])
 
@@ -256,7 +257,7 @@ def test_expected_shards_are_hashed_only_once(
         hashed.append(url)
         return hash_shard(url, spans, with_sha256)
 
-    monkeypatch.setattr(shards, "hash_shard", record_and_hash)
+    monkeypatch.setattr(shard_listing, "hash_shard", record_and_hash)
     list_shards(list(expected_shards), None, expected_shards)
     assert hashed == list(expected_shards)
 
@@ -267,7 +268,7 @@ def test_unavailable_store_is_an_error_and_never_a_skipped_shard(
     def fail(url: str) -> Iterator[tarfile.TarInfo]:
         raise UnavailableError("the store does not answer")
 
-    monkeypatch.setattr(shards, "iter_members", fail)
+    monkeypatch.setattr(shard_members, "iter_members", fail)
     skipped: list[str] = []
     with pytest.raises(UnavailableError):
         list_shards(list(expected_shards), skipped.append)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from secateur.errors import StorageError
-from secateur.storage.folder import Folder, wrap_io_errors
+from secateur.storage.folder import Folder
+from secateur.storage.io_errors import wrap_io_errors
 from secateur.storage.shards import expand_shard_urls
 from secateur.storage.urls import redact_credentials
 

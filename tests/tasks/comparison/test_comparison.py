@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from secateur.errors import PlanError
+from secateur.storage.copy_outputs import copy_outputs
 from secateur.storage.folder import Folder
-from secateur.storage.outputs import Output, copy_outputs
+from secateur.storage.outputs import Output
 from secateur.tasks.comparison.arm_runs import comparable_plan, held_out_targets
 from secateur.tasks.comparison.arms import PLAN, STANDARD_ARMS, arm_plan, check_arms, read_arms
 from secateur.tasks.comparison.comparison_report import ArmResult, summarize_verdict

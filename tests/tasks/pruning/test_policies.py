@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from examples.shards import write_shards
 from secateur.errors import PlanError
-from secateur.storage.shards import Samples, list_shards
+from secateur.storage.shard_listing import list_shards
+from secateur.storage.shards import Samples
 from secateur.tasks.plan import POLICIES
 from secateur.tasks.pruning.context import PruningContext
 from secateur.tasks.pruning.decide import count_decisions, decide_samples

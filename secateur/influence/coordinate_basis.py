@@ -1,0 +1,93 @@
+"""The coordinate basis, which keeps chosen entries of each block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from secateur.influence.basis import Basis
+from secateur.influence.bindings import Binding
+from secateur.influence.blocks import Block
+from secateur.influence.captures import Capture
+
+
+class CoordinateBasis(Basis):
+    """Chosen entries of each block. For any optimizer that works element by element."""
+
+    elementwise = True
+
+    def __init__(self, blocks: Sequence[Block], entries: Sequence[Int[Tensor, " _"]]) -> None:
+        super().__init__(blocks, [len(e) for e in entries])
+        self.entries = list(entries)
+        self._layer_entries: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def project_capture(self, binding: Binding, capture: Capture) -> Float[Tensor, "batch b"]:
+        if binding.module_name not in self._layer_entries:
+            self._layer_entries[binding.module_name] = self._entries_of_layer(binding)
+        rows, cols, places = self._layer_entries[binding.module_name]
+        values = capture.entries(rows, cols)
+        size = len(self.entries[binding.block_index])
+        if len(places) == size:
+            return values
+        whole = values.new_zeros(len(values), size)
+        whole[:, places] = values
+        return whole
+
+    def _entries_of_layer(self, binding: Binding) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the basis' entries that are among the columns of a layer's captures.
+
+        Layers whose parameters are tied share a block but have different columns of it.
+
+        Returns:
+            Rows and columns of these entries in the layer's captures, and their places in the
+            basis.
+        """
+        block = self.blocks[binding.block_index]
+        entries = self.entries[binding.block_index]
+        layer_column = entries.new_full((block.cols,), -1)
+        trained = (binding.columns >= 0).nonzero().flatten().to(entries.device)
+        layer_column[binding.columns.to(entries.device)[trained]] = trained
+        cols = layer_column[entries % block.cols]
+        places = (cols >= 0).nonzero().flatten()
+        return (entries // block.cols)[places], cols[places], places
+
+    def project_block(
+        self, block: int, parts: Sequence[Float[Tensor, "rows _"]]
+    ) -> Float[Tensor, " b"]:
+        matrix = parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
+        return matrix.reshape(-1)[self.entries[block]]
+
+    def lift_block(
+        self, block: int, coefficients: Float[Tensor, " b"]
+    ) -> Float[Tensor, "rows cols"]:
+        matrix = coefficients.new_zeros(self.blocks[block].rows, self.blocks[block].cols)
+        matrix.view(-1)[self.entries[block]] = coefficients
+        return matrix
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f"{i}.entries": e for i, e in enumerate(self.entries)}
+
+
+def share_coefficients(sizes: Sequence[int], coefficients: int | None) -> list[int]:
+    """Return how many coefficients each block gets: as many as any other, or all that it has.
+
+    Equal shares kept more of an AdamW run's effects than shares by size, or by energy over all
+    blocks, because a loss depends most on small last layers (benchmarks/fidelity.py, workloads C
+    and D).
+
+    Args:
+        sizes: entries of each block.
+        coefficients: the total. Each block gets at least one. If None, each gets all it has.
+    """
+    if coefficients is None:
+        return list(sizes)
+    shares = [0] * len(sizes)
+    rest = coefficients
+    # Smallest blocks first, because the larger ones take the coefficients that these cannot use.
+    for rank, block in enumerate(sorted(range(len(sizes)), key=lambda b: sizes[b])):
+        shares[block] = min(sizes[block], max(1, rest // (len(sizes) - rank)))
+        rest -= shares[block]
+    return shares

@@ -1,0 +1,109 @@
+"""An optimizer's gradient, state and settings, in the coefficients of a basis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from secateur.errors import SecateurError
+from secateur.influence.basis import Basis
+from secateur.influence.gradient_check import parameter_groups
+from secateur.influence.optimizers import UpdateRule
+
+
+class ProjectedOptimizer:
+    """What the next step of an optimizer reads, in the coefficients of a basis.
+
+    Attributes:
+        groups: parameter group of each of the p coefficients.
+
+    Args:
+        optimizer: the optimizer.
+        update_rule: its update rule.
+        parameters: the captured parameters by name.
+        basis: the basis of the coefficients.
+
+    Raises:
+        SecateurError: the optimizer lacks a parameter, or the basis cannot follow it.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        update_rule: UpdateRule,
+        parameters: Mapping[str, nn.Parameter],
+        basis: Basis,
+    ) -> None:
+        self.groups = parameter_groups(optimizer, parameters, basis)
+        if not (update_rule.linear or basis.elementwise):
+            raise SecateurError(
+                f"{type(optimizer).__name__} treats every parameter by its own history, which a "
+                f"kronecker basis cannot follow; use a basis of coordinates (in a plan "
+                f"`basis: {{kind: coordinates}}`)"
+            )
+        self._optimizer = optimizer
+        self._update_rule = update_rule
+        self._parameters = parameters
+        self._basis = basis
+
+    def gradient(self, step: int) -> Float[Tensor, " p"]:
+        """Return the gradient that the optimizer is about to use.
+
+        Args:
+            step: the step, for the error message.
+
+        Raises:
+            SecateurError: a captured parameter has none.
+        """
+        gradients = {n: p.grad for n, p in self._parameters.items() if p.grad is not None}
+        missing = [name for name in self._parameters if name not in gradients]
+        if missing:
+            raise SecateurError(
+                f"parameter {missing[0]} got no gradient at step {step}; leave it "
+                f"out of the model, freeze it, or list it under `uncaptured`"
+            )
+        return self._basis.project_tensors(gradients)
+
+    def has_gradient(self) -> bool:
+        """Check whether any captured parameter has a gradient that is not zero."""
+        gradients = [p.grad for p in self._parameters.values()]
+        return any(grad is not None and bool(grad.any()) for grad in gradients)
+
+    def settings(self) -> list[list[float]]:
+        """Return the settings of each parameter group, as the update rule's `hyper` names them."""
+        return [self._group_settings(group) for group in self._optimizer.param_groups]
+
+    def states(self) -> Float[Tensor, "S p"]:
+        """Return theta and the optimizer's slots."""
+        theta = self._basis.project_tensors({n: p.detach() for n, p in self._parameters.items()})
+        return torch.stack([theta, *(self._slot(name) for name in self._update_rule.slots)])
+
+    def sensitivity(self, gradient: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
+        """Return `dF/dg` of the coming step at a gradient, in float64."""
+        rule = self._update_rule
+        hyper = torch.tensor(self.settings(), dtype=torch.float64)
+        h = dict(zip(rule.hyper, hyper[self.groups].unbind(-1), strict=True))
+        if rule.linear:
+            # The Jacobian of a linear update does not depend on the state.
+            state = torch.zeros(len(rule.slots) + 1, self._basis.size, dtype=torch.float64)
+        else:
+            state = self.states().cpu().double()
+        later = torch.zeros_like(state)
+        later[0] = 1
+        return rule.vjp(later, state, gradient.cpu().double(), h)[1]
+
+    def _group_settings(self, group: dict[str, object]) -> list[float]:
+        parameters = group["params"]
+        assert isinstance(parameters, list)
+        return self._update_rule.settings(group, self._optimizer.state.get(parameters[0], {}))
+
+    def _slot(self, name: str) -> Float[Tensor, " p"]:
+        """Return one slot of the optimizer's state; zero before the first step."""
+        tensors = {}
+        for parameter_name, parameter in self._parameters.items():
+            value = self._optimizer.state.get(parameter, {}).get(name)
+            tensors[parameter_name] = torch.zeros_like(parameter) if value is None else value
+        return self._basis.project_tensors(tensors)

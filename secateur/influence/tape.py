@@ -1,0 +1,128 @@
+"""The tape: the values that each optimizer step read, kept while training is run again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from secateur.influence.optimizers import UpdateRule, find_update_rule
+
+# One tensor per trainable parameter.
+Directions = dict[str, Tensor]
+# For each parameter group, a sensitivity to theta and to every slot.
+Adjoint = list[Float[Tensor, "S _"]]
+
+
+@dataclass(frozen=True)
+class StepState:
+    """The values that a step read, each parameter group's tensors as one vector.
+
+    Attributes:
+        states: theta and the optimizer's slots before the step, per group.
+        gradients: the gradient received, per group.
+        hyper: the update rule's settings, per group.
+        scale: the factor applied to the gradient after the backward pass (clipping by norm).
+    """
+
+    states: list[Float[Tensor, "S _"]]
+    gradients: list[Float[Tensor, " _"]]
+    hyper: Sequence[Mapping[str, Tensor]]
+    scale: float
+
+
+class Tape:
+    """A record of the values that every step of an optimizer reads, while training is run again.
+
+    Attributes:
+        update_rule: the optimizer's update rule.
+        steps: the recorded steps, the first one first.
+        groups: the optimizer's parameter groups.
+
+    Args:
+        model: the model.
+        optimizer: the optimizer.
+        scale: returns the factor applied to the coming step's gradient after the backward pass.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scale: Callable[[], float] = lambda: 1.0,
+    ) -> None:
+        self.update_rule: UpdateRule = find_update_rule(optimizer)
+        self.steps: list[StepState] = []
+        self.groups = ParameterGroups(model, optimizer)
+        self._optimizer = optimizer
+        self._scale = scale
+        self._handle = optimizer.register_step_pre_hook(self._before_step)
+
+    def close(self) -> None:
+        """Stop listening to the optimizer."""
+        self._handle.remove()
+
+    def _before_step(self, *_: object) -> None:
+        states = []
+        gradients = []
+        hyper = []
+        for group in self._optimizer.param_groups:
+            parameters = group["params"]
+            own = [self._optimizer.state.get(p, {}) for p in parameters]
+            slots = [
+                _join_tensors([state.get(slot) for state in own], parameters)
+                for slot in self.update_rule.slots
+            ]
+            states.append(torch.stack([_join_tensors(parameters, parameters), *slots]))
+            gradients.append(_join_tensors([p.grad for p in parameters], parameters))
+            row = torch.tensor(
+                self.update_rule.settings(group, own[0]),
+                dtype=parameters[0].dtype,
+                device=parameters[0].device,
+            )
+            hyper.append(dict(zip(self.update_rule.hyper, row, strict=True)))
+        self.steps.append(StepState(states, gradients, hyper, self._scale()))
+
+
+class ParameterGroups:
+    """An optimizer's parameters by group and name, and their tensors as one vector per group."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        names = {id(p): name for name, p in model.named_parameters()}
+        self.members = [
+            {names[id(p)]: p for p in group["params"]} for group in optimizer.param_groups
+        ]
+
+    def split(self, vectors: Sequence[Float[Tensor, " _"]]) -> Directions:
+        """Return one tensor per parameter from one vector per group."""
+        directions: Directions = {}
+        for members, vector in zip(self.members, vectors, strict=True):
+            parts = vector.split([p.numel() for p in members.values()])
+            for (name, parameter), part in zip(members.items(), parts, strict=True):
+                directions[name] = part.view_as(parameter)
+        return directions
+
+    def join(self, directions: Directions) -> list[Float[Tensor, " _"]]:
+        """Return one vector per group from one tensor per parameter."""
+        return [
+            torch.cat([directions[name].flatten() for name in members]) for members in self.members
+        ]
+
+    def start_adjoint(self, gradients: Directions, slots: int) -> Adjoint:
+        """Return a loss's gradient as a sensitivity to the whole state.
+
+        A loss does not depend on the optimizer's slots, so their part is zero.
+        """
+        return [torch.stack([g, *[torch.zeros_like(g)] * slots]) for g in self.join(gradients)]
+
+
+def _join_tensors(values: Sequence[Tensor | None], like: Sequence[Tensor]) -> Float[Tensor, " _"]:
+    """Return copies of tensors as one vector, with zeros for each one that is None."""
+    flat = [
+        (torch.zeros_like(p) if v is None else v.detach()).flatten()
+        for v, p in zip(values, like, strict=True)
+    ]
+    return torch.cat(flat)
