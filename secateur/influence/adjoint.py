@@ -21,7 +21,7 @@ from secateur.influence.directional_derivatives import (
     differentiate_forward,
 )
 from secateur.influence.optimizers import UpdateRule
-from secateur.influence.tape import Adjoint, ParameterGroups, StepState
+from secateur.influence.tape import Adjoint, Directions, ParameterGroups, StepState
 
 # The step of the central differences, relative to the parameters' norm. If the loss is smooth, so
 # wide a step changes nothing. If it has kinks (ReLU), the step crosses as many of them as a removal
@@ -63,10 +63,7 @@ def step_back(
     products = _pull_back(later, state, update_rule)
     direction = groups.split([-by_gradient for _, by_gradient in products])
     _restore_parameters(model, groups, state)
-    if method == "jvp":
-        scores, change = differentiate_forward(model, parts, direction, reseed)
-    else:
-        scores, change = differentiate_centrally(model, parts, direction, reseed, step)
+    scores, change = _differentiate(model, parts, direction, method, reseed, step)
     earlier = [by_state for by_state, _ in products]
     for q, vector in zip(earlier, groups.join(change), strict=True):
         q[0] -= state.scale * vector
@@ -86,3 +83,17 @@ def _restore_parameters(model: nn.Module, groups: ParameterGroups, state: StepSt
     with torch.no_grad():
         for name, value in groups.split([vectors[0] for vectors in state.states]).items():
             model.get_parameter(name).copy_(value)
+
+
+def _differentiate(
+    model: nn.Module,
+    parts: Sequence[LossPart],
+    direction: Directions,
+    method: str,
+    reseed: Callable[[], Any],
+    step: float,
+) -> tuple[Float[Tensor, " batch"], Directions]:
+    """Return the derivatives of the losses and of the gradient, by the chosen method."""
+    if method == "jvp":
+        return differentiate_forward(model, parts, direction, reseed)
+    return differentiate_centrally(model, parts, direction, reseed, step)

@@ -36,6 +36,8 @@ def differentiate_centrally(
 ) -> tuple[Float[Tensor, " batch"], Directions]:
     """Return the derivatives along `direction` by central differences.
 
+    `relative_step` is relative to the parameters' norm. `reseed` is called before each pass.
+
     Returns:
         The derivative of every sample's loss contribution, and of the gradient.
     """
@@ -99,7 +101,11 @@ class _WeightedPart(nn.Module):
 def differentiate_forward(
     model: nn.Module, parts: Sequence[LossPart], direction: Directions, reseed: Callable[[], Any]
 ) -> tuple[Float[Tensor, " batch"], Directions]:
-    """Return the same derivatives exactly, by forward over reverse differentiation."""
+    """Return the same derivatives exactly, by forward over reverse differentiation.
+
+    Raises:
+        SecateurError: a kernel of the model has no forward mode.
+    """
     values = []
     total = {name: torch.zeros_like(d) for name, d in direction.items()}
     reseed()

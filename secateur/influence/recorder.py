@@ -47,6 +47,24 @@ class Recorder:
         update_rule: the optimizer's update rule.
         basis: the basis of the coefficients.
         parameters: the captured parameters by name.
+
+    Args:
+        model: the model.
+        optimizer: a known optimizer that trains all captured parameters.
+        bindings: the layers to capture; all of the model's if None.
+        basis: the basis; random if None. A linear update (SGD) then gets a Kronecker basis of
+            rank 16 per side, any other update a basis of coordinates.
+        tolerance: relative distance allowed between the contributions' sum and the gradient
+            received.
+        coefficients: number of coordinates of a random basis, over all blocks.
+        seed: of a random basis.
+        uncaptured: shell-style patterns of parameters that need not be captured. Read only if
+            `bindings` is None.
+
+    Raises:
+        SecateurError: the optimizer is not known, the basis cannot follow it, or a trainable
+            parameter belongs to no known layer. Later, at a step: the contributions do not add
+            up to the gradient.
     """
 
     def __init__(
@@ -61,26 +79,6 @@ class Recorder:
         seed: int = 0,
         uncaptured: Collection[str] = (),
     ) -> None:
-        """Listen to an optimizer.
-
-        Args:
-            model: the model.
-            optimizer: a known optimizer that trains all captured parameters.
-            bindings: the layers to capture; all of the model's if None.
-            basis: the basis; random if None. A linear update (SGD) then gets a Kronecker basis of
-                rank 16 per side, any other update a basis of coordinates.
-            tolerance: relative distance allowed between the contributions' sum and the gradient
-                received.
-            coefficients: number of coordinates of a random basis, over all blocks.
-            seed: of a random basis.
-            uncaptured: shell-style patterns of parameters that need not be captured. Read only if
-                `bindings` is None.
-
-        Raises:
-            SecateurError: the optimizer is not known, the basis cannot follow it, or a trainable
-                parameter belongs to no known layer. Later, at a step: the contributions do not add
-                up to the gradient.
-        """
         self.update_rule: UpdateRule = find_update_rule(optimizer)
         self._bindings = bind_layers(model, uncaptured) if bindings is None else bindings
         if basis is None:
