@@ -41,14 +41,14 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-PlanFile = Annotated[Path, typer.Argument(help="the plan, a YAML file")]
+PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="the plan, a YAML file")]
 RunUrl = Annotated[str, typer.Argument(metavar="RUN", help="a run's folder or URL")]
-Json = Annotated[bool, typer.Option("--json", help="print one JSON document")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON document instead of text")]
 
 
 @app.command()
 def run(plan: PlanFile, as_json: Json = False) -> None:
-    """Train a plan's stages and prune the data between them. Run it again to continue."""
+    """Train a plan's stages and prune the data between them. Run it again after an interruption."""
     from secateur.tasks.plan.plan_file import read_plan
 
     spec = read_plan(plan)
@@ -74,16 +74,22 @@ def plan(plan: PlanFile, as_json: Json = False) -> None:
 @app.command()
 def query(
     run: RunUrl,
-    target: Annotated[str | None, typer.Option(help="a target of the plan")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="ask about a target of the plan; or give --sample")
+    ] = None,
     sample: Annotated[
-        str | None, typer.Option(help="the key of a target sample or training sample")
+        str | None, typer.Option(help="ask about one target sample or training sample, by its key")
     ] = None,
     top: Annotated[int, typer.Option(help="how many samples")] = 10,
     harmful: Annotated[
-        bool, typer.Option("--harmful", help="the samples that most raised the loss")
+        bool, typer.Option("--harmful", help="list the samples that most raised the loss")
     ] = False,
-    stage: Annotated[int | None, typer.Option(help="one stage only")] = None,
-    window: Annotated[int | None, typer.Option(help="one window of each stage only")] = None,
+    stage: Annotated[
+        int | None, typer.Option(help="search this stage only; the first is 0")
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(help="search this window of each stage only; the first is 0")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Find the training samples that most lowered (or raised) a loss at the run's end."""
@@ -98,21 +104,26 @@ def query(
 @app.command()
 def prune(
     run: RunUrl,
-    stage: Annotated[int, typer.Option(help="the stage to prune")],
+    stage: Annotated[int, typer.Option(help="the stage to prune; the first is 0")],
     policy: Annotated[
-        str | None, typer.Option(help="a policy, such as top, threshold or balanced")
+        str | None,
+        typer.Option(help="a policy, such as top, threshold or balanced; by default the plan's"),
     ] = None,
-    keep: Annotated[float | None, typer.Option(help="fraction to keep")] = None,
+    keep: Annotated[float | None, typer.Option(help="fraction to keep (most policies)")] = None,
     at_least: Annotated[float | None, typer.Option(help="lowest score to keep (threshold)")] = None,
     by: Annotated[
-        str | None, typer.Option(help="member or member:field to balance by (balanced)")
+        str | None,
+        typer.Option(
+            help="the label or domain to balance: a member of the sample, such as cls, or "
+            "member:field of a JSON member (balanced)"
+        ),
     ] = None,
     prefer: Annotated[
-        str | None, typer.Option(help="lowest or highest (loss, grand, el2n)")
+        str | None, typer.Option(help="values to keep: lowest or highest (loss, grand, el2n)")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Prune one stage of an existing run, by the plan's policy or by another one."""
+    """Write pruned shards of a stage of an existing run, by the plan's policy or by another one."""
     options = {"policy": policy, "keep": keep, "at_least": at_least, "by": by, "prefer": prefer}
     settings = {name: value for name, value in options.items() if value is not None}
     # The run is opened first, because its plan may name the plug-in that has the policy.
@@ -133,7 +144,7 @@ def prune(
 @app.command()
 def audit(
     run: RunUrl,
-    stage: Annotated[int, typer.Option(help="the stage to audit")],
+    stage: Annotated[int, typer.Option(help="the stage to audit; the first is 0")],
     removals: Annotated[
         int | None,
         typer.Option(min=4, help="samples left out, one at a time; by default the plan's number"),
@@ -156,17 +167,21 @@ def audit(
 @app.command()
 def compare(
     plan: PlanFile,
-    seeds: Annotated[int, typer.Option(min=1, help="how many seeds, from the plan's on")] = 5,
+    seeds: Annotated[int, typer.Option(min=1, help="how many seeds; the plan's is the first")] = 5,
     arm: Annotated[
         list[str] | None,
         typer.Option(
-            help="a further arm, may be repeated: a policy's name, or name=key:value,key:value"
+            help="a further way to prune, may be repeated: a policy's name, or "
+            "name=key:value,key:value with keys of a policy or of `score`"
         ),
     ] = None,
     arms: Annotated[
         Path | None, typer.Option(help="further arms: a YAML file of `name: {key: value}`")
     ] = None,
-    judge: Annotated[str | None, typer.Option(help="the target to evaluate on")] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(help="the target to evaluate on; by default one that chooses no samples"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Check whether pruning pays: compare with random pruning and none, over several seeds."""
@@ -186,7 +201,7 @@ def compare(
 @app.command()
 def windows(
     run: RunUrl,
-    stage: Annotated[int | None, typer.Option(help="one stage only")] = None,
+    stage: Annotated[int | None, typer.Option(help="show this stage only; the first is 0")] = None,
     budget: Annotated[
         float, typer.Option(help="largest share of a stage's steps in its windows")
     ] = 0.4,
@@ -203,7 +218,10 @@ def windows(
 
 @app.command()
 def verify(run: RunUrl, as_json: Json = False) -> None:
-    """Reread everything a run has committed, and name what is missing, changed or extra."""
+    """Reread every file of a run, and name what is missing, changed or extra.
+
+    Exits with 2 if it names any file.
+    """
     from dataclasses import asdict
 
     from secateur.storage.integrity import verify_folder
@@ -222,7 +240,7 @@ def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only list the files")] = False,
     as_json: Json = False,
 ) -> None:
-    """Remove the files of interrupted attempts from a run's folder. Nothing else may run there."""
+    """Remove the files that interrupted commands left in a run. Use it while nothing runs there."""
     from secateur.storage.integrity import find_stray_files, remove_stray_files
     from secateur.tasks.run import Run
 

@@ -9,7 +9,7 @@ from pydantic import Discriminator, Field, NonNegativeInt, PositiveInt, Tag, mod
 from secateur.tasks.plan.base import Config, Fraction
 from secateur.tasks.plan.policy_config import POLICIES, Policy
 
-PREVIOUS = "previous"
+PREVIOUS = "previous"  # the value of `auto` that means an earlier stage of the same run
 LISTED = "listed"  # the tag of a list of windows; pydantic needs one, users never write it
 
 
@@ -18,8 +18,8 @@ class SelectionConfig(Config):
 
     method: Literal["grad_align", "greats", "random"] = Field(
         "greats",
-        description="`grad_align`: alignment with the target's gradient; `greats`: greedily, less "
-        "what a candidate shares with earlier picks; `random`: a control",
+        description="`grad_align`: alignment with the target's gradient; `greats`: greedy, where "
+        "each pick lowers the gain of similar candidates; `random`: a control",
     )
     candidates: Annotated[int, Field(ge=2)] = Field(
         3, description="candidates per step, as a multiple of `batch_size`"
@@ -28,7 +28,7 @@ class SelectionConfig(Config):
         None, description="the target whose loss should fall; the one pruned for if null"
     )
     samples: PositiveInt = Field(
-        64, description="target samples that score the candidates of a step, others at every step"
+        64, description="target samples that score the candidates of a step; each step uses others"
     )
 
 
@@ -36,10 +36,10 @@ class WindowConfig(Config):
     """A part of a stage in which samples are recorded and scored."""
 
     start: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="fraction of the stage's steps, or a step"
+        0.0, description="the first step, as a fraction of the stage's steps or as a number"
     )
     stop: Annotated[float, Field(gt=0)] = Field(
-        1.0, description="fraction of the stage's steps, or a step"
+        1.0, description="the step after the last one, given in the same way"
     )
     unit: Literal["fraction", "steps"] = "fraction"
     select: SelectionConfig | None = Field(
@@ -99,10 +99,10 @@ class StageConfig(Config):
         Discriminator(_windows_tag),
     ] = Field(
         default_factory=lambda: [WindowConfig()],
-        description="a list, or where to take the windows from",
+        description="a list of windows, or `auto` and the stage to take them from",
     )
     stride: PositiveInt = Field(
-        1, description="outside windows, record every n-th step for the curvature"
+        1, description="outside windows, record every n-th step, for the curvature only"
     )
     prune: Annotated[Policy, POLICIES] | None = None
 

@@ -1,4 +1,4 @@
-"""Estimate what a plan would do and cost. Nothing is trained and nothing is written."""
+"""The estimate of `secateur plan`: what a plan would do and cost. Nothing is trained or written."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from secateur.tasks.results.training_results import check_replayable
 from secateur.tasks.run import Run
 from secateur.tasks.training.optimizers import plan_update_rule
 
-# Cost of scoring one sample in online selection, in trainings of one sample, measured by
-# benchmarks/selection.py.
+# The time of scoring one sample in online selection, as a multiple of the time of training on one
+# sample. It was measured by benchmarks/selection.py.
 SELECTION_COST = 0.6
 INDEX_BYTES = {"flat": 4, "fp16": 2, "sq8": 1}
 RECORD_BYTES = 56  # of a ledger record, besides its coefficients
@@ -35,7 +35,7 @@ class SelectionEstimate(BaseModel):
     Attributes:
         steps: steps that select.
         judged: samples that are scored in them, candidates and target samples.
-        cost: in trainings of the stage.
+        cost: the time of scoring, as a multiple of the time of training the stage.
     """
 
     steps: int
@@ -68,8 +68,11 @@ class RunEstimate(BaseModel):
         uncaptured: parameters that are left out, with their sizes.
         numbers: coefficients over all blocks.
         automatic: where the windows of a stage are taken from, in a sentence.
-        audits: cost of each audit, in trainings of its stage.
-        trials: steps of each trial.
+        selections: online selection by stage, for the stages that select.
+        audits: cost of each stage's audit, in trainings of the stage.
+        trials: steps of each stage's trial.
+        disk_bytes: the largest size of all stages' outputs together.
+        memory_bytes: of embedding one segment, and of the model with its training state.
     """
 
     run: str
@@ -88,7 +91,7 @@ class RunEstimate(BaseModel):
 
 
 def estimate_run(plan: Plan) -> RunEstimate:
-    """Estimate a run from the shards' headers and the model.
+    """Estimate a run from the headers in its shards and from its model.
 
     Raises:
         StorageError, SecateurError, PlanError: whatever would stop the run when it starts.
