@@ -1,6 +1,7 @@
-"""The recipe of a stage: its tasks, in the order in which they need one another.
+"""Run the parts of a stage: train, score, analyze, prune and report, each with its pipeline tasks.
 
-`curate`, `prune`, `audit`, `compare`, the tests and the benchmarks all run a stage by these.
+The flows `curate` (behind `secateur run`), `prune`, `audit` and `compare`, the tests and the
+benchmarks all call these functions.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def train_stage(workers: Workers, run_url: str, stage: int) -> None:
 
 
 def score_stage(workers: Workers, run_url: str, stage: int) -> None:
-    """Embed, index and score a trained stage."""
+    """Embed, index and score a trained stage, and compute the targets' gradients."""
     run = Run.open(run_url)
     folder = run.folder.stage(stage)
     if not folder.embeddings.committed:
@@ -100,7 +101,7 @@ def prune_stage(
 def report_stage(workers: Workers, run_url: str, stage: int) -> None:
     """Write a stage's report, and show it in Prefect's UI.
 
-    The stage must be pruned by the plan's own policy, or have none.
+    If the plan has a policy for the stage, it must be pruned by it already.
     """
     workers.call(pipeline_tasks.write_report, run_url, stage)
     run_artifacts.post_stage(run_url, stage)

@@ -38,7 +38,7 @@ class Call(NamedTuple):
 
 
 class Workers(Protocol):
-    """What runs pipeline tasks for a flow."""
+    """The interface by which a flow runs pipeline tasks."""
 
     @property
     def count(self) -> int | None:
@@ -111,20 +111,21 @@ class WorkerPool:
         """Run tasks that do not depend on one another, in parallel if there are workers.
 
         Args:
-            progress: shows how many are finished.
+            label: names the progress bar.
+            progress: shows in Prefect's UI how many are finished.
 
         Raises:
             PlanError: the workers need a package that is not installed, or cannot be reached.
         """
         parallel = [call for call in calls if self._runs_in_parallel(call, len(calls))]
         futures = [self._submit(call) for call in parallel]
-        here = [call for call in calls if call not in parallel]
-        for done, call in enumerate(here, 1):
+        local = [call for call in calls if call not in parallel]
+        for done, call in enumerate(local, 1):
             self.call(call.task, *call.arguments)
             if progress:
                 progress.update(done)
         pairs = zip(parallel, futures, strict=True)
-        for done, (call, future) in enumerate(track(pairs, label, len(parallel)), len(here) + 1):
+        for done, (call, future) in enumerate(track(pairs, label, len(parallel)), len(local) + 1):
             with self._explain_timeout(call.task):
                 wait_for_future(future)
             if progress:

@@ -6,6 +6,9 @@ embeddings, index, targets, scores, report, profile, replay/<target>/seg-00000, 
 removals/<step>-<sample>, audit/<removals>, trial/<name>, decided/<name>, rewritten/<name>/00000,
 prune/<name>
 <root>/<run>-compare/seed-<seed>/<arm>, each of which is a run, and report/<name>
+
+The methods below say what each output holds. `local`, `decided` and `rewritten` are intermediate:
+they are removed once the outputs that are made from them are committed.
 """
 
 from __future__ import annotations
@@ -17,7 +20,20 @@ PLAN_PRUNING = "plan"  # the name of the pruning by the plan's own policy
 
 
 class StageFolder:
-    """The outputs of one stage."""
+    """The outputs of one stage.
+
+    Attributes:
+        samples: the list of the stage's samples.
+        windows: the automatic windows that were chosen when the stage began.
+        start: the run's first checkpoint; only stage 0 has one.
+        trained: the mark that the stage is trained to its end.
+        embeddings: the embeddings and the stage's transition.
+        index: the FAISS index of the embeddings.
+        targets: the targets' gradients at the stage's end, and their metrics.
+        scores: the score of every use of a sample.
+        report: the HTML report.
+        profile: the influence profile.
+    """
 
     def __init__(self, root: Folder) -> None:
         self.root = root
@@ -57,7 +73,7 @@ class StageFolder:
     def gradients(self, number: int) -> Output:
         """Return the targets' gradients at the start of a segment.
 
-        The number of segments stands for the stage's end.
+        If the stage has n segments, number n is the stage's end.
         """
         return self._output(f"gradients/{number:05d}")
 
@@ -93,7 +109,13 @@ class StageFolder:
 
 
 class RunFolder:
-    """The outputs of a run."""
+    """The outputs of a run.
+
+    Attributes:
+        plan: the plan that the run was started with.
+        basis: the fitted basis.
+        figures: the metrics of a finished arm of a comparison; other runs have none.
+    """
 
     def __init__(self, url: str) -> None:
         self.root = Folder(url)

@@ -107,7 +107,7 @@ class Output:
         return self.root.child(self.manifest.attempt)
 
     def remove(self) -> None:
-        """Remove the output, but no file that another attempt is writing."""
+        """Remove the committed files and the manifest, but no file that an attempt is writing."""
         if not self.committed:
             return
         files = self.files()
@@ -122,8 +122,8 @@ class Output:
         """Write and commit the output, unless it is committed already.
 
         Args:
-            kind: the sort of output.
-            inputs: fingerprints of the outputs that this one is computed from.
+            kind: the name of the sort of output, such as `scores`.
+            inputs: fingerprints of the outputs that this one is computed from, by a short name.
             write: writes the files to the attempt that it is given.
 
         Returns:
@@ -157,8 +157,9 @@ class Output:
 
     def _commit(self, attempt: Attempt, name: str, data: bytes) -> None:
         """Write the manifest, unless there is one already."""
-        # A store may create the manifest although its answer is lost, and a second try then finds
-        # the file. So files are removed only if the manifest is certainly not this attempt's.
+        # A store may create the manifest although its answer is lost. The client then tries again
+        # and finds a file, which is this attempt's own manifest. So the attempt's files are removed
+        # only if the manifest is certainly another's.
         try:
             self.root.create(MANIFEST_FILE, data)
         except FileExistsError:

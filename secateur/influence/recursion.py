@@ -20,13 +20,17 @@ Transition = list[Float[Tensor, "_ slots _"]]
 
 @dataclass(frozen=True)
 class Dynamics:
-    """The rules by which a perturbation moves through a segment.
+    """The rules by which a small change of the training state moves through a segment.
+
+    The optimizer's step is `s <- F(s, g)`. The state `s` has `S` slots (theta first) of `p`
+    coefficients, and `g` is the gradient that the optimizer received. `F` acts element by element,
+    so each of its Jacobians is a diagonal for every pair of slots.
 
     Attributes:
-        segment: the record.
-        ds: diagonals of `dF/ds`, `steps slots slots p`.
-        dg: diagonals of `dF/dg`, `steps slots p`.
-        curvature: the curvature.
+        segment: the record of the steps.
+        ds: diagonals of `dF/ds`: new slot, old slot.
+        dg: diagonals of `dF/dg`.
+        curvature: how each step's gradient changes with theta.
         spans: ranges of coefficients that the curvature couples. Between them nothing flows.
     """
 
@@ -55,7 +59,7 @@ def identity_transition(
         spans: the coupled coefficients.
         slots: number of slots, theta included.
         dtype: of the matrices.
-        theta_only: keep the rows of theta only, for an optimizer that is reset afterwards.
+        theta_only: keep the rows of theta only, because the optimizer is reset afterwards.
     """
     transition = []
     for span in spans:
@@ -68,23 +72,27 @@ def identity_transition(
 def walk_segment(
     dynamics: Dynamics, later: Transition
 ) -> tuple[list[Float[Tensor, "records _"]], list[Float[Tensor, "_ slots _"]]]:
-    """Walk a segment backwards.
+    """Walk a segment backwards, from its last step to its first.
 
     If `later` is the identity, the first result is the segment's embeddings and the second its
     transition. If it has a single row (a query), they are the segment's scores and the query pulled
-    back to the segment's start. Per step, with `A = -K dF/dg`: `E = C A^T`, then
-    `K <- K dF/ds - A H` (Wang et al., 2025, theorem 4, here for any optimizer state).
+    back to the segment's start.
+
+    `K` is `later` at the segment's end. Each step, with its contributions `C` and its curvature
+    `H`, takes `A = -K dF/dg`, gives the effects `E = C A^T`, and replaces `K` by `K dF/ds - A H`
+    (Wang et al., 2025, theorem 4, here for any optimizer state).
 
     Args:
         dynamics: of the segment.
         later: the transition from the segment's end to the point at which effects are read.
 
     Returns:
-        For every span, the effect of removing each selected record, and the transition from the
-        segment's start.
+        For every span, the effect of removing each selected record (see `Segment.selected`), and
+        the transition from the segment's start to the point at which effects are read.
     """
     results = [
-        _walk_span(dynamics, span, start) for span, start in zip(dynamics.spans, later, strict=True)
+        _walk_span(dynamics, span, matrix)
+        for span, matrix in zip(dynamics.spans, later, strict=True)
     ]
     return [effects for effects, _ in results], [earlier for _, earlier in results]
 
@@ -114,7 +122,7 @@ def _walk_span(
 
 
 def compose_transitions(later: Transition, earlier: Transition) -> list[Float[Tensor, "_ slots _"]]:
-    """Return the transition of `earlier` followed by `later`."""
+    """Return the transition over the steps of `earlier` and then those of `later`."""
     return [
         (a.flatten(1) @ b.flatten(1)).view(-1, *b.shape[1:])
         for a, b in zip(later, earlier, strict=True)
@@ -131,7 +139,7 @@ def carry_effects(
 def propagate_effects(
     vectors: Float[Tensor, "n slots p"], dynamics: Dynamics, steps: Sequence[int]
 ) -> Float[Tensor, "n slots p"]:
-    """Carry effects forward through consecutive steps of a segment."""
+    """Carry effects on the training state forward through consecutive steps of a segment."""
     segment = dynamics.segment
     for step in steps:
         t = step - segment.first_step

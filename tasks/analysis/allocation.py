@@ -8,12 +8,13 @@ from secateur.tasks.results.profile_results import Phases
 
 
 def allocate_windows(phases: Phases, budget: float, steps: int) -> list[range]:
-    """Return the windows of a stage of `steps` steps, where influence per step is largest.
+    """Return the windows of a stage of `steps` steps, at the steps of the largest influence.
 
-    The pieces of warm-up and ascent are taken in the order of their levels, until the windows hold
-    `budget` of the steps. A piece that does not fit keeps the end away from the basin: a warm-up
-    its first steps, an ascent its last. The basin gets no window. Without phases any steps are as
-    good as others, and the stage's last ones are taken.
+    Warm-up and ascent consist of pieces, each with a level of influence. Pieces are taken from the
+    highest level down, until the windows hold the share `budget` of the steps. A piece that does
+    not fit is cut on its side towards the basin: a warm-up keeps its first steps, an ascent its
+    last. The basin gets no window. If there are no phases, any steps are as good as others, and the
+    stage's last ones are taken.
     """
     room = max(1, int(budget * steps))
     windows = []
@@ -31,7 +32,7 @@ def allocate_windows(phases: Phases, budget: float, steps: int) -> list[range]:
 
 
 def describe_phases(phases: Phases) -> str:
-    """Return a sentence that says what a suggestion rests on."""
+    """Return a sentence with the reason for the suggested windows, or for having none."""
     if not phases.is_complete:
         return (
             f"recorded in {phases.recorded} of {phases.steps} steps: a profile of windows cannot "
@@ -59,7 +60,7 @@ def _scaled_bounds(phases: Phases, steps: int) -> list[range]:
 
 def _join_adjacent(windows: list[range]) -> list[range]:
     joined: list[range] = []
-    for window in sorted(windows, key=lambda one: one.start):
+    for window in sorted(windows, key=lambda steps: steps.start):
         if joined and joined[-1].stop == window.start:
             window = range(joined.pop().start, window.stop)
         joined.append(window)

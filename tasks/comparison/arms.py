@@ -13,9 +13,10 @@ from secateur.errors import PlanError
 from secateur.tasks.plan import POLICIES, Plan, ScoreConfig
 from secateur.tasks.plan.plan_file import validate_model
 
-# The keys that an arm has in place of the plan's: those of another policy (`policy: none` for no
-# pruning) and of other score settings. A policy that needs `keep` takes the plan's, or the share
-# that the plan's own policy kept.
+# The keys in which an arm differs from the plan: those of another policy (`policy: none` for no
+# pruning) and of other score settings. If the arm gives no `keep` and its policy needs one, it gets
+# the plan's `keep`, or else the share that the plan's own policy kept. A `random` policy always
+# gets that share.
 Arm = dict[str, Any]
 
 PLAN, RANDOM, UNPRUNED = "plan", "random", "unpruned"
@@ -28,7 +29,7 @@ SCORE_KEYS = set(ScoreConfig.model_fields) - {"target"}
 NAME = re.compile(r"[\w.-]+")
 
 
-def read_arms(options: list[str], path: str | None = None) -> dict[str, dict[str, Any]]:
+def read_arms(options: list[str], path: str | None = None) -> dict[str, Arm]:
     """Read arms' settings from a file and from command line options.
 
     Args:
@@ -54,7 +55,10 @@ def read_arms(options: list[str], path: str | None = None) -> dict[str, dict[str
 
 
 def check_arms(settings: dict[str, Arm]) -> dict[str, Arm]:
-    """Return the standard arms and those of some settings.
+    """Return the standard arms and the given ones, after checking the given ones.
+
+    Args:
+        settings: the given arms by name.
 
     Raises:
         PlanError: a name is taken or not allowed, or a key is not known.

@@ -17,7 +17,13 @@ from secateur.tasks.plan import Plan, ScheduleConfig, SelectionConfig, StageConf
 
 @dataclass(frozen=True)
 class BatchSchedule:
-    """The steps of a stage, determined by the plan, the stage and the number of its samples."""
+    """The steps of a stage, determined by the plan, the stage and the number of its samples.
+
+    Attributes:
+        plan: the run's plan.
+        number: of the stage.
+        samples: how many samples the stage has.
+    """
 
     plan: Plan
     number: int
@@ -47,8 +53,9 @@ class BatchSchedule:
     def candidates(self, step: int, times: int) -> Int[Tensor, " candidates"]:
         """Return the rows that online selection chooses among at a step, each once.
 
-        Candidates go through the data in their own epochs, so all samples are candidates equally
-        often. The samples left at an epoch's end, too few for a step, wait for the next epoch.
+        Candidates go through the data in their own epochs, each in a new order. The samples at an
+        epoch's end that are too few for a step are not candidates in that epoch. So all samples are
+        candidates equally often on average.
 
         Args:
             times: candidates as a multiple of the batch size.
@@ -58,7 +65,7 @@ class BatchSchedule:
         return self._permutation(epoch, "candidates")[place * size : (place + 1) * size]
 
     def selection_at(self, step: int) -> tuple[int, SelectionConfig] | None:
-        """Return the window and the online selection of a step; None if it trains on its batch."""
+        """Return a step's window number and online selection; None if it trains on its batch."""
         pairs = zip(self.windows(), self.stage.listed_windows, strict=True)
         for number, (window, config) in enumerate(pairs):
             if step in window and config.select:
@@ -122,7 +129,7 @@ class BatchSchedule:
         return steps
 
     def rate_factor(self, step: int) -> float:
-        """Return the learning rate of a step, as a share of the unscheduled one."""
+        """Return the factor by which the schedule multiplies the optimizer's rate at a step."""
         schedule = self.plan.schedule
         if schedule.over == "stage":
             return _rate_factor(schedule, step, self.steps)
@@ -131,7 +138,7 @@ class BatchSchedule:
 
 
 def _rate_factor(schedule: ScheduleConfig, step: int, steps: int) -> float:
-    """The schedule's share of the learning rate at a step of `steps`."""
+    """The schedule's factor of the learning rate at a step, if it spans `steps` steps."""
     warmup = round(schedule.warmup * steps)
     if step < warmup:
         return (step + 1) / warmup

@@ -32,7 +32,7 @@ RETRY_JITTER = 0.3
 TAG = "secateur"
 
 # A process has one stream of torch's random numbers, so tasks that use it take turns.
-_random_numbers = threading.RLock()
+_random_numbers_lock = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class PipelineTask(Generic[P, R]):
     uses_random_numbers: bool = False
 
     def __call__(self, run_url: str, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run it as a Prefect task, here and now."""
+        """Run it as a Prefect task in this process, and wait for its result."""
         return self.prefect_task(run_url, *args, **kwargs)
 
     def run_without_prefect(self, run_url: str, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -65,7 +65,7 @@ class PipelineTask(Generic[P, R]):
 
     @functools.cached_property
     def prefect_task(self) -> Task[..., R]:
-        """The Prefect task. It retries if the store did not answer, and for no other reason."""
+        """The Prefect task. It is retried only if the disk or store did not answer."""
         from prefect import Task
         from prefect.cache_policies import NO_CACHE, CacheKeyFnPolicy
 
@@ -112,11 +112,11 @@ def _perform(
     args: Any,
     kwargs: Any,
 ) -> R:
-    """Run the function, then store its result under the outputs as they are now."""
+    """Run the function, then store its result under the key that belongs to the new outputs."""
     from secateur.tasks.engine.prefect_internals import interruptible_thread, store_result_under
 
-    turn = _random_numbers if uses_random_numbers else nullcontext()
-    with turn, interruptible_thread():
+    lock = _random_numbers_lock if uses_random_numbers else nullcontext()
+    with lock, interruptible_thread():
         result = function(Run.open(run_url), *args, **kwargs)
     if outputs:
         inputs = _named_arguments(function, (run_url, *args), kwargs)
@@ -125,7 +125,10 @@ def _perform(
 
 
 def _named_arguments(function: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
-    """Every argument by name, defaults included; the first one is the run's URL."""
+    """Every argument by name, defaults included; the first one is the run's URL.
+
+    Prefect names the first one `run_url`, as in the task's body. The function names it `run`.
+    """
     first = next(iter(inspect.signature(function).parameters))
     named = {first if name == "run_url" else name: value for name, value in kwargs.items()}
     bound = inspect.signature(function).bind(*args, **named)
@@ -138,7 +141,8 @@ def _cache_key(
 ) -> str | None:
     """The key of a result: the task, its arguments, and its outputs as they are now.
 
-    No result was ever stored under the key of a missing output, so the task then runs.
+    A result is stored only after the outputs are written. So if an output is missing, the key is
+    one that no result has, and the task runs.
     """
     assert outputs is not None
     run_url, *others = _named_arguments(function, (), inputs).values()

@@ -67,31 +67,32 @@ class StageRecording:
                     losses.mean().backward()
                 optimizer.step()
 
-    The plan describes the run: model and learning task (so that targets can be differentiated and
-    questions answered later), data, targets, the optimizer's kind, the basis and `segment_steps`.
-    The order of samples, the schedule, accumulation and clipping are the loop's own.
+    Users import it as `secateur.Recording`.
+
+    The plan describes the run: data, targets, the optimizer's kind, the basis, `segment_steps`, and
+    model and learning task, which compute the targets' gradients and answer queries later. The
+    loop alone decides the order of samples, the schedule, accumulation and clipping.
 
     Every `segment_steps` optimizer steps, a ledger file and a checkpoint are committed together.
     Leaving the block without an error commits the remaining steps, and that the stage is trained.
 
     Entering the block gives model and optimizer the state that the stage continues from: that of
-    the last committed segment, or of the end of the stage before. A run begins with the state that
-    the model has.
+    the last committed segment, or of the end of the stage before. If neither exists, the run begins
+    with the state that the model has.
 
     Args:
         plan: the plan, or the path of its file.
         model: has the same state as the plan's model, by the same names.
         optimizer: of the plan's kind, over the model's parameters. Its settings are your own.
         steps: optimizer steps that the stage will take. Windows in fractions of them need it.
-        by: the trainer's name in the ledger.
+        by: the trainer's name in the ledger. Only the trainer that began a stage can continue it.
         tolerance: relative distance allowed between the contributions' sum and the gradient.
 
     Attributes:
-        finished: whether the stage was trained to its end before.
+        finished: whether the stage is trained to its end, now or by an earlier recording.
 
     Raises:
-        PlanError, SecateurError, StorageError: whatever in plan, model, optimizer or data cannot
-            work.
+        PlanError, SecateurError, StorageError: the plan, model, optimizer or data cannot be used.
     """
 
     def __init__(
@@ -152,7 +153,8 @@ class StageRecording:
             self.run = Run.start(self.plan)
             check_model(self.run, self._model)
             check_optimizer(self.plan, self._model, self._optimizer)
-            # The plan's own optimizer numbers the parameters in checkpoints.
+            # Checkpoints number the parameters as the plan's optimizer does, and the user's
+            # optimizer may list them in another order.
             self._numbered_like = build_optimizer(self.plan.optimizer, self._model)
             list_stage_samples(self.run, self.stage)
             self._samples = read_stage_samples(self.run, self.stage)
@@ -179,10 +181,10 @@ class StageRecording:
         self._step_hook = self._optimizer.register_step_post_hook(self._after_step)
 
     def reach(self, step: int) -> bool:
-        """Return whether a step that a trainer is about to take is to be recorded.
+        """Return whether to record the step that a trainer takes next.
 
-        A trainer that resumes from its own checkpoint may repeat steps that the ledger has. At the
-        first step that the ledger lacks, recording begins.
+        A trainer that resumes from its own checkpoint may repeat steps that the ledger has. These
+        are not recorded again. At the first step that the ledger lacks, `begin` is called.
 
         Args:
             step: the trainer's own count, from 0.
@@ -228,11 +230,12 @@ class StageRecording:
                 f"stage {self.stage} continues after the {self.steps} steps that it should take; "
                 f"correct `steps`"
             )
+        # Without listed windows, every step is in window 0 and its curvature counts once.
         place: tuple[int, float] | None = (0, 1.0)
         if self._windows is not None:
             stride = self.plan.stages[self.stage].stride
             place = window_of_step(self._windows, stride, step)
-        if place is None:
+        if place is None:  # the step is not recorded, but the block sets its losses all the same
             yield RecordedBatch(rows, torch.zeros(len(rows)), -1)
             return
         with self._recorder.batch(rows, weights, *place) as batch:

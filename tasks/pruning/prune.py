@@ -27,7 +27,7 @@ DROPPED = "dropped.txt"
 
 
 def decide_stage(run: Run, stage: int, policy: Policy | None = None) -> int:
-    """Decide which of a stage's samples are kept, for `rewrite_kept_shard` to carry out.
+    """Decide which of a stage's samples are kept. `rewrite_kept_shard` then writes the shards.
 
     Args:
         policy: as for `write_pruned_stage`.
@@ -79,7 +79,7 @@ def rewrite_kept_shard(run: Run, stage: int, name: str, number: int) -> None:
 def write_pruned_stage(run: Run, stage: int, policy: Policy | None = None) -> PruneResult:
     """Write the shards of the next stage, the decisions and the list of dropped keys.
 
-    Decisions and shards that are there already are used.
+    Decisions and shards that an earlier call has written are reused.
 
     Args:
         policy: prune by another policy than the plan's. Its result has its own name, and the plan's
@@ -113,7 +113,8 @@ def write_pruned_stage(run: Run, stage: int, policy: Policy | None = None) -> Pr
 def ignore_if_committed_elsewhere(pruning: Output) -> Iterator[None]:
     """Ignore that a part is missing if another process has committed the whole pruning.
 
-    That process removes the parts once they are together.
+    The parts are the decisions and the single shards. That process removes them once they are
+    together in the pruning's output.
     """
     try:
         yield

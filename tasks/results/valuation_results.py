@@ -1,4 +1,4 @@
-"""Read what valuing a stage left: embeddings, transition, target gradients and scores."""
+"""Read the results of `tasks/valuation`: embeddings, transition, target gradients and scores."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from secateur.storage.tensors import read_tensors
 from secateur.tasks.data.held_out import scoring_rows
 from secateur.tasks.run import Run
 
-AXES = "axes.safetensors"
-REPLAY_FILE, REPLAY_SCORES = "replay.safetensors", "scores"
+AXES = "axes.safetensors"  # the principal components that the embeddings were reduced to
+REPLAY_FILE = "replay.safetensors"
+REPLAY_SCORES = "scores"  # a tensor in that file
 SCORES = "scores.parquet"
 TRANSITION = "transition.safetensors"
 
@@ -39,7 +40,10 @@ def read_embeddings(embeddings: Output) -> list[Float[Tensor, "records width"]]:
 
 
 def read_transition(embeddings: Output) -> Transition:
-    """Return a stage's transition, from the state at its start to the one read at its end."""
+    """Return a stage's transition, from its start to its end.
+
+    It leads to theta alone if the optimizer is reset between stages, else to all slots.
+    """
     return unpack_tensors(read_tensors(embeddings, TRANSITION))
 
 

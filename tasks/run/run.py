@@ -45,8 +45,8 @@ class Run:
         Only `workers` may differ from the plan that started it.
 
         Raises:
-            PlanError: the folder holds a run of another plan, or the store ignores conditional
-                puts.
+            PlanError: the folder holds a run of another plan, or the store ignores conditional puts
+                (create a file only if there is none).
         """
         folder = Run.of_plan(plan).folder
         if plan.commits == "conditional" and not folder.root.supports_conditional_put():
@@ -71,7 +71,8 @@ class Run:
     def open(url: str) -> Run:
         """Return the run at a path or URL.
 
-        In its plan, automatic windows of stages that have begun are replaced by the frozen ones.
+        Automatic windows are chosen and frozen (stored) when their stage begins. In the plan of the
+        opened run they are replaced by the frozen ones.
 
         Raises:
             PlanError: there is no run.
@@ -83,7 +84,8 @@ class Run:
                 f"plan)"
             )
         plan = _with_frozen_windows(_stored_plan(folder), folder)
-        # Sums depend on the number of threads, so every process of a run must use the same.
+        # The rounding of sums depends on the number of threads, so every process of a run must use
+        # the same.
         if plan.threads:
             torch.set_num_threads(plan.threads)
         return Run(plan, folder)
@@ -137,7 +139,10 @@ def _with_frozen_windows(plan: Plan, folder: RunFolder) -> Plan:
 
 
 def _differing_keys(old: Plan, new: Plan) -> list[str]:
-    """Top-level keys in which two plans differ. Workers do not change what a run computes."""
+    """Top-level keys in which two plans differ.
+
+    `workers` is left out, because workers do not change what a run computes.
+    """
     before = json.loads(old.model_dump_json(exclude={"workers"}))
     after = json.loads(new.model_dump_json(exclude={"workers"}))
     return [key for key in after if before[key] != after[key]]

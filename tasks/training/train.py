@@ -64,7 +64,7 @@ def train_stage(run: Run, stage: int) -> TrainingResult:
 
 
 def _start_loop(run: Run, loop: TrainingLoop, stage: int, number: int) -> None:
-    """Bring the loop to the start of a segment, and commit the run's first checkpoint."""
+    """Bring the loop to the start of a segment. In stage 0, commit the run's first checkpoint."""
     if stage == 0:
 
         def write(attempt: Attempt) -> None:
@@ -103,7 +103,7 @@ def _train_step(
 
 
 def _step_recording(recorder: Recorder, schedule: BatchSchedule, step: int) -> Recording | None:
-    """How a step is recorded: in its window, for the curvature only, or not (None)."""
+    """How a step is recorded: in its window, for the curvature only, or not at all (None)."""
     place = window_of_step(schedule.windows(), schedule.stage.stride, step)
     if place is None:
         return None
@@ -112,6 +112,6 @@ def _step_recording(recorder: Recorder, schedule: BatchSchedule, step: int) -> R
 
 
 def _add_facts(selector: OnlineSelector, started: float, attempt: Attempt) -> None:
-    """Add to a segment the decisions of online selection, and the seconds it took."""
+    """Add the decisions of online selection to a segment, and the seconds it was trained for."""
     selector.write(attempt)
     attempt.facts["seconds"] = time.monotonic() - started

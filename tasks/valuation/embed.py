@@ -47,8 +47,8 @@ def embed_segment(run: Run, stage: int, number: int) -> None:
     def write(attempt: Attempt) -> None:
         segment = read_segment(folder.segment(number))
         dtype = segment.contributions.dtype
-        start = identity_transition(coupled_spans(run), count_slots(run), dtype)
-        embeddings, transition = walk_segment(plan_dynamics(run, segment), start)
+        end = identity_transition(coupled_spans(run), count_slots(run), dtype)
+        embeddings, transition = walk_segment(plan_dynamics(run, segment), end)
         write_tensors(attempt, EMBEDDINGS, pack_tensors(embeddings), {})
         write_tensors(attempt, TRANSITION, pack_tensors(transition), {})
 
@@ -57,9 +57,10 @@ def embed_segment(run: Run, stage: int, number: int) -> None:
 
 
 def compose_stage(run: Run, stage: int) -> int:
-    """Carry every segment's embeddings to the stage's end. Memory is one segment's.
+    """Carry every segment's embeddings to the stage's end.
 
-    The segments' own embeddings are removed afterwards.
+    Only one segment's embeddings are in memory at a time. The embeddings as of each segment's own
+    end are removed afterwards.
 
     Returns:
         Number of embeddings.
@@ -67,7 +68,7 @@ def compose_stage(run: Run, stage: int) -> int:
     folder = run.folder.stage(stage)
 
     def write(attempt: Attempt) -> None:
-        end_checkpoint(run, stage)
+        end_checkpoint(run, stage)  # raises if the stage is not trained to its end
         transitions = _transitions_to_end(run, stage)
         axes = _principal_axes(run, stage, transitions) if run.plan.components else None
         rows = 0
@@ -88,9 +89,9 @@ def compose_stage(run: Run, stage: int) -> int:
 
 
 def _transitions_to_end(run: Run, stage: int) -> list[Transition]:
-    """From the end of each segment to the stage's end, the last segment first.
+    """The transitions from the end of each segment to the stage's end, the last segment first.
 
-    The final one is from the stage's start.
+    One more follows: the transition from the stage's start.
     """
     folder = run.folder.stage(stage)
     # If the optimizer is reset after the stage, only theta crosses its end.
@@ -99,8 +100,8 @@ def _transitions_to_end(run: Run, stage: int) -> list[Transition]:
     end = identity_transition(coupled_spans(run), count_slots(run), dtype, theta_only)
     transitions: list[Transition] = [end]
     for number in reversed(range(len(folder.segments()))):
-        own = unpack_tensors(read_tensors(folder.local(number), TRANSITION))
-        transitions.append(compose_transitions(transitions[-1], own))
+        segment = unpack_tensors(read_tensors(folder.local(number), TRANSITION))
+        transitions.append(compose_transitions(transitions[-1], segment))
     return transitions
 
 
@@ -118,10 +119,11 @@ def _carried_embeddings(
 def _principal_axes(
     run: Run, stage: int, transitions: list[Transition]
 ) -> Float[Tensor, "width components"]:
-    """The orthonormal directions in which the stage's embeddings are longest."""
+    """The orthonormal principal components of the stage's embeddings, which are not centered."""
     moment = torch.zeros(0)
     for number, part in _carried_embeddings(run, stage, transitions):
         square = part.double().T @ part.double()
-        moment = square if number == len(transitions) - 2 else moment + square
+        is_first = number == len(transitions) - 2  # the last segment comes first
+        moment = square if is_first else moment + square
     components = run.plan.components or len(moment)
     return leading_eigenvectors(moment, components).to(getattr(torch, run.plan.dtype))

@@ -50,17 +50,18 @@ def find_influential(
     stage: int | None = None,
     window: int | None = None,
 ) -> list[QueryHit]:
-    """Return the samples that most lowered a loss at the end of the last trained stage.
+    """Return the samples that most lowered a loss at the end of the last indexed stage.
 
-    The loss is that of a target or of one sample. A sample is listed once, by its strongest use.
+    The loss is the mean over a target's samples, held out or not, or that of one sample. A training
+    sample is listed once, by its strongest use.
 
     Args:
         target: the name of a target.
         sample: the key of a target sample or training sample.
         top: how many samples.
         harmful: return the samples that most raised the loss.
-        stage: search one stage only.
-        window: search one window of each stage only.
+        stage: search the samples of one stage only.
+        window: search one window of each stage only, by its number.
 
     Raises:
         PlanError: neither or both of target and sample are given, one is not known, or no stage is
@@ -151,7 +152,10 @@ def _find_sample(run: Run, key: str) -> tuple[Samples, int]:
 def _stage_hits(
     run: Run, stage: int, query: np.ndarray, top: int, harmful: bool, window: int | None
 ) -> list[QueryHit]:
-    """The strongest uses in one stage, of at least `top` samples if it has so many."""
+    """The strongest uses in one stage, of at least `top` samples if it has so many.
+
+    They have no rank yet, because the stages are not merged.
+    """
     scores = read_scores(run, stage)
     index = read_index(run.folder.stage(stage).index)
     ids = None
@@ -159,7 +163,7 @@ def _stage_hits(
         ids = np.flatnonzero((scores["window"] == window).to_numpy())
     exact = None if run.plan.index == "flat" else _embedding_reader(run, stage)
     available = len(scores) if ids is None else len(ids)
-    # One sample may have many uses, so more are searched until there are enough samples.
+    # The best uses may be of few samples, so more uses are searched until there are enough samples.
     count = top
     while True:
         products, rows = search_index(index, query, count, ids, exact)[0]
