@@ -49,7 +49,8 @@ class Embeddings:
         last recorded step, so ask before it is trained on. No parameter's `.grad` is changed.
 
         Args:
-            losses: runs the forward pass on the question's samples and returns one loss per sample.
+            losses: runs the forward pass on the samples that the question is about, and returns one
+                loss per sample.
         """
         # The gradient of the mean is all that a mean score needs. It costs one ordinary backward
         # pass, and a forward pass that mixes samples is allowed.
@@ -75,8 +76,8 @@ def embed(
     Args:
         recorder: the recorder, after training.
         curvature: a curvature class, such as `EmpiricalFisher` or `NoCurvature`.
-        coupled: whether a change in one block changes the gradient of the others. If not, every
-            block is walked alone, which is faster and less exact.
+        coupled: whether a change in one block is taken to change the gradient of the others. If
+            not, every block is computed by itself, which is faster and less exact.
 
     Raises:
         SecateurError: nothing was recorded.
@@ -88,8 +89,8 @@ def embed(
         segment, recorder.update_rule, curvature(segment, spans), spans
     )
     slots = len(recorder.update_rule.slots) + 1
-    start = identity_transition(spans, slots, segment.contributions.dtype)
-    vectors, transition = walk_segment(dynamics, start)
+    end = identity_transition(spans, slots, segment.contributions.dtype)
+    vectors, transition = walk_segment(dynamics, end)
     return Embeddings(
         samples=segment.samples[segment.selected],
         steps=segment.steps[segment.selected],
