@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,22 @@ import yaml
 
 from secateur.errors import PlanError
 from secateur.influence.optimizers import find_update_rule
-from secateur.tasks.plan import Plan
+from secateur.tasks.plan import CURVATURES, OPTIMIZERS, POLICIES, Plan
 from secateur.tasks.results.pruning_results import read_decisions
 from secateur.tasks.run import Run
-from tests import plugin_example
 from tests.tasks.small import curate_small, make_data, values
 
-PLUGIN = Path(plugin_example.__file__)
+PLUGIN = Path("tests/plugin_example.py")
+
+
+@pytest.fixture(autouse=True)
+def plugin_example() -> Iterator[Any]:
+    """The plug-in's module. What it registers is gone after the test."""
+    registered = {registry: registry.classes() for registry in (POLICIES, CURVATURES, OPTIMIZERS)}
+    sys.modules.pop("tests.plugin_example", None)
+    yield importlib.import_module("tests.plugin_example")
+    for registry, classes in registered.items():
+        registry._classes = classes
 
 
 def plugin_values(folder: Path, plugin: str) -> dict[str, Any]:
@@ -41,7 +51,7 @@ def plugin_values(folder: Path, plugin: str) -> dict[str, Any]:
     )
 
 
-def test_a_plan_uses_a_plug_in(tmp_path: Path) -> None:
+def test_a_plan_uses_a_plug_in(tmp_path: Path, plugin_example: Any) -> None:
     make_data(tmp_path)
     run = curate_small(Plan.model_validate(plugin_values(tmp_path, "tests.plugin_example")))
     decisions = read_decisions(run, 0)
@@ -87,7 +97,7 @@ def _environment(root: str) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": root}
 
 
-def test_the_plug_ins_update_rule_is_the_optimizers_update() -> None:
+def test_the_plug_ins_update_rule_is_the_optimizers_update(plugin_example: Any) -> None:
     parameter = torch.nn.Parameter(torch.linspace(-1, 1, 5))
     before = parameter.detach().clone()
     optimizer = plugin_example.SoftSign([parameter], lr=0.1, weight_decay=0.01)
@@ -111,6 +121,7 @@ def test_the_plug_ins_update_rule_is_the_optimizers_update() -> None:
 def test_a_policy_that_rules_wrongly_is_refused(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    plugin_example: Any,
     ruling: Callable[[pl.DataFrame], pl.DataFrame],
     sentence: str,
 ) -> None:
