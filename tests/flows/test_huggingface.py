@@ -16,7 +16,7 @@ from secateur.storage.ledger import read_checkpoint, read_ledger
 from secateur.tasks.plan import Plan
 from secateur.tasks.run import Run
 from tests.flows import gpt
-from tests.flows.test_lightning import read_gradients
+from tests.flows.test_lightning import load_weights, read_gradients
 from tests.tasks.external.test_recording import assert_equal_ledgers
 from tests.tasks.small import score_small
 
@@ -82,10 +82,7 @@ def check_segment(
     project = run.basis(run.bindings(model)).project_tensors
     texts = {example["__key__"]: example for example in gpt.make_examples()}
     segment, _ = read_ledger(stage.segment(number))
-    before = read_checkpoint(stage.segment(number - 1) if number else stage.start)
-    model.load_state_dict(
-        {n.removeprefix("model."): t for n, t in before.items() if n.startswith("model.")}
-    )
+    load_weights(model, stage.segment(number - 1) if number else stage.start)
     assert len(segment["samples"]) == 8
     losses, sizes, gradients = [], [], []
     for key in keys(segment["samples"].tolist()):

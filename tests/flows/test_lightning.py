@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from secateur.errors import PlanError
 from secateur.flows.trainers.lightning import RecordingCallback
 from secateur.storage.ledger import read_checkpoint, read_ledger
+from secateur.storage.outputs import Output
 from secateur.tasks.plan import Plan
 from secateur.tasks.run import Run
 from tests.tasks.external.test_recording import assert_equal_ledgers
@@ -91,6 +92,14 @@ def collate(numbers: list[int]) -> dict[str, Any]:
     }
 
 
+def load_weights(model: nn.Module, checkpoint: Output) -> None:
+    """Load a checkpoint's weights into a model."""
+    tensors = read_checkpoint(checkpoint)
+    model.load_state_dict(
+        {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
+    )
+
+
 def read_gradients(model: nn.Module) -> dict[str, Tensor]:
     """Return a copy of the gradient of every parameter."""
     gradients = {}
@@ -164,10 +173,7 @@ def check_segment(run: Run, step: int, gives_losses: bool) -> None:
     net = run.model()
     project = run.basis(run.bindings(net)).project_tensors
     segment, _ = read_ledger(stage.segment(step))
-    before = read_checkpoint(stage.segment(step - 1) if step else stage.start)
-    net.load_state_dict(
-        {n.removeprefix("model."): t for n, t in before.items() if n.startswith("model.")}
-    )
+    load_weights(net, stage.segment(step - 1) if step else stage.start)
     numbers = list(range(12 * step, 12 * step + 12))
     assert segment["samples"].tolist() == numbers
     losses, projected = [], []

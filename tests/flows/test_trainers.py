@@ -43,12 +43,6 @@ def served(tmp_path: Path) -> Iterator[tuple[Path, dict[str, str]]]:
             stack.callback(process.wait)
             stack.callback(process.terminate)
 
-        def is_healthy() -> bool:
-            try:
-                return httpx.get(f"{url}/health").is_success
-            except httpx.HTTPError:
-                return False
-
         start("prefect", "server", "start")
         subprocess.run(
             [sys.executable, "-m", "examples.images.make_shards"],
@@ -56,7 +50,7 @@ def served(tmp_path: Path) -> Iterator[tuple[Path, dict[str, str]]]:
             env=settings,
             check=True,
         )
-        wait_for(is_healthy, 240, lambda: (tmp_path / "server.log").read_text())
+        wait_for(lambda: is_healthy(url), 240, lambda: (tmp_path / "server.log").read_text())
         for command in (
             "work-pool create secateur --type process",
             "--no-prompt deploy --name on-stage-trained",
@@ -70,6 +64,14 @@ def served(tmp_path: Path) -> Iterator[tuple[Path, dict[str, str]]]:
             )
         start("prefect", "worker", "start", "--pool", "secateur")
         yield tmp_path, settings
+
+
+def is_healthy(url: str) -> bool:
+    """Return whether the server answers."""
+    try:
+        return httpx.get(f"{url}/health").is_success
+    except httpx.HTTPError:
+        return False
 
 
 @pytest.mark.server

@@ -42,6 +42,19 @@ def make_batches(numbers: range, size: int) -> list[dict[str, Any]]:
     return [collate(list(numbers[start : start + size])) for start in range(0, len(numbers), size)]
 
 
+def make_names() -> dict[str, Any]:
+    """Return what the page's code takes as given."""
+    return {
+        "make_model": lambda: network(dropout=0.0),
+        "make_gpt": gpt.gpt2,
+        "examples": gpt.make_examples(),
+        "collate": gpt.collate,
+        "batches": lambda: [(b["__key__"], b["x"], b["y"]) for b in make_batches(range(80), 20)],
+        "others": OTHERS,
+        "quiet": QUIET,
+    }
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 def test_its_code_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -62,15 +75,7 @@ def test_its_code_runs(
     for name, made in written.items():
         (tmp_path / name).write_text(plan_text(made))
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {
-        "make_model": lambda: network(dropout=0.0),
-        "make_gpt": gpt.gpt2,
-        "examples": gpt.make_examples(),
-        "collate": gpt.collate,
-        "batches": lambda: [(b["__key__"], b["x"], b["y"]) for b in make_batches(range(80), 20)],
-        "others": OTHERS,
-        "quiet": QUIET,
-    }
+    names = make_names()
     exec(compile(loop, "docs/trainers.md", "exec"), names)
     run = Run.open(names["recording"].run.url)
     score_small(run, 0)
