@@ -1,4 +1,4 @@
-"""What the pruning studies share: a scored first stage, and second stages on what each arm keeps."""
+"""A scored first stage, and second stages on what each arm keeps, for the pruning studies."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The cost of capture, embeddings and replay, as ratios to plain training, in turns in one process.
 
-`python -m benchmarks.cost [--repeats 5]`, on workloads E and F, with embeddings in 2,048 coordinates
-whose blocks are not coupled.
+`python -m benchmarks.cost [--repeats 5]`, on workloads E and F, with embeddings in
+2,048 coordinates whose blocks are not coupled.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The study of mixed text: how much of the target's domain each arm keeps, and the loss after it."""
+"""The study of mixed text: how much of the target's domain each arm keeps, and the loss."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""The study of duplicates: the scores of a sample's later copies and of its first, within one epoch.
+"""The study of duplicates: the scores of a sample's first copy and of later ones in an epoch.
 
 There are 3,000 MNIST images. 200 of them are there 2 times, 200 others 4 times and 200 others 8
 times, byte for byte, under different keys. The score of every use is its effect (TSLOO) on the mean
-loss of a clean target at the epoch's end, by embeddings and by replay. The effect of any use depends
-on when it happens, so a copy is compared with samples that are there once and were used in the same
-tenth of the epoch.
+loss of a clean target at the epoch's end, by embeddings and by replay. The effect of any use
+depends on when it happens, so a copy is compared with samples that are there once and were used in
+the same tenth of the epoch.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def study(folder: Path, seed: int) -> dict[str, Any]:
 
 
 def _score_uses(run: Run) -> pl.DataFrame:
-    """One row per use: its image, its place among the image's copies, its tenth, and both scores."""
+    """One row per use: its image, its place among the copies, its tenth, and both scores."""
     samples = read_stage_samples(run, 0)
     facts = [json.loads(sample["json"]) for sample in samples.read(range(len(samples)))]
     images = pl.DataFrame(facts).with_row_index("sample")

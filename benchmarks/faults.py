@@ -4,8 +4,8 @@ A failure is an error, a reset, a lost answer, or a stall of 30 s.
 
     python -m benchmarks.faults [--share 0.05] [--stall 30] [--seed 0]
 
-Prints how many requests there were and how many failed, how many retries the run showed, how long it
-took, and in how many files it differs from a run on the disk.
+Prints how many requests there were and how many failed, how many retries the run showed, how long
+it took, and in how many files it differs from a run on the disk.
 """
 
 from __future__ import annotations

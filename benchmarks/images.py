@@ -1,7 +1,7 @@
 """Wrong labels in the image example: what each score finds, and the accuracy after each arm.
 
-`python -m benchmarks.images [--seeds 5]`. Every arm trains the same first stage, then the same number
-of further steps on what it keeps.
+`python -m benchmarks.images [--seeds 5]`. Every arm trains the same first stage, then the same
+number of further steps on what it keeps.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Workloads E and F: a convolutional network on MNIST images, and a byte-level transformer on text."""
+"""Workloads E and F: a convolutional network on MNIST, and a byte-level transformer on text."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _make_workload(
     generator: torch.Generator,
     data: Data,
 ) -> Workload:
-    """A workload with AdamW, a warm-up over a tenth of the steps and a cosine to a tenth of the rate."""
+    """A workload with AdamW, a warm-up over a tenth of the steps, and a cosine to a tenth."""
     steps = len(batches)
     lr = 0.002
 

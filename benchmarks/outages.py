@@ -1,4 +1,4 @@
-"""Kill parts of a deployment while a flow run trains; print what Prefect shows and how it continues.
+"""Kill parts of a deployment while a flow run trains; print what Prefect shows.
 
     python -m benchmarks.outages [--parts process worker both server]
 

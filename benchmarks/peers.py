@@ -1,4 +1,4 @@
-"""Other projects' estimators on the same workloads and retrainings. `pip install .[peers]` first."""
+"""Other projects' estimators on the same workloads. `pip install .[peers]` first."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
 They are about wrong labels, mixed text and duplicates.
 
 `python -m benchmarks.pruning [labels domains duplicates] [--seeds 5]` prints every table of
-docs/pruning.md and draws its figures. Each seed of a study writes its results to data/pruning, and an
-interrupted benchmark continues from there.
+docs/pruning.md and draws its figures. Each seed of a study writes its results to data/pruning, and
+an interrupted benchmark continues from there.
 """
 
 from __future__ import annotations

@@ -5,11 +5,11 @@ It selects in all steps, in an early and a late window, in only one of them, nev
     python -m benchmarks.selection [--seeds 5] [--workloads images-constant ...] [--keep FOLDER]
         [--figure FILE]
 
-Every arm of a seed trains the same model from the same start for the same number of steps of the same
-size, and records every step. Arms differ in the steps in which they choose among three candidates for
-each place of the batch. One target scores candidates; another one, which no arm sees, evaluates the
-arms. Time is that of the process on one thread, as a ratio to `never`. With `--keep`, finished seeds
-are kept in a folder and are not run again.
+Every arm of a seed trains the same model from the same start for the same number of steps of the
+same size, and records every step. Arms differ in the steps in which they choose among three
+candidates for each place of the batch. One target scores candidates; another one, which no arm
+sees, evaluates the arms. Time is that of the process on one thread, as a ratio to `never`. With
+`--keep`, finished seeds are kept in a folder and are not run again.
 """
 
 from __future__ import annotations

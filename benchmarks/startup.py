@@ -1,7 +1,7 @@
 """The cost of Prefect in `secateur run` if no server is configured.
 
-It compares a finished run through the command line with the same tasks as plain functions. Each is a
-process. The run is finished, so little but starting and ending is left. The first start creates
+It compares a finished run through the command line with the same tasks as plain functions. Each is
+a process. The run is finished, so little but starting and ending is left. The first start creates
 Prefect's database.
 
     python -m benchmarks.startup [--repeats 5]

@@ -1,4 +1,4 @@
-"""Timing in turns: what is compared runs alternately in one process, so noise affects all equally."""
+"""Timing in turns: alternatives run alternately in one process, so noise affects all equally."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""When in training samples have influence: profiles of runs with warm-up and decay, and their phases.
+"""When in training samples have influence: profiles of runs, and their phases.
 
 docs/windows.md shows the results.
 
-`python -m benchmarks.windows [--seeds 5] [--only NAME] [--figures FOLDER]`. Each workload is trained
-as one stage, whose profile is exact (by replay). It is also trained in quarters, to see how the
-influence of each quarter's samples changes as seen from the end of every later quarter. Images are
-four stages of one schedule, by embeddings. Text is replayed from each quarter's end, because
+`python -m benchmarks.windows [--seeds 5] [--only NAME] [--figures FOLDER]`. Each workload is
+trained as one stage, whose profile is exact (by replay). It is also trained in quarters, to see how
+the influence of each quarter's samples changes as seen from the end of every later quarter. Images
+are four stages of one schedule, by embeddings. Text is replayed from each quarter's end, because
 embeddings fail on it (see fidelity.md). Figures are those of the first seed.
 """
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.workers [--repeats 5] [--steps 10] [--kinds threads processes dask ray]
 
-They run in turns. The embeddings are removed before each turn, and the workers have started when the
-clock starts. Each has one torch thread. With one worker of any kind the tasks run in the flow's own
-process. The result is how many times as fast each is.
+They run in turns. The embeddings are removed before each turn, and the workers have started when
+the clock starts. Each has one torch thread. With one worker of any kind the tasks run in the flow's
+own process. The result is how many times as fast each is.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The end of an example: its stages and a control's as a table, and its most influential samples."""
+"""The end of an example: a table of its stages and a control's, and its influential samples."""
 
 from __future__ import annotations
 

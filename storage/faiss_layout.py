@@ -25,7 +25,8 @@ def check_layout(path: Path) -> None:
     FAISS maps the file without this check, and would read beyond its end.
 
     Raises:
-        RuntimeError, struct.error: the file is no index of `faiss_index.INDEX_KINDS`, or has another length.
+        RuntimeError, struct.error: the file is no index of `faiss_index.INDEX_KINDS`, or has
+            another length.
     """
     size = path.stat().st_size
     with open(path, "rb") as file:

@@ -88,7 +88,7 @@ def test_the_command_line_uses_a_plug_in_in_the_users_folder(tmp_path: Path) -> 
     words = ("--stage", "1", "--policy", "surprising", "--keep", "0.25")
     again = secateur("prune", "runs/small", *words)
     assert again["name"] == "surprising-0.25"
-    # 3 steps of 20 used 60 of the 70 samples; the others are kept, because nothing is known of them.
+    # 3 steps of 20 used 60 of the 70 samples; the others are kept, as nothing is known of them.
     assert (again["kept"], again["dropped"]) == (15 + 10, 45)
 
 

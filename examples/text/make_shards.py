@@ -1,8 +1,8 @@
 """Write text of three domains as WebDataset shards, 65 bytes per sample.
 
-Every installation has the texts. `manual` is the Python language reference (`pydoc_data`), `code` is
-the source of the standard library, and `tables` are the CSV files of scikit-learn's data sets. There
-are 800 samples of each domain to train on, in 4 shards. The target is the `manual`.
+Every installation has the texts. `manual` is the Python language reference (`pydoc_data`), `code`
+is the source of the standard library, and `tables` are the CSV files of scikit-learn's data sets.
+There are 800 samples of each domain to train on, in 4 shards. The target is the `manual`.
 """
 
 from __future__ import annotations

@@ -236,7 +236,7 @@ def make_project(folder: Path) -> None:
 
 
 def environment(folder: Path, port: int) -> dict[str, str]:
-    """Return the environment of the page's shell: no Prefect settings but a new home and a free port."""
+    """Return the environment of the page's shell: only a new Prefect home and a free port."""
     clean = {
         name: value
         for name, value in os.environ.items()

@@ -21,7 +21,7 @@ from tests.tasks.small import make_data, values
 
 
 def secateur(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command. Of the Prefect settings of the tests it gets only the folder for its state."""
+    """Run the command. Of the tests' Prefect settings it gets only the folder for its state."""
     clean = {
         k: v for k, v in os.environ.items() if not k.startswith("PREFECT_") or k == "PREFECT_HOME"
     }

@@ -152,7 +152,7 @@ def test_it_continues_where_it_was_interrupted(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Interrupt an arm's last stage. Only its last segment is trained again, with the same figures."""
+    """Interrupt an arm's last stage. Only the last segment is trained again, to equal figures."""
     run = open_arm(folder, 1, "random")
     before = read_frame(run.folder.figures, "figures.parquet")
     run.folder.figures.remove()

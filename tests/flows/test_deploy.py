@@ -43,7 +43,7 @@ def database() -> Iterator[PostgreSQL]:
 def project(
     database: PostgreSQL, seaweed_server: SeaweedFS, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Deployed]:
-    """The page's folder after its first part: a server, a worker, the deployments and a first run."""
+    """The page's folder after its first part: server, worker, deployments and a first run."""
     started = deploy(tmp_path_factory.mktemp("project"), database, seaweed_server)
     try:
         assert started.shell
@@ -236,7 +236,7 @@ def train_next(run: Run, stage: int) -> None:
 
 
 def slots_of(project: Deployed, run: Run) -> list[str]:
-    """Return whether the slot of a run's folder was `acquired` or `released`, in the order of time."""
+    """Return whether a run's slot was `acquired` or `released`, in the order of time."""
     events = [
         e
         for e in project.events(*SLOTS)

@@ -42,7 +42,7 @@ class Stop(TrainerCallback):
 def make_trainer(
     plan: Plan, callback: RecordingCallback, stop: int = -1, **changes: Any
 ) -> Trainer:
-    """Make a Trainer as a user does: two micro-batches of 4 per step, clipped, AdamW, a schedule."""
+    """Make a Trainer as a user does: two micro-batches of 4, clipped, AdamW, a schedule."""
     settings = {
         "output_dir": f"{plan.root}/{plan.run}-trainer",
         "per_device_train_batch_size": 4,
@@ -132,7 +132,7 @@ def test_contributions_are_those_of_autograd(folder: Path) -> None:
 def test_it_resumes_with_the_trainer(
     folder: Path, saving: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It resumes from the last segment's checkpoint, or repeats the steps if the Trainer saves none."""
+    """It resumes from the last segment's checkpoint, or repeats the steps if there is none."""
     model = {"factory": "tests.flows.gpt:gpt2", "args": {"dropout": 0.2}}
     whole, plan = (
         gpt.make_plan(folder, run=f"{name}-{saving}", model=model, segment_steps=2)

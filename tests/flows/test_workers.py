@@ -1,4 +1,4 @@
-"""The kind of workers does not change a run: threads, processes, Dask and Ray write the same bytes."""
+"""The kind of workers does not change a run: threads, processes, Dask, Ray write the same bytes."""
 
 from __future__ import annotations
 
@@ -348,7 +348,7 @@ def test_workers_end_with_the_flow_run_that_is_cancelled(tmp_path: Path, kind: s
 
 @pytest.mark.parametrize("own", [False, True])
 def test_a_task_that_ends_together_with_a_turn_of_waiting_is_waited_for(own: bool) -> None:
-    """Its state is final by then. That was taken for the task's own timeout, and ended flows on Dask."""
+    """Its state is final by then. That was taken for the task's timeout, and ended Dask's flows."""
 
     def result(timeout: float | None = None) -> str:
         if timeout is not None or own:
