@@ -51,8 +51,11 @@ class OptimizerConfig(Config):
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Return the torch optimizer over some parameter groups."""
-        settings = self.model_dump(exclude={"kind", "groups", "clip_norm", "at_stage"})
-        return self.optimizer_class(groups, **settings)
+        return self.optimizer_class(groups, **self.options())
+
+    def options(self) -> dict[str, Any]:
+        """Return the arguments of the torch optimizer's class."""
+        return self.model_dump(exclude={"kind", "groups", "clip_norm", "at_stage"})
 
 
 OPTIMIZERS: Registry[OptimizerConfig] = Registry(

@@ -6,11 +6,11 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
-from pydantic import PositiveFloat
+from pydantic import PositiveFloat, model_validator
 from torch import nn
 
 from secateur.errors import PlanError
-from secateur.influence.optimizers import UpdateRule, find_update_rule
+from secateur.influence.optimizers import UpdateRule, choose_update_rule
 from secateur.tasks.plan import (
     OptimizerConfig,
     ParameterGroupConfig,
@@ -28,6 +28,12 @@ class SGDConfig(OptimizerConfig):
     nesterov: bool = False
     optimizer_class = torch.optim.SGD
     linear = True
+
+    @model_validator(mode="after")
+    def _check_nesterov(self) -> SGDConfig:
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("`nesterov` needs a `momentum` above 0")
+        return self
 
 
 @register_optimizer
@@ -88,8 +94,8 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
 
 def plan_update_rule(config: OptimizerConfig) -> UpdateRule:
     """Return the update rule of the plan's optimizer."""
-    parameter = nn.Parameter(torch.zeros(1))
-    return find_update_rule(config.build([{"params": [parameter]}]))
+    # No optimizer is built, because the first one imports torch's compiler, which takes a second.
+    return choose_update_rule(config.optimizer_class, [config.options()])
 
 
 def _group_number(name: str, groups: list[ParameterGroupConfig]) -> int:

@@ -16,6 +16,7 @@ from secateur.influence.bindings import bind_layers
 from secateur.influence.coordinate_basis import CoordinateBasis
 from secateur.influence.optimizers import (
     Hyperparameters,
+    ParameterGroups,
     UpdateRule,
     find_update_rule,
     refuse_option,
@@ -63,8 +64,8 @@ class SmoothLionUpdate(UpdateRule):
     slots = ("average",)
 
     @classmethod
-    def from_optimizer(cls, optimizer: torch.optim.Optimizer) -> UpdateRule:
-        refuse_option(optimizer, "cautious")
+    def from_groups(cls, groups: ParameterGroups) -> UpdateRule:
+        refuse_option(groups, "cautious")
         return cls()
 
     def update(self, state: Tensor, grad: Tensor, h: Hyperparameters) -> Tensor:
@@ -240,7 +241,7 @@ def test_a_learned_learning_rate_is_refused(kind: type[torch.optim.Optimizer]) -
 def test_an_option_that_is_not_followed_is_refused(
     make: Callable[..., torch.optim.Optimizer],
 ) -> None:
-    with pytest.raises(SecateurError, match="=True is not known"):
+    with pytest.raises(SecateurError, match="=True, which is not known"):
         find_update_rule(make(nn.Linear(3, 2).parameters()))
 
 

@@ -10,12 +10,23 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from secateur.influence.optimizers.registry import find_update_rule, register_update_rule
-from secateur.influence.optimizers.update_rule import Hyperparameters, UpdateRule, refuse_option
+from secateur.influence.optimizers.registry import (
+    choose_update_rule,
+    find_update_rule,
+    register_update_rule,
+)
+from secateur.influence.optimizers.update_rule import (
+    Hyperparameters,
+    ParameterGroups,
+    UpdateRule,
+    refuse_option,
+)
 
 __all__ = [
     "Hyperparameters",
+    "ParameterGroups",
     "UpdateRule",
+    "choose_update_rule",
     "find_update_rule",
     "refuse_option",
     "register_update_rule",

@@ -6,7 +6,12 @@ import torch
 from torch import Tensor
 
 from secateur.influence.optimizers.registry import register_update_rule
-from secateur.influence.optimizers.update_rule import Hyperparameters, UpdateRule, refuse_option
+from secateur.influence.optimizers.update_rule import (
+    Hyperparameters,
+    ParameterGroups,
+    UpdateRule,
+    refuse_option,
+)
 
 
 @register_update_rule(torch.optim.Adam)
@@ -20,10 +25,10 @@ class AdamUpdate(UpdateRule):
     slots = ("exp_avg", "exp_avg_sq")
 
     @classmethod
-    def from_optimizer(cls, optimizer: torch.optim.Optimizer) -> UpdateRule:
-        refuse_option(optimizer, "amsgrad")
+    def from_groups(cls, groups: ParameterGroups) -> UpdateRule:
+        refuse_option(groups, "amsgrad")
         # Newer versions of torch have this option of Adam, and set it for AdamW.
-        if any(group.get("decoupled_weight_decay") for group in optimizer.param_groups):
+        if any(group.get("decoupled_weight_decay") for group in groups):
             return AdamWUpdate()
         return cls()
 

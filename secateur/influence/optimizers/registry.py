@@ -30,7 +30,7 @@ from typing import TypeVar
 import torch
 
 from secateur.errors import SecateurError
-from secateur.influence.optimizers.update_rule import UpdateRule
+from secateur.influence.optimizers.update_rule import ParameterGroups, UpdateRule
 
 Rule = TypeVar("Rule", bound=UpdateRule)
 
@@ -57,10 +57,18 @@ def find_update_rule(optimizer: torch.optim.Optimizer) -> UpdateRule:
     """Return the update rule of an optimizer.
 
     Raises:
-        SecateurError: the optimizer's class is not registered, or it has an option that its rule
-            does not follow, or its learning rate is a tensor that is learned.
+        SecateurError: as `choose_update_rule` does.
     """
-    kind = type(optimizer)
+    return choose_update_rule(type(optimizer), optimizer.param_groups)
+
+
+def choose_update_rule(kind: type[torch.optim.Optimizer], groups: ParameterGroups) -> UpdateRule:
+    """Return the update rule of an optimizer class with the options of some parameter groups.
+
+    Raises:
+        SecateurError: the class is not registered, or the groups have an option that its rule does
+            not follow, or a learning rate is a tensor that is learned.
+    """
     # Only the exact class counts: a subclass usually changes the update.
     rule = _rules.get(kind)
     if rule is None:
@@ -71,13 +79,13 @@ def find_update_rule(optimizer: torch.optim.Optimizer) -> UpdateRule:
             f"UpdateRule and register that with "
             f"secateur.influence.optimizers.register_update_rule"
         )
-    rates = [group.get("lr") for group in optimizer.param_groups]
+    rates = [group.get("lr") for group in groups]
     if any(isinstance(rate, torch.Tensor) and rate.requires_grad for rate in rates):
         raise SecateurError(
             f"{kind.__name__} with a learning rate that is itself learned is not known; give a "
             f"number"
         )
-    return rule.from_optimizer(optimizer)
+    return rule.from_groups(groups)
 
 
 def _full_name(kind: type) -> str:

@@ -6,7 +6,12 @@ import torch
 from torch import Tensor
 
 from secateur.influence.optimizers.registry import register_update_rule
-from secateur.influence.optimizers.update_rule import Hyperparameters, UpdateRule, refuse_option
+from secateur.influence.optimizers.update_rule import (
+    Hyperparameters,
+    ParameterGroups,
+    UpdateRule,
+    refuse_option,
+)
 
 
 @register_update_rule(torch.optim.RMSprop)
@@ -22,9 +27,9 @@ class RMSpropUpdate(UpdateRule):
         self.slots = ("square_avg", "momentum_buffer") if momentum else ("square_avg",)
 
     @classmethod
-    def from_optimizer(cls, optimizer: torch.optim.Optimizer) -> UpdateRule:
-        refuse_option(optimizer, "centered")
-        return cls(momentum=any(group.get("momentum") for group in optimizer.param_groups))
+    def from_groups(cls, groups: ParameterGroups) -> UpdateRule:
+        refuse_option(groups, "centered")
+        return cls(momentum=any(group.get("momentum") for group in groups))
 
     def update(self, state: Tensor, grad: Tensor, h: Hyperparameters) -> Tensor:
         grad = grad * (1 - 2 * h["maximize"]) + h["weight_decay"] * state[0]

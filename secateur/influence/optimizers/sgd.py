@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 from secateur.influence.optimizers.registry import register_update_rule
-from secateur.influence.optimizers.update_rule import Hyperparameters, UpdateRule
+from secateur.influence.optimizers.update_rule import (
+    Hyperparameters,
+    ParameterGroups,
+    UpdateRule,
+)
 
 
 @register_update_rule(torch.optim.SGD)
@@ -23,8 +27,8 @@ class SGDUpdate(UpdateRule):
         self.slots = ("momentum_buffer",) if momentum else ()
 
     @classmethod
-    def from_optimizer(cls, optimizer: torch.optim.Optimizer) -> UpdateRule:
-        return cls(momentum=any(group.get("momentum") for group in optimizer.param_groups))
+    def from_groups(cls, groups: ParameterGroups) -> UpdateRule:
+        return cls(momentum=any(group.get("momentum") for group in groups))
 
     def settings(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> list[float]:
         return super().settings(dict(group, first=state.get("momentum_buffer") is None), state)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +14,7 @@ from secateur.errors import SecateurError
 from secateur.influence.segment import Segment
 
 Hyperparameters = Mapping[str, Tensor]
+ParameterGroups = Sequence[Mapping[str, Any]]
 
 
 class UpdateRule(ABC):
@@ -31,8 +32,8 @@ class UpdateRule(ABC):
     linear: ClassVar[bool] = False
 
     @classmethod
-    def from_optimizer(cls, optimizer: torch.optim.Optimizer) -> UpdateRule:
-        """Return the rule for an optimizer and its options.
+    def from_groups(cls, groups: ParameterGroups) -> UpdateRule:
+        """Return the rule for an optimizer's options, which are in its parameter groups.
 
         Raises:
             SecateurError: the optimizer has an option that the rule does not follow.
@@ -116,14 +117,14 @@ class UpdateRule(ABC):
         return by_state.nan_to_num(nan=0.0), by_grad.nan_to_num(nan=0.0)
 
 
-def refuse_option(optimizer: torch.optim.Optimizer, option: str) -> None:
+def refuse_option(groups: ParameterGroups, option: str) -> None:
     """Check that an option is off in every parameter group.
 
     Raises:
         SecateurError: it is on.
     """
-    if any(group.get(option) for group in optimizer.param_groups):
+    if any(group.get(option) for group in groups):
         raise SecateurError(
-            f"{type(optimizer).__name__} with {option}=True is not known, and the recursion must "
-            f"follow the real update; turn {option} off"
+            f"the optimizer has {option}=True, which is not known, and the recursion must follow "
+            f"the real update; turn {option} off"
         )

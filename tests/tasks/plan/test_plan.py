@@ -72,6 +72,7 @@ OPTIMIZER = {"kind": "sgd", "lr": 0.1}
         ({"model": {"factory": "os.system"}}, "`model.factory`"),
         ({"optimizer": {"kind": "adagrad", "lr": 0.1}}, "'sgd', 'adamw', 'adam', 'rmsprop'"),
         ({"optimizer": {"lr": 0.1}}, "`optimizer` needs `kind`"),
+        ({"optimizer": OPTIMIZER | {"nesterov": True}}, "`nesterov` needs a `momentum` above 0"),
         ({"optimizer": {"kind": "adamw", "lr": 0.1}}, "a kronecker basis cannot follow adamw"),
         ({"curvature": {"kind": "none", "every": 2}}, r"unknown key `curvature\.every`"),
         (

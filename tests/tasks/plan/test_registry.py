@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import torch
 import yaml
 from pydantic import ValidationError
 
 from secateur.errors import PlanError
+from secateur.influence.optimizers import find_update_rule
 from secateur.tasks.plan import CURVATURES, OPTIMIZERS, POLICIES, Plan
 from secateur.tasks.plan.base import Config
 from secateur.tasks.plan.plan_file import parse_plan, plan_schema, plan_text
@@ -239,3 +242,29 @@ def test_an_optimizer_is_linear_if_its_update_rule_is(kind: str) -> None:
     """The plan chooses the basis by the first, and the recorder what it records by the second."""
     config = OPTIMIZERS.parse({"kind": kind, "lr": 0.1})
     assert config.linear is plan_update_rule(config).linear
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"kind": kind} for kind in OPTIMIZERS.names()),
+        {"kind": "sgd", "momentum": 0.9},
+        {"kind": "rmsprop", "momentum": 0.9},
+    ],
+    ids=str,
+)
+def test_the_plans_update_rule_is_that_of_its_optimizer(settings: dict[str, Any]) -> None:
+    config = OPTIMIZERS.parse({"lr": 0.1} | settings)
+    planned = plan_update_rule(config)
+    built = find_update_rule(config.build([{"params": [torch.ones(1)]}]))
+    assert (type(planned), planned.slots) == (type(built), built.slots)
+
+
+def test_an_update_rule_needs_no_compiler() -> None:
+    """Building an optimizer imports torch's, which takes a second of `secateur plan`."""
+    code = (
+        "import sys; from secateur.tasks.training.optimizers import SGDConfig, plan_update_rule; "
+        "plan_update_rule(SGDConfig(lr=0.1)); print('torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
