@@ -74,8 +74,16 @@ def _pull_back(
     later: Adjoint, state: StepState, update_rule: UpdateRule
 ) -> list[tuple[Float[Tensor, "S _"], Float[Tensor, " _"]]]:
     """Return each group's sensitivity through the update: to the state, and to the gradient."""
-    places = zip(later, state.states, state.gradients, state.hyper, strict=True)
-    return [update_rule.vjp(*place) for place in places]
+    products = []
+    places = zip(later, state.states, state.gradients, state.hyper, state.skipped, strict=True)
+    for sensitivity, states, gradient, hyper, skipped in places:
+        by_state, by_gradient = update_rule.vjp(sensitivity, states, gradient, hyper)
+        if skipped is not None:
+            # Nothing happened to these elements, so their sensitivity passes unchanged.
+            by_state = torch.where(skipped, sensitivity, by_state)
+            by_gradient = torch.where(skipped, 0.0, by_gradient)
+        products.append((by_state, by_gradient))
+    return products
 
 
 def _restore_parameters(model: nn.Module, groups: ParameterGroups, state: StepState) -> None:

@@ -52,10 +52,16 @@ def gradient_scale(
     return scale
 
 
-def parameter_groups(
+def settings_rows(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], basis: Basis
 ) -> Int[Tensor, " p"]:
-    """Return the optimizer's parameter group of every coefficient of the basis.
+    """Return the parameter whose settings each coefficient of the basis is updated with.
+
+    Settings are read per parameter, because parameters of one group may differ: Adam counts the
+    steps of each, and a parameter without a gradient has no state.
+
+    Returns:
+        For each coefficient, the place of a parameter among `parameters`.
 
     Raises:
         SecateurError: the optimizer lacks a parameter, or a block's parameters are in several
@@ -67,17 +73,21 @@ def parameter_groups(
         raise SecateurError(
             f"the optimizer does not train {absent[0]}; freeze it with requires_grad_(False)"
         )
+    places = {name: place for place, name in enumerate(parameters)}
     if basis.elementwise:
-        filled = {n: torch.full_like(p, groups[id(p)]) for n, p in parameters.items()}
+        # float64 holds every place exactly; a model in half precision would not.
+        filled = {
+            name: torch.full_like(p, places[name], dtype=torch.float64)
+            for name, p in parameters.items()
+        }
         return basis.project_tensors(filled).long().cpu()
-    group_of = torch.empty(basis.size, dtype=torch.int64)
+    rows = torch.empty(basis.size, dtype=torch.int64)
     for block, span in zip(basis.blocks, basis.spans, strict=True):
-        own = {groups[id(parameters[name])] for name in block.parameters}
-        if len(own) > 1:
+        if len({groups[id(parameters[name])] for name in block.parameters}) > 1:
             raise SecateurError(
                 f"block {block.name} has its weight and its bias in different parameter groups, "
                 f"which a kronecker basis mixes; put them in one group, or use a basis of "
                 f"coordinates (in a plan `basis: {{kind: coordinates}}`)"
             )
-        group_of[span] = own.pop()
-    return group_of
+        rows[span] = places[block.parameters[0]]
+    return rows

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from secateur.errors import SecateurError
 from secateur.influence.basis import Basis
-from secateur.influence.gradient_check import parameter_groups
+from secateur.influence.gradient_check import settings_rows
 from secateur.influence.optimizers import UpdateRule
 
 
@@ -18,7 +18,7 @@ class ProjectedOptimizer:
     """What the next step of an optimizer reads, in the coefficients of a basis.
 
     Attributes:
-        groups: parameter group of each of the p coefficients.
+        groups: row of `settings()` that each of the p coefficients is updated with.
 
     Args:
         optimizer: the optimizer.
@@ -37,7 +37,7 @@ class ProjectedOptimizer:
         parameters: Mapping[str, nn.Parameter],
         basis: Basis,
     ) -> None:
-        self.groups = parameter_groups(optimizer, parameters, basis)
+        self.groups = settings_rows(optimizer, parameters, basis)
         if not (update_rule.linear or basis.elementwise):
             raise SecateurError(
                 f"{type(optimizer).__name__} treats every parameter by its own history, which a "
@@ -73,8 +73,13 @@ class ProjectedOptimizer:
         return any(grad is not None and bool(grad.any()) for grad in gradients)
 
     def settings(self) -> list[list[float]]:
-        """Return the settings of each parameter group, as the update rule's `hyper` names them."""
-        return [self._group_settings(group) for group in self._optimizer.param_groups]
+        """Return each captured parameter's settings, as the update rule's `hyper` names them."""
+        # The groups are looked up anew, because loading a state replaces them.
+        groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
+        return [
+            self._update_rule.settings(groups[id(p)], self._optimizer.state.get(p, {}))
+            for p in self._parameters.values()
+        ]
 
     def states(self) -> Float[Tensor, "S p"]:
         """Return theta and the optimizer's slots."""
@@ -94,11 +99,6 @@ class ProjectedOptimizer:
         later = torch.zeros_like(state)
         later[0] = 1
         return rule.vjp(later, state, gradient.cpu().double(), h)[1]
-
-    def _group_settings(self, group: dict[str, object]) -> list[float]:
-        parameters = group["params"]
-        assert isinstance(parameters, list)
-        return self._update_rule.settings(group, self._optimizer.state.get(parameters[0], {}))
 
     def _slot(self, name: str) -> Float[Tensor, " p"]:
         """Return one slot of the optimizer's state; zero before the first step."""

@@ -42,7 +42,7 @@ class Segment:
             it.
         states: theta and the optimizer's slots before the step; empty if the Jacobian does not
             depend on them.
-        groups: parameter group of each of the p coefficients.
+        groups: row of `hyper` that each of the p coefficients is updated with.
         fisher: contributions with labels sampled from the model (`curvature: fisher`); empty
             otherwise.
         fisher_steps: the step of each of these.

@@ -67,7 +67,7 @@ class SegmentBuilder:
         """Return the segment on the CPU.
 
         Args:
-            groups: parameter group of each of the p coefficients.
+            groups: row of the settings that each of the p coefficients is updated with.
             dtype: of the contributions.
         """
         empty = torch.empty(0, len(groups), dtype=dtype)

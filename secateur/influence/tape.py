@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from secateur.influence.optimizers import UpdateRule, find_update_rule
@@ -24,13 +25,17 @@ class StepState:
     Attributes:
         states: theta and the optimizer's slots before the step, per group.
         gradients: the gradient received, per group.
-        hyper: the update rule's settings, per group.
+        hyper: the update rule's settings, per group: one number, or one per element if they differ
+            within the group.
+        skipped: per group, which elements the step left unchanged because their parameter got no
+            gradient; None if there are none.
         scale: the factor applied to the gradient after the backward pass (clipping by norm).
     """
 
     states: list[Float[Tensor, "S _"]]
     gradients: list[Float[Tensor, " _"]]
     hyper: Sequence[Mapping[str, Tensor]]
+    skipped: list[Bool[Tensor, " _"] | None]
     scale: float
 
 
@@ -69,7 +74,8 @@ class Tape:
         states = []
         gradients = []
         hyper = []
-        for group in self._optimizer.param_groups:
+        skipped = []
+        for group in _nonempty_groups(self._optimizer):
             parameters = group["params"]
             own = [self._optimizer.state.get(p, {}) for p in parameters]
             slots = [
@@ -78,13 +84,28 @@ class Tape:
             ]
             states.append(torch.stack([_join_tensors(parameters, parameters), *slots]))
             gradients.append(_join_tensors([p.grad for p in parameters], parameters))
-            row = torch.tensor(
-                self.update_rule.settings(group, own[0]),
-                dtype=parameters[0].dtype,
-                device=parameters[0].device,
-            )
-            hyper.append(dict(zip(self.update_rule.hyper, row, strict=True)))
-        self.steps.append(StepState(states, gradients, hyper, self._scale()))
+            hyper.append(self._settings(group, own))
+            skipped.append(_skipped_elements(parameters))
+        self.steps.append(StepState(states, gradients, hyper, skipped, self._scale()))
+
+    def _settings(
+        self, group: Mapping[str, Any], own: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Tensor]:
+        """The settings of a group's elements. Adam counts the steps of each parameter."""
+        parameters = group["params"]
+        # The settings of a skipped parameter are not used, and would only make the group differ.
+        rows = [
+            self.update_rule.settings(group, state)
+            for parameter, state in zip(parameters, own, strict=True)
+            if parameter.grad is not None
+        ] or [self.update_rule.settings(group, {})]
+        like = {"dtype": parameters[0].dtype, "device": parameters[0].device}
+        if all(row == rows[0] for row in rows):
+            return dict(zip(self.update_rule.hyper, torch.tensor(rows[0], **like), strict=True))
+        all_rows = [self.update_rule.settings(group, state) for state in own]
+        sizes = torch.tensor([p.numel() for p in parameters], device=parameters[0].device)
+        columns = torch.tensor(all_rows, **like).repeat_interleave(sizes, 0).unbind(1)
+        return dict(zip(self.update_rule.hyper, columns, strict=True))
 
 
 class ParameterGroups:
@@ -93,7 +114,7 @@ class ParameterGroups:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         names = {id(p): name for name, p in model.named_parameters()}
         self.members = [
-            {names[id(p)]: p for p in group["params"]} for group in optimizer.param_groups
+            {names[id(p)]: p for p in group["params"]} for group in _nonempty_groups(optimizer)
         ]
 
     def split(self, vectors: Sequence[Float[Tensor, " _"]]) -> Directions:
@@ -117,6 +138,20 @@ class ParameterGroups:
         A loss does not depend on the optimizer's slots, so their part is zero.
         """
         return [torch.stack([g, *[torch.zeros_like(g)] * slots]) for g in self.join(gradients)]
+
+
+def _nonempty_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The groups with parameters. A trainer may make a group that stays empty, with LoRA say."""
+    return [group for group in optimizer.param_groups if group["params"]]
+
+
+def _skipped_elements(parameters: Sequence[Tensor]) -> Bool[Tensor, " _"] | None:
+    """Which elements of a group a step leaves unchanged, or None."""
+    if all(p.grad is not None for p in parameters):
+        return None
+    return torch.cat(
+        [torch.full_like(p, p.grad is None, dtype=torch.bool).flatten() for p in parameters]
+    )
 
 
 def _join_tensors(values: Sequence[Tensor | None], like: Sequence[Tensor]) -> Float[Tensor, " _"]:

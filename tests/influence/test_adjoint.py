@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -40,6 +41,21 @@ class Attention(nn.Module):
         return logits.mean(1)
 
 
+class Experts(nn.Module):
+    """Two experts and an unused parameter. A batch uses one expert only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Parameter(torch.ones(3))
+        self.experts = nn.ModuleList(nn.Linear(4, 6) for _ in range(2))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        expert = self.experts[int(x[0, 0] > 0)]
+        logits: Tensor = self.head(expert(x).tanh())
+        return logits
+
+
 MODELS: dict[str, Callable[[], tuple[nn.Module, tuple[int, ...] | None]]] = {
     "mlp": lambda: (
         nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.LayerNorm(6), nn.Linear(6, 3)),
@@ -57,6 +73,7 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, tuple[int, ...] | None]]] = {
         (1, 6, 6),
     ),
     "attention": lambda: (Attention(), None),
+    "experts": lambda: (Experts(), (4,)),
 }
 
 
@@ -106,8 +123,8 @@ class Setting:
             for part in self.parts(step, removed):
                 (part.losses(model) * part.weights.to(self.dtype)).sum().backward()
             for parameter in model.parameters():
-                assert parameter.grad is not None
-                parameter.grad.mul_(scales[step])
+                if parameter.grad is not None:
+                    parameter.grad.mul_(scales[step])
             optimizer.step()
         return model, tape
 
@@ -123,7 +140,8 @@ class Setting:
     def scores(self, method: str) -> Tensor:
         model, tape = self.train()
         named = dict(model.named_parameters())
-        gradients = torch.autograd.grad(self.target(model), list(named.values()))
+        parameters = list(named.values())
+        gradients = torch.autograd.grad(self.target(model), parameters, materialize_grads=True)
         q = tape.groups.start_adjoint(
             dict(zip(named, gradients, strict=True)), len(tape.update_rule.slots)
         )
@@ -164,6 +182,25 @@ def test_scores_are_derivatives_of_training(name: str, optimizer: str, method: s
         assert float(actual[step, place]) == pytest.approx(
             (up - down) / (2 * eps), rel=1e-4, abs=1e-8
         )
+
+
+def test_steps_leave_out_experts_and_an_empty_group_is_no_trouble() -> None:
+    """The experts test skipped parameters only if a step skips one that was used before."""
+    make = OPTIMIZERS["adamw"]
+    _, tape = Setting("experts", lambda parameters: make([*parameters])).train()
+    skipped = [step.skipped[0] for step in tape.steps]
+    assert all(mask is not None and bool(mask[:3].all()) for mask in skipped)
+    used = [~mask[3:] for mask in skipped if mask is not None]
+    assert any(bool((early & ~late).any()) for early, late in pairwise(used))
+
+    model = nn.Linear(2, 1)
+    groups = [{"params": [model.weight, model.bias]}, {"params": []}]
+    optimizer = torch.optim.AdamW(groups, 0.1)
+    tape = Tape(model, optimizer)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    assert [len(vector) for vector in tape.steps[0].gradients] == [3]
+    assert tape.groups.split([torch.arange(3.0)])["bias"].tolist() == [2.0]
 
 
 def test_float32_keeps_the_order() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -106,6 +107,88 @@ def test_a_parameter_the_optimizer_lacks_is_named() -> None:
     bindings = bind_layers(model)
     with pytest.raises(SecateurError, match=r"does not train 1\.weight"):
         Recorder(model, torch.optim.SGD(model[0].parameters(), 0.1), bindings, everything(bindings))
+
+
+ONES = torch.ones(2, 5).double(), torch.zeros(2, dtype=torch.int64)
+
+
+class WithUnused(nn.Module):
+    """A network whose first parameter never gets a gradient, if `unused` is set."""
+
+    def __init__(self, unused: bool) -> None:
+        super().__init__()
+        if unused:
+            self.mask_token = nn.Parameter(torch.zeros(3))
+        torch.manual_seed(0)
+        self.first = nn.Linear(5, 4)
+        self.second = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.second(self.first(x).tanh())
+        return logits
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda parameters: torch.optim.AdamW(parameters, 0.05),
+        lambda parameters: torch.optim.SGD(parameters, 0.2, momentum=0.9),
+    ],
+    ids=["adamw", "momentum"],
+)
+def test_settings_are_read_per_parameter(make: Callable[..., torch.optim.Optimizer]) -> None:
+    """They were read off the first parameter of a group, which may have no state: Adam's step count
+    was 1 at every step, and embeddings were wrong by a factor of 6."""
+    segments = []
+    for unused in (False, True):
+        model = WithUnused(unused).double()
+        bindings = bind_layers(model, ["mask_token"] if unused else [])
+        recorder = Recorder(model, optimizer := make(model.parameters()), bindings)
+        torch.manual_seed(1)
+        for _ in range(4):
+            x, y = torch.randn(8, 5).double(), torch.randint(3, (8,))
+            optimizer.zero_grad()
+            with recorder.batch(range(8)):
+                losses(model, x, y).mean().backward()
+            optimizer.step()
+        segments.append(recorder.take_segment())
+    plain, other = segments
+    for name in ("hyper", "groups", "states", "contributions"):
+        torch.testing.assert_close(getattr(plain, name), getattr(other, name))
+
+
+def test_parameters_of_a_group_that_have_taken_different_numbers_of_steps() -> None:
+    model = WithUnused(unused=False).double()
+    optimizer = torch.optim.AdamW(model.parameters(), 0.05)
+    model.first(torch.ones(1, 5).double()).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    bindings = bind_layers(model)
+    recorder = Recorder(model, optimizer, bindings, everything(bindings))
+    with recorder.batch(range(2)):
+        losses(
+            model, torch.ones(2, 5).double(), torch.zeros(2, dtype=torch.int64)
+        ).mean().backward()
+    optimizer.step()
+    segment = recorder.take_segment()
+    counts = segment.hyper[0, :, recorder.update_rule.hyper.index("step")]
+    first = slice(0, model.first.weight.numel() + model.first.bias.numel())
+    assert counts[segment.groups[first]].unique().tolist() == [2.0]
+    assert counts[segment.groups[first.stop :]].unique().tolist() == [1.0]
+
+
+def test_an_empty_parameter_group_is_no_trouble() -> None:
+    """Trainers that split parameters by weight decay make one, if LoRA leaves no bias to train."""
+    model = nn.Linear(5, 3).double()
+    groups: list[dict[str, Any]] = [{"params": [model.weight, model.bias]}, {"params": []}]
+    optimizer = torch.optim.AdamW(groups, 0.1)
+    recorder = Recorder(model, optimizer)
+    with recorder.batch(range(2)):
+        losses(
+            model, torch.ones(2, 5).double(), torch.zeros(2, dtype=torch.int64)
+        ).mean().backward()
+    optimizer.step()
+    assert recorder.take_segment().length == 1
 
 
 def test_groups_that_split_a_block_need_coordinates() -> None:
