@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -194,7 +195,7 @@ def test_steps_leave_out_experts_and_an_empty_group_is_no_trouble() -> None:
     assert any(bool((early & ~late).any()) for early, late in pairwise(used))
 
     model = nn.Linear(2, 1)
-    groups = [{"params": [model.weight, model.bias]}, {"params": []}]
+    groups: list[dict[str, Any]] = [{"params": [model.weight, model.bias]}, {"params": []}]
     optimizer = torch.optim.AdamW(groups, 0.1)
     tape = Tape(model, optimizer)
     model(torch.ones(1, 2)).sum().backward()
