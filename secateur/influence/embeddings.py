@@ -88,7 +88,7 @@ def embed(
     dynamics = Dynamics.from_segment(
         segment, recorder.update_rule, curvature(segment, spans), spans
     )
-    slots = len(recorder.update_rule.slots) + 1
+    slots = recorder.update_rule.state_tensors
     end = identity_transition(spans, slots, segment.contributions.dtype)
     vectors, transition = walk_segment(dynamics, end)
     return Embeddings(

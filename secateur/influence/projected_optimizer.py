@@ -93,7 +93,7 @@ class ProjectedOptimizer:
         h = dict(zip(rule.hyper, hyper[self.groups].unbind(-1), strict=True))
         if rule.linear:
             # The Jacobian of a linear update does not depend on the state.
-            state = torch.zeros(len(rule.slots) + 1, self._basis.size, dtype=torch.float64)
+            state = torch.zeros(rule.state_tensors, self._basis.size, dtype=torch.float64)
         else:
             state = self.states().cpu().double()
         later = torch.zeros_like(state)

@@ -163,7 +163,7 @@ def _estimate_stage(
     selected_steps = sum(len(window) for window in windows)
     recorded_steps = selected_steps + (schedule.steps - selected_steps) // schedule.stage.stride
     batch = min(schedule.stage.batch_size, samples)
-    state = _state_tensors(plan)
+    state = plan_update_rule(plan.optimizer).state_tensors
     # Embeddings keep the optimizer's slots only if its state crosses the stage's end.
     slots = state if plan.optimizer.at_stage == "carry" else 1
     kept = min(width * slots, plan.components or width * slots)
@@ -231,15 +231,10 @@ def _memory_bytes(plan: Plan, blocks: dict[str, int], parameters: int) -> int:
     width = sum(blocks.values())
     coupled = max(blocks.values()) if plan.curvature.coupling == "block" else width
     batch = max(stage.batch_size for stage in plan.stages)
-    state = _state_tensors(plan)
+    state = plan_update_rule(plan.optimizer).state_tensors
     records = plan.segment_steps * batch * width * (1 + state)
     transitions = 3 * (state * coupled) ** 2
     return (records + transitions + 4 * parameters) * _itemsize(plan)
-
-
-def _state_tensors(plan: Plan) -> int:
-    """State tensors per parameter, theta included."""
-    return len(plan_update_rule(plan.optimizer).slots) + 1
 
 
 def _itemsize(plan: Plan) -> int:

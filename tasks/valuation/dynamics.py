@@ -26,4 +26,4 @@ def plan_dynamics(run: Run, segment: Segment) -> Dynamics:
 
 def count_slots(run: Run) -> int:
     """Return the optimizer's state tensors per parameter, theta included."""
-    return len(plan_update_rule(run.plan.optimizer).slots) + 1
+    return plan_update_rule(run.plan.optimizer).state_tensors

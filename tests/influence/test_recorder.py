@@ -166,9 +166,7 @@ def test_parameters_of_a_group_that_have_taken_different_numbers_of_steps() -> N
     bindings = bind_layers(model)
     recorder = Recorder(model, optimizer, bindings, everything(bindings))
     with recorder.batch(range(2)):
-        losses(
-            model, torch.ones(2, 5).double(), torch.zeros(2, dtype=torch.int64)
-        ).mean().backward()
+        losses(model, *ONES).mean().backward()
     optimizer.step()
     segment = recorder.take_segment()
     counts = segment.hyper[0, :, recorder.update_rule.hyper.index("step")]
@@ -184,9 +182,7 @@ def test_an_empty_parameter_group_is_no_trouble() -> None:
     optimizer = torch.optim.AdamW(groups, 0.1)
     recorder = Recorder(model, optimizer)
     with recorder.batch(range(2)):
-        losses(
-            model, torch.ones(2, 5).double(), torch.zeros(2, dtype=torch.int64)
-        ).mean().backward()
+        losses(model, *ONES).mean().backward()
     optimizer.step()
     assert recorder.take_segment().length == 1
 

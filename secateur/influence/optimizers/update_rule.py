@@ -52,6 +52,11 @@ class UpdateRule(ABC):
             h: the settings that `hyper` names, in shapes that broadcast with `grad`.
         """
 
+    @property
+    def state_tensors(self) -> int:
+        """State tensors per parameter: theta and the slots."""
+        return 1 + len(self.slots)
+
     def settings(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> list[float]:
         """Return the `hyper` row of a parameter group.
 
@@ -72,7 +77,7 @@ class UpdateRule(ABC):
         The gradient's own dependence on theta is not included. Entry `[t, i, j]` is the derivative
         of slot i after step t with respect to slot j before it.
         """
-        count = len(self.slots) + 1
+        count = self.state_tensors
         if self.linear:
             # The derivative is the same at every point, so the segment has not recorded any.
             state = torch.zeros(count, segment.length, segment.size, dtype=torch.float64)
