@@ -105,7 +105,7 @@ def _train_first_steps(workload: Workload, fit: MomentFit | EnergyFit) -> None:
     optimizer = workload.optimizer(model)
     bindings = bind_layers(model)
     for step in range(FIT_STEPS):
-        with capture_hooks(bindings, fit.add):
+        with capture_hooks(bindings, fit.add, len(workload.batches[step])):
             workload.step(model, optimizer, step)
 
 
@@ -184,7 +184,7 @@ def _target_gradient(workload: Workload, trained: Trained, basis: Basis) -> Tens
     model = trained.model
     count = len(workload.target_losses(model))
     gradients, _ = sample_gradients(
-        lambda: workload.target_losses(model), count, bind_layers(model), basis
+        lambda rows: workload.target_losses(model)[rows], count, bind_layers(model), basis
     )
     return gradients.mean(0)
 

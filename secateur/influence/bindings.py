@@ -1,158 +1,145 @@
-"""The captured layers of a model, and the place of their parameters among the blocks."""
+"""The captured parameters of a model: their blocks, and the sites at which they are captured."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-import torch
 from jaxtyping import Int
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from secateur.errors import SecateurError
-from secateur.influence.blocks import Block, Piece
-from secateur.influence.layers import LayerFamily, find_layer_family
+from secateur.influence.blocks import Block, Piece, make_piece
+from secateur.influence.capture.choose_sites import find_sites
+from secateur.influence.capture.make_sites import default_sites
+from secateur.influence.capture.sites import Binding, Site
+from secateur.influence.layers import find_layer_family
+
+__all__ = ["Binding", "Bindings", "LossesOf", "bind_layers"]
+
+# The losses of the samples at some places of a batch, each run without the batch's others.
+LossesOf = Callable[[Int[Tensor, " n"]], Tensor]
 
 
-@dataclass(frozen=True)
-class Binding:
-    """One captured layer and its place among the blocks.
-
-    Attributes:
-        module_name: the layer's name in the model.
-        module: the layer.
-        family: the layer's family.
-        block_index: the index of its block.
-        columns: the block's column for each column of the layer's captures, or -1 if that is
-            frozen.
-    """
-
-    module_name: str
-    module: nn.Module
-    family: LayerFamily
-    block_index: int
-    columns: Int[Tensor, " cols"]
-
-
-@dataclass(frozen=True)
+@dataclass
 class Bindings:
-    """Every captured layer of a model, its blocks, and the parameters that are not captured.
+    """The captured parameters of a model.
 
     Attributes:
-        blocks: the blocks.
-        bindings: the captured layers.
+        model: the model.
+        blocks: the blocks that the captured parameters form.
         uncaptured: number of elements of each trainable parameter that is not captured.
+        sites: the modules at whose calls the parameters are captured.
+        located: whether the sites were found by a trace of the model. Otherwise they are the
+            modules that own the parameters.
     """
 
+    model: nn.Module
     blocks: tuple[Block, ...]
-    bindings: tuple[Binding, ...]
     uncaptured: dict[str, int]
+    sites: tuple[Site, ...]
+    located: bool = False
 
-    def parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that the blocks consist of, each once."""
-        modules = {binding.module_name: binding.module for binding in self.bindings}
-        parameters: dict[int, nn.Parameter] = {}
-        for module in modules.values():
-            own = module.parameters(recurse=False)
-            parameters |= {id(p): p for p in own if p.requires_grad}
-        return list(parameters.values())
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the captured parameters by name."""
+        names = {name for block in self.blocks for name in block.parameters}
+        return {n: p for n, p in self.model.named_parameters() if n in names}
+
+    def locate(self, losses_of: LossesOf, samples: int) -> None:
+        """Find the sites by a trace of the model, unless that is done.
+
+        Args:
+            losses_of: runs some samples of a batch.
+            samples: the number of samples in the batch.
+
+        Raises:
+            SecateurError: a parameter is read where it cannot be captured.
+        """
+        if not self.located:
+            self.sites = find_sites(self.model, self.blocks, losses_of, samples)
+            self.located = True
 
 
 def bind_layers(model: nn.Module, uncaptured: Collection[str] = ()) -> Bindings:
-    """Find the layers to capture.
+    """Arrange the trainable parameters of a model in blocks.
 
-    Tied parameters share one block, to which all their layers contribute.
+    The weight and the bias of a known layer are one block, and every other parameter is one of its
+    own. Tied parameters share one block, to which all their readers contribute.
 
     Args:
-        model: the model.
+        model: the model; a compiled one is unwrapped.
         uncaptured: shell-style patterns of parameters that need not be captured.
 
     Raises:
-        SecateurError: a trainable parameter has no known layer and is not listed, or a pattern
-            matches nothing.
+        SecateurError: a layer has a setting that cannot be captured, no parameter is left, or a
+            pattern matches nothing.
     """
-    names = {id(p): n for n, p in model.named_parameters()}
+    model = getattr(model, "_orig_mod", model)
+    parameters = dict(model.named_parameters())
+    _check_patterns(uncaptured, list(parameters))
+    trainable = {n: p for n, p in parameters.items() if p.requires_grad}
+    captured = {n: p for n, p in trainable.items() if not _matches_any(n, uncaptured)}
+    if not captured:
+        raise SecateurError("the model has no trainable parameter to capture")
+    _check_initialized(captured)
+    blocks = _arrange_blocks(model, captured)
+    rest = {n: p.numel() for n, p in trainable.items() if n not in captured}
+    return Bindings(model, blocks, rest, default_sites(model, blocks))
+
+
+def _arrange_blocks(model: nn.Module, captured: Mapping[str, nn.Parameter]) -> tuple[Block, ...]:
+    names = {id(p): n for n, p in captured.items()}
     blocks: list[Block] = []
-    bindings = []
-    for module_name, module in model.named_modules():
+    for module in model.modules():
         family = find_layer_family(module)
-        own = [names[id(p)] for p in module.parameters(recurse=False) if p.requires_grad]
-        trained = {name for name in own if not _matches_any(name, uncaptured)}
-        if family is None or not trained:
-            continue
-        rows, local_pieces = family.pieces(module)
-        pieces = tuple(
-            replace(p, parameter=names[id(getattr(module, p.parameter))]) for p in local_pieces
-        )
-        index = _place_pieces(blocks, rows, [p for p in pieces if p.parameter in trained])
-        columns = _block_columns(blocks[index], pieces)
-        bindings.append(Binding(module_name, module, family, index, columns))
-    captured = {name for block in blocks for name in block.parameters}
-    trainable = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
-    rest = {n: count for n, count in trainable.items() if n not in captured}
-    _check_uncaptured(rest, uncaptured, [n for n, _ in model.named_parameters()])
-    if not blocks:
-        raise SecateurError(
-            "the model has no trainable layer that can be captured; register its layers first"
-        )
-    return Bindings(tuple(blocks), tuple(bindings), rest)
+        own = {n: p for n, p in module.named_parameters(recurse=False) if id(p) in names}
+        pieces: list[Piece] = []
+        if family is not None and own:
+            rows, local = family.pieces(module)
+            pieces = [
+                replace(piece, parameter=names[id(own[piece.parameter])])
+                for piece in local
+                if piece.parameter in own
+            ]
+            _place_pieces(blocks, rows, pieces)
+        placed = {name for block in blocks for name in block.parameters}
+        for parameter in own.values():
+            name = names[id(parameter)]
+            if name not in placed:
+                rows = parameter.shape[0] if parameter.dim() else 1
+                blocks.append(Block(name, rows, (make_piece(name, parameter, rows),)))
+    return tuple(blocks)
 
 
-def _place_pieces(blocks: list[Block], rows: int, pieces: list[Piece]) -> int:
-    """Add pieces to `blocks` and return the index of their block.
+def _place_pieces(blocks: list[Block], rows: int, pieces: list[Piece]) -> None:
+    """Add pieces to `blocks`: as a new block, or, if a parameter is tied, to the one that has it.
 
-    It is a new block, or, if a parameter is tied, the block that has it already, widened.
-
-    Raises:
-        SecateurError: two layers see a tied parameter as different matrices.
+    Pieces of a layer that sees a tied parameter as another matrix are left out. Its other
+    parameters then get blocks of their own.
     """
     for index, block in enumerate(blocks):
-        if set(block.parameters) & {p.parameter for p in pieces}:
-            shared = [p for p in pieces if p.parameter in block.parameters]
-            if block.rows != rows or any(p not in block.pieces for p in shared):
-                raise SecateurError(
-                    f"parameter {shared[0].parameter} is shared by layers that see it as different "
-                    f"matrices; untie it, or list it under `uncaptured`"
-                )
-            fresh = tuple(p for p in pieces if p.parameter not in block.parameters)
-            blocks[index] = replace(block, pieces=block.pieces + fresh)
-            return index
-    blocks.append(Block(pieces[0].parameter, rows, tuple(pieces)))
-    return len(blocks) - 1
+        shared = [p for p in pieces if p.parameter in block.parameters]
+        if shared:
+            if block.rows == rows and all(p in block.pieces for p in shared):
+                fresh = tuple(p for p in pieces if p.parameter not in block.parameters)
+                blocks[index] = replace(block, pieces=block.pieces + fresh)
+            return
+    if pieces:
+        blocks.append(Block(pieces[0].parameter, rows, tuple(pieces)))
 
 
-def _block_columns(block: Block, pieces: tuple[Piece, ...]) -> Int[Tensor, " cols"]:
-    """Return the block's column of each column of a layer's pieces, or -1 if it has none."""
-    starts: dict[str, int] = {}
-    width = 0
-    for piece in block.pieces:
-        starts[piece.parameter] = width
-        width += piece.columns
-    columns = []
-    for piece in pieces:
-        start = starts.get(piece.parameter)
-        if start is None:
-            columns.append(torch.full((piece.columns,), -1))
-        else:
-            columns.append(start + torch.arange(piece.columns))
-    return torch.cat(columns)
+def _check_initialized(parameters: Mapping[str, nn.Parameter]) -> None:
+    for name, parameter in parameters.items():
+        if is_lazy(parameter):
+            raise SecateurError(
+                f"parameter {name} has no shape yet; run one batch through the model first"
+            )
 
 
-def _check_uncaptured(rest: dict[str, int], patterns: Collection[str], names: list[str]) -> None:
-    """Check that each uncaptured parameter is listed, and that each pattern matches one.
-
-    Raises:
-        SecateurError: one does not.
-    """
-    unlisted = {n: count for n, count in rest.items() if not _matches_any(n, patterns)}
-    if unlisted:
-        counts = ", ".join(f"{n} ({count})" for n, count in unlisted.items())
-        raise SecateurError(
-            f"{len(unlisted)} trainable parameters ({sum(unlisted.values())} elements) belong to "
-            f"no layer that can be captured: {counts}; register their layer, freeze them, or list "
-            f"them under `uncaptured`"
-        )
+def _check_patterns(patterns: Collection[str], names: list[str]) -> None:
+    """Check that each pattern matches a parameter."""
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise SecateurError(

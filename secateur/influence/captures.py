@@ -8,13 +8,19 @@ keeps.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 # The number of entries formed at a time if whole matrices are needed: 64 MB in float32.
 CHUNK_ENTRIES = 1 << 24
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """Return the tensor in float32 if it is in half precision, because sums of it follow."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,7 @@ class OuterCapture:
     left: Float[Tensor, "batch positions rows"]
     right: Float[Tensor, "batch positions inner"]
     ones: bool = False
+    first: ClassVar[int] = 0  # the number of its first sample
 
     @property
     def batch(self) -> int:
@@ -49,30 +56,35 @@ class OuterCapture:
         # repeat every position for every entry.
         if self.left.shape[1] > 1 and len(rows) * 4 > height * width:
             return self.dense()[:, rows, cols]
-        left = self.left[..., rows]
-        right = self._padded_right()[..., cols]
+        left = widen(self.left[..., rows])
+        right = widen(self._padded_right()[..., cols])
         if left.shape[1] == 1:
             return left[:, 0] * right[:, 0]
         return torch.einsum("bsk,bsk->bk", left, right)
 
     def dense(self) -> Float[Tensor, "batch rows cols"]:
         """Return `C_i` itself."""
-        return _sum_of_products(self.left, self._padded_right())
+        return _sum_of_products(widen(self.left), widen(self._padded_right()))
+
+    def fold(self, samples: int) -> OuterCapture:
+        """Return the capture of a batch in which each sample had several consecutive places."""
+        left, right = _fold_places(self.left, samples), _fold_places(self.right, samples)
+        return OuterCapture(left, right, self.ones)
 
     def moments(self) -> tuple[Float[Tensor, "rows rows"], Float[Tensor, "cols cols"]]:
         """Return the second moments of both factors, summed over samples and positions."""
-        left = self.left.flatten(0, 1)
-        right = self._padded_right().flatten(0, 1)
+        left = widen(self.left.flatten(0, 1))
+        right = widen(self._padded_right().flatten(0, 1))
         return left.T @ left, right.T @ right
 
     def energy(self) -> Float[Tensor, "rows cols"]:
         """Return `sum_i C_i^2`, entry by entry."""
-        right = self._padded_right()
-        if self.left.shape[1] == 1:
-            return self.left[:, 0].square().T @ right[:, 0].square()
+        left, right = widen(self.left), widen(self._padded_right())
+        if left.shape[1] == 1:
+            return left[:, 0].square().T @ right[:, 0].square()
         # With several positions a square is not a product of squares, so whole matrices are needed.
-        parts = max(1, CHUNK_ENTRIES // (self.left.shape[-1] * right.shape[-1]))
-        pairs = zip(self.left.split(parts), right.split(parts), strict=True)
+        parts = max(1, CHUNK_ENTRIES // (left.shape[-1] * right.shape[-1]))
+        pairs = zip(left.split(parts), right.split(parts), strict=True)
         return torch.stack([_sum_of_products(a, b).square().sum(0) for a, b in pairs]).sum(0)
 
     def _padded_right(self) -> Float[Tensor, "batch positions cols"]:
@@ -86,6 +98,7 @@ class LookupCapture:
     ids: Int[Tensor, "batch positions"]
     right: Float[Tensor, "batch positions cols"]
     rows: int
+    first: ClassVar[int] = 0  # the number of its first sample
 
     @property
     def batch(self) -> int:
@@ -104,27 +117,35 @@ class LookupCapture:
         # the whole matrix costs less.
         if len(rows) * 4 > self.rows:
             return self.dense()[:, rows, cols]
-        hits = (self.ids[..., None] == rows).to(self.right.dtype)
-        return torch.einsum("bsk,bsk->bk", hits, self.right[..., cols])
+        right = widen(self.right[..., cols])
+        hits = (self.ids[..., None] == rows).to(right.dtype)
+        return torch.einsum("bsk,bsk->bk", hits, right)
 
     def dense(self) -> Float[Tensor, "batch rows cols"]:
         """Return `C_i` itself."""
-        whole = self.right.new_zeros(self.batch, self.rows, self.right.shape[-1])
-        return whole.scatter_add_(1, self.ids[..., None].expand_as(self.right), self.right)
+        right = widen(self.right)
+        whole = right.new_zeros(self.batch, self.rows, right.shape[-1])
+        return whole.scatter_add_(1, self.ids[..., None].expand_as(right), right)
+
+    def fold(self, samples: int) -> LookupCapture:
+        """Return the capture of a batch in which each sample had several consecutive places."""
+        ids, right = _fold_places(self.ids, samples), _fold_places(self.right, samples)
+        return LookupCapture(ids, right, self.rows)
 
     def moments(self) -> tuple[Float[Tensor, "rows rows"], Float[Tensor, "cols cols"]]:
         """Return the second moments of the left and right factors.
 
         Each one-hot vector is weighted by its right factor's energy.
         """
-        right = self.right.flatten(0, 1)
+        right = widen(self.right.flatten(0, 1))
         left = right.new_zeros(self.rows).index_add_(0, self.ids.flatten(), right.square().sum(1))
         return left.diag(), right.T @ right
 
     def energy(self) -> Float[Tensor, "rows cols"]:
         """Return `sum_i C_i^2`, entry by entry."""
-        total = self.right.new_zeros(self.rows, self.right.shape[-1])
-        for ids, right in zip(self.ids, self.right, strict=True):
+        every = widen(self.right)
+        total = every.new_zeros(self.rows, every.shape[-1])
+        for ids, right in zip(self.ids, every, strict=True):
             # Equal ids add up before they are squared.
             distinct, place = ids.unique(return_inverse=True)
             sums = right.new_zeros(len(distinct), right.shape[1]).index_add_(0, place, right)
@@ -134,9 +155,14 @@ class LookupCapture:
 
 @dataclass(frozen=True)
 class DenseCapture:
-    """`C_i` itself, for layers whose matrix is small or has no factors."""
+    """`C_i` itself, for layers whose matrix is small or has no factors.
+
+    Attributes:
+        values: of the samples from number `first` on.
+    """
 
     values: Float[Tensor, "batch rows cols"]
+    first: int = 0
 
     @property
     def batch(self) -> int:
@@ -157,6 +183,10 @@ class DenseCapture:
         """Return `C_i` itself."""
         return self.values
 
+    def fold(self, samples: int) -> DenseCapture:
+        """Return the capture of a batch in which each sample had several consecutive places."""
+        return DenseCapture(self.values.unflatten(0, (samples, -1)).sum(1))
+
     def moments(self) -> tuple[Float[Tensor, "rows rows"], Float[Tensor, "cols cols"]]:
         """Return `sum_i C_i C_i^T` and `sum_i C_i^T C_i`."""
         v = self.values
@@ -168,6 +198,12 @@ class DenseCapture:
 
 
 Capture = OuterCapture | LookupCapture | DenseCapture
+
+
+def _fold_places(
+    tensor: Shaped[Tensor, "batch positions *features"], samples: int
+) -> Shaped[Tensor, "samples places *features"]:
+    return tensor.reshape(samples, -1, *tensor.shape[2:])
 
 
 def _sum_of_products(

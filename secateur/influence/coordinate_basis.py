@@ -11,7 +11,7 @@ from torch import Tensor
 from secateur.influence.basis import Basis
 from secateur.influence.bindings import Binding
 from secateur.influence.blocks import Block
-from secateur.influence.captures import Capture
+from secateur.influence.captures import Capture, widen
 
 
 class CoordinateBasis(Basis):
@@ -22,12 +22,12 @@ class CoordinateBasis(Basis):
     def __init__(self, blocks: Sequence[Block], entries: Sequence[Int[Tensor, " _"]]) -> None:
         super().__init__(blocks, [len(e) for e in entries])
         self.entries = list(entries)
-        self._layer_entries: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self._layer_entries: dict[Binding, tuple[Tensor, Tensor, Tensor]] = {}
 
     def project_capture(self, binding: Binding, capture: Capture) -> Float[Tensor, "batch b"]:
-        if binding.module_name not in self._layer_entries:
-            self._layer_entries[binding.module_name] = self._entries_of_layer(binding)
-        rows, cols, places = self._layer_entries[binding.module_name]
+        if binding not in self._layer_entries:
+            self._layer_entries[binding] = self._entries_of_layer(binding)
+        rows, cols, places = self._layer_entries[binding]
         values = capture.entries(rows, cols)
         size = len(self.entries[binding.block_index])
         if len(places) == size:
@@ -58,7 +58,7 @@ class CoordinateBasis(Basis):
         self, block: int, parts: Sequence[Float[Tensor, "rows _"]]
     ) -> Float[Tensor, " b"]:
         matrix = parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
-        return matrix.reshape(-1)[self.entries[block]]
+        return widen(matrix.reshape(-1)[self.entries[block]])
 
     def lift_block(
         self, block: int, coefficients: Float[Tensor, " b"]

@@ -1,149 +1,109 @@
-"""Hooks that capture the contributions to each bound layer during the backward pass."""
+"""Capture the contributions to a model's bound parameters during its backward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch import Tensor
 
-from secateur.errors import SecateurError
 from secateur.influence.basis import Basis
-from secateur.influence.bindings import Binding, Bindings
+from secateur.influence.bindings import Binding, Bindings, LossesOf
+from secateur.influence.capture.alone_check import SampleCheck, check_reached
+from secateur.influence.capture.gradients import parameter_gradients
+from secateur.influence.capture.site_hooks import Sink, SiteHooks, Watch
 from secateur.influence.captures import Capture
-
-Sink = Callable[[Binding, Capture], None]
 
 
 @contextmanager
 def capture_hooks(
-    bindings: Bindings,
-    sink: Sink,
-    watch: Callable[[Tensor], None] | None = None,
-    batch: int | None = None,
-) -> Iterator[list[GradientEdge]]:
-    """Call `sink` at every backward pass through a bound layer within the block.
+    bindings: Bindings, sink: Sink, samples: int, watch: Watch | None = None
+) -> Iterator[SiteHooks]:
+    """Call `sink` at every backward pass through a site within the block.
 
-    A layer that is called several times in a forward pass gives several captures. Outside the block
-    the model has no hooks, so a step that is not recorded costs nothing extra.
+    A site that is called several times in a forward pass gives several captures. Outside the block
+    the model has no hooks, so a step that is not recorded costs nothing extra. Within it, a
+    compiled model runs uncompiled, because a compiled one does not call its modules.
 
     Args:
-        bindings: the layers.
-        sink: gets the layer's binding and the capture.
-        watch: called before `sink` with the gradient with respect to the layer's output. The last
-            layer's comes first.
-        batch: number of samples. If given, an embedding that is looked up once for all of them
-            (positions, in many language models) is looked up for each, so that the samples'
-            contributions can be separated.
-
-    Yields:
-        A list that fills with the edge of each call's output in the autograd graph. Differentiating
-        with respect to these alone calls every sink, and forms no weight's gradient.
+        bindings: the captured parameters.
+        sink: gets the binding and the capture.
+        samples: the number of samples in the batch.
+        watch: as in `SiteHooks`.
     """
-    outputs: list[GradientEdge] = []
-    handles = []
-    for binding in bindings.bindings:
-        hook = _make_forward_hook(binding, sink, watch, outputs)
-        handles.append(binding.module.register_forward_hook(hook, with_kwargs=True))
-    if batch is not None:
-        tables = [b.module for b in bindings.bindings if isinstance(b.module, nn.Embedding)]
-        handles += [
-            table.register_forward_pre_hook(_make_expanding_hook(batch)) for table in tables
-        ]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _make_forward_hook(
-    binding: Binding,
-    sink: Sink,
-    watch: Callable[[Tensor], None] | None,
-    outputs: list[GradientEdge],
-) -> Callable[..., None]:
-    def forward_hook(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-    ) -> None:
-        inputs = args or tuple(kwargs.values())
-        if output.requires_grad:
-
-            def backward_hook(gradient: Tensor) -> None:
-                with torch.no_grad():
-                    if watch is not None:
-                        watch(gradient)
-                    sink(binding, binding.family.capture(module, inputs, gradient))
-
-            output.register_hook(backward_hook)
-            # The edge is taken now, because an activation may overwrite the output in place.
-            outputs.append(get_gradient_edge(output))
-
-    return forward_hook
-
-
-def _make_expanding_hook(batch: int) -> Callable[..., Any]:
-    def pre_hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if not args or args[0].dim() < 2 or len(args[0]) != 1:
-            return None
-        return args[0].expand(batch, *args[0].shape[1:]), *args[1:]
-
-    return pre_hook
+    hooks = SiteHooks(sink, watch, samples)
+    with ExitStack() as handles, torch.compiler.set_stance("force_eager"):
+        for site in bindings.sites:
+            hooks.install(site, handles)
+        yield hooks
 
 
 class ContributionSum:
     """A sink that sums each sample's captures in the coefficients of a basis.
 
     Attributes:
-        coefficients: `batch p`, the contributions of the batch so far.
+        coefficients: `batch p`, the contributions of the batch so far, in float32 at least.
         errors: norm of each sample's gradient with respect to the output of the layer that the
             backward pass reached first.
     """
 
-    def __init__(self, basis: Basis, batch: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, basis: Basis, batch: int, like: Tensor) -> None:
+        dtype = torch.promote_types(like.dtype, torch.float32)
         self._basis = basis
         self.coefficients: Float[Tensor, "batch p"] = torch.zeros(
-            batch, basis.size, dtype=dtype, device=device
+            batch, basis.size, dtype=dtype, device=like.device
         )
         self.errors: Float[Tensor, " batch"] | None = None
 
     def __call__(self, binding: Binding, capture: Capture) -> None:
-        if capture.batch != len(self.coefficients):
-            raise SecateurError(
-                f"layer {binding.module_name} saw a batch of {capture.batch} where "
-                f"{len(self.coefficients)} samples were announced; the first dimension of every "
-                f"captured layer must be the sample"
-            )
+        rows = slice(capture.first, capture.first + capture.batch)
         span = self._basis.spans[binding.block_index]
-        self.coefficients[:, span] += self._basis.project_capture(binding, capture)
+        self.coefficients[rows, span] += self._basis.project_capture(binding, capture)
 
     def watch(self, gradient: Tensor) -> None:
         """Keep the norms of the first gradient, over a sample's positions and features."""
         if self.errors is None:
-            flat = gradient.to(self.coefficients.dtype).reshape(len(gradient), -1)
+            flat = gradient.to(self.coefficients.dtype).reshape(len(self.coefficients), -1)
             self.errors = flat.norm(dim=1)
 
 
 def sample_gradients(
-    losses: Callable[[], Float[Tensor, " batch"]], batch: int, bindings: Bindings, basis: Basis
+    losses_of: LossesOf, batch: int, bindings: Bindings, basis: Basis, check: bool = False
 ) -> tuple[Float[Tensor, "batch p"], Float[Tensor, " batch"]]:
     """Return each sample's own loss gradient in the coefficients of `basis`, and its loss.
 
     No parameter's `.grad` is changed.
 
     Args:
-        losses: runs the forward pass and returns one loss per sample.
+        losses_of: runs some samples of a batch, given by their places, and returns one loss for
+            each.
         batch: number of samples.
-        bindings: the captured layers.
+        bindings: the captured parameters.
         basis: the basis of the coefficients.
+        check: whether to run a few of the samples alone, and compare.
+
+    Raises:
+        SecateurError: a parameter is read where it cannot be captured, or a gradient is not what
+            the sample gives alone.
     """
-    first = bindings.parameters()[0]
-    total = ContributionSum(basis, batch, first.dtype, first.device)
-    with capture_hooks(bindings, total, batch=batch) as outputs:
-        values = losses()
-        torch.autograd.grad(values.sum(), outputs, allow_unused=True)
+    bindings.locate(losses_of, batch)
+    total = ContributionSum(basis, batch, next(iter(bindings.parameters().values())))
+    with capture_hooks(bindings, total, batch) as hooks:
+        values = losses_of(torch.arange(batch))
+        if hooks.unfollowed:
+            # Reentrant checkpointing runs a part of the model again, in `backward` only.
+            parameter_gradients(values.sum(), list(bindings.model.parameters()))
+        else:
+            torch.autograd.grad(values.sum(), hooks.outputs, allow_unused=True)
+    if check:
+        check_reached(bindings, losses_of)
+
+        def capture() -> Tensor:
+            return sample_gradients(losses_of, batch, bindings, basis)[0]
+
+        weights = torch.ones(batch)
+        checker = SampleCheck(bindings, basis)
+        checker.check(total.coefficients, weights, losses_of, hooks.half, capture)
     return total.coefficients, values.detach()

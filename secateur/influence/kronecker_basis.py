@@ -25,15 +25,15 @@ class KroneckerBasis(Basis):
     def __init__(self, blocks: Sequence[Block], factors: Sequence[tuple[Tensor, Tensor]]) -> None:
         super().__init__(blocks, [out.shape[1] * inner.shape[1] for out, inner in factors])
         self.factors = list(factors)
-        self._layer_factors: dict[str, Tensor] = {}
+        self._layer_factors: dict[Binding, Tensor] = {}
 
     def project_capture(self, binding: Binding, capture: Capture) -> Float[Tensor, "batch b"]:
         out, inner = self.factors[binding.block_index]
         # Gathering the factor's rows for a layer costs time, and it is the same at every step.
-        view = self._layer_factors.get(binding.module_name)
+        view = self._layer_factors.get(binding)
         if view is None:
             view = _rows_or_zero(inner, binding.columns)
-            self._layer_factors[binding.module_name] = view
+            self._layer_factors[binding] = view
         return capture.project(out, view).flatten(1)
 
     def project_block(

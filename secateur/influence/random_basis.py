@@ -24,10 +24,12 @@ def default_basis(bindings: Bindings, linear: bool, coefficients: int, seed: int
         coefficients: number of coordinates over all blocks.
         seed: as in `random_kronecker_basis` and `random_coordinates`.
     """
-    first = bindings.parameters()[0]
+    first = next(iter(bindings.parameters().values()))
     basis: Basis
     if linear:
-        basis = random_kronecker_basis(bindings, RANDOM_RANK, seed, first.dtype)
+        basis = random_kronecker_basis(
+            bindings, RANDOM_RANK, seed, torch.promote_types(first.dtype, torch.float32)
+        )
     else:
         basis = random_coordinates(bindings, coefficients, seed)
     tensors = {name: tensor.to(first.device) for name, tensor in basis.tensors().items()}

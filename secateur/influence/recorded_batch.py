@@ -29,6 +29,8 @@ class RecordedBatch:
         coefficients: `batch p`, the contributions; None until the backward pass is done.
         errors: norm of the gradient of each sample's own loss with respect to the output of the
             last layer.
+        shapes: the shapes with which the captured modules were called.
+        half: whether anything was computed in half precision.
     """
 
     def __init__(
@@ -39,6 +41,8 @@ class RecordedBatch:
         self.window = window
         self.coefficients: Float[Tensor, "batch p"] | None = None
         self.errors: Float[Tensor, " batch"] | None = None
+        self.shapes: tuple[tuple[int, ...], ...] = ()
+        self.half = False
         self._losses: Tensor | None = None
 
     @property
@@ -71,16 +75,18 @@ def capture_batch(
         batch: the batch, which gets its `coefficients` and `errors` at the end of the block.
         bindings: the captured layers.
         basis: the basis of the coefficients.
-        like: a tensor of the contributions' dtype and device.
+        like: a parameter.
 
     Raises:
         SecateurError: a layer sees another number of samples.
     """
     count = len(batch.samples)
-    total = ContributionSum(basis, count, like.dtype, like.device)
-    with capture_hooks(bindings, total, total.watch, count):
+    total = ContributionSum(basis, count, like)
+    with capture_hooks(bindings, total, count, total.watch) as hooks:
         yield
     batch.coefficients = total.coefficients
+    batch.shapes = tuple(tuple(shape) for shapes in hooks.shapes.values() for shape in shapes)
+    batch.half = hooks.half
     if total.errors is not None:
         batch.errors = total.errors / batch.weights.to(total.errors)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -10,7 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from secateur.influence.basis import Basis
-from secateur.influence.bindings import Bindings, bind_layers
+from secateur.influence.bindings import Bindings, LossesOf, bind_layers
+from secateur.influence.capture.alone_check import SampleCheck
 from secateur.influence.gradient_check import gradient_scale
 from secateur.influence.hooks import sample_gradients
 from secateur.influence.optimizers import UpdateRule, find_update_rule
@@ -21,6 +22,12 @@ from secateur.influence.recorded_step import RecordedStep
 from secateur.influence.segment import Segment
 from secateur.influence.segment_builder import SegmentBuilder
 from secateur.influence.step_hook import hook_before_step
+
+# Relative distances allowed between the contributions' sum and the gradient received.
+TOLERANCE = 1e-3
+HALF_TOLERANCE = 2e-2  # if anything is computed in half precision
+# In so many shapes of a batch are samples run alone. Texts of all lengths have hundreds.
+CHECKED_SHAPES = 8
 
 
 class Recorder:
@@ -55,7 +62,7 @@ class Recorder:
         basis: the basis; random if None. A linear update (SGD) then gets a Kronecker basis of
             rank 16 per side, any other update a basis of coordinates.
         tolerance: relative distance allowed between the contributions' sum and the gradient
-            received.
+            received. If None, it is 0.001, and 0.02 where anything is computed in half precision.
         coefficients: number of coordinates of a random basis, over all blocks.
         seed: of a random basis.
         uncaptured: shell-style patterns of parameters that need not be captured. Read only if
@@ -73,7 +80,7 @@ class Recorder:
         optimizer: torch.optim.Optimizer,
         bindings: Bindings | None = None,
         basis: Basis | None = None,
-        tolerance: float = 1e-3,
+        tolerance: float | None = None,
         *,
         coefficients: int = 2048,
         seed: int = 0,
@@ -90,6 +97,7 @@ class Recorder:
         self._optimizer = ProjectedOptimizer(optimizer, self.update_rule, self.parameters, basis)
         self._coming = RecordedStep()
         self._last_scale = 1.0
+        self._checked: set[object] = set()
         self._builder = SegmentBuilder(first_step=0)
         self._handle = hook_before_step(optimizer, self._record_step)
 
@@ -109,6 +117,7 @@ class Recorder:
         weights: Float[Tensor, " batch"] | None = None,
         window: int = 0,
         stride: float = 1.0,
+        losses_of: LossesOf | None = None,
     ) -> Iterator[RecordedBatch]:
         """Record the forward and backward pass inside the block.
 
@@ -119,11 +128,19 @@ class Recorder:
                 a mean if None.
             window: selection window of the step; -1 to record for the curvature only.
             stride: the number of steps that this one's curvature represents.
+            losses_of: runs the samples at some places of the batch, and returns one loss for each.
+                By it the recorder finds where each parameter is read, and checks in the first
+                batch of every shape that contributions are those of the samples they are recorded
+                for. Without it, the samples must lie along every tensor's first dimension, and
+                samples that are mixed or exchanged in the model are not noticed.
 
         Raises:
-            SecateurError: a layer sees another number of samples.
+            SecateurError: a layer sees another number of samples, or the contributions are not
+                those of the samples alone.
         """
         self._forget_cleared_batches()
+        if losses_of is not None:
+            self._bindings.locate(losses_of, len(samples))
         ids = samples if isinstance(samples, Tensor) else torch.tensor(samples, dtype=torch.int64)
         if weights is None:
             weights = torch.full((len(ids),), 1.0 / len(ids), dtype=torch.float64)
@@ -131,21 +148,21 @@ class Recorder:
         first = next(iter(self.parameters.values()))
         with capture_batch(batch, self._bindings, self.basis, first):
             yield batch
+        if losses_of is not None:
+            self._check_samples(batch, losses_of)
         self._coming.batches.append(batch)
         self._coming.stride = stride
 
-    def record_fisher(
-        self, losses: Callable[[], Float[Tensor, " batch"]], weights: Float[Tensor, " batch"]
-    ) -> None:
+    def record_fisher(self, losses_of: LossesOf, weights: Float[Tensor, " batch"]) -> None:
         """Record the coming step's contributions under labels sampled from the model.
 
         The curvature `Fisher` needs them.
 
         Args:
-            losses: runs the forward pass and returns one loss per sample, with sampled labels.
+            losses_of: as in `batch`, with sampled labels.
             weights: as in `batch`.
         """
-        gradients, _ = sample_gradients(losses, len(weights), self._bindings, self.basis)
+        gradients, _ = sample_gradients(losses_of, len(weights), self._bindings, self.basis)
         self._coming.fisher.append((gradients * weights.to(gradients)[:, None], weights))
 
     def record_hessian(self, flattened: Float[Tensor, " entries"]) -> None:
@@ -164,12 +181,28 @@ class Recorder:
         """Return the segment recorded since the last call, on the CPU, and start the next one."""
         builder = self._builder
         self._builder = SegmentBuilder(builder.next_step)
-        dtype = next(iter(self.parameters.values())).dtype
+        parameter = next(iter(self.parameters.values()))
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
         return builder.build(self._optimizer.groups, dtype)
 
     def start_at(self, step: int) -> None:
         """Number the next step as `step` of its stage, and drop steps not yet taken."""
         self._builder = SegmentBuilder(step)
+
+    def _check_samples(self, batch: RecordedBatch, losses_of: LossesOf) -> None:
+        """Check a batch's contributions against samples that run alone, if its shape is new."""
+        shape = (len(batch.samples), batch.shapes)
+        if shape in self._checked or len(self._checked) == CHECKED_SHAPES:
+            return
+        assert batch.coefficients is not None
+        check = SampleCheck(self._bindings, self.basis)
+
+        def capture() -> Tensor:
+            count = len(batch.samples)
+            return sample_gradients(losses_of, count, self._bindings, self.basis)[0]
+
+        check.check(batch.coefficients, batch.weights, losses_of, batch.half, capture)
+        self._checked.add(shape)
 
     def _forget_cleared_batches(self) -> None:
         """Drop recorded batches whose gradients were cleared without a step."""
@@ -185,11 +218,16 @@ class Recorder:
             self._builder.add_state(received, self._optimizer.states())
         self._coming = RecordedStep()
 
+    def _sum_tolerance(self) -> float:
+        if self._tolerance is not None:
+            return self._tolerance
+        return HALF_TOLERANCE if any(b.half for b in self._coming.batches) else TOLERANCE
+
     def _gradient_scale(self, received: Float[Tensor, " p"]) -> float:
         """Return the scale of the coming step; without a batch, that of the step before."""
         total = self._coming.total()
         if total is not None:
             self._last_scale = gradient_scale(
-                total, received, self.basis, self._tolerance, self.next_step
+                total, received, self.basis, self._sum_tolerance(), self.next_step
             )
         return self._last_scale

@@ -35,8 +35,12 @@ class Plan(Config):
         0, description="of the initial weights, the order of samples and every random draw"
     )
     device: str = Field("cpu", description="torch's name of the device: `cpu`, `cuda:0`")
-    dtype: Literal["float32", "float64"] = Field(
-        "float32", description="of parameters, contributions and embeddings"
+    dtype: Literal["float32", "float64", "bfloat16"] = Field(
+        "float32",
+        description="of parameters; contributions and embeddings too, but in float32 if bfloat16",
+    )
+    autocast: Literal["bfloat16"] | None = Field(
+        None, description="precision in which the model computes, by torch's autocast"
     )
     threads: PositiveInt | None = Field(None, description="torch's CPU threads; all cores if null")
     model: FactoryConfig
@@ -148,6 +152,17 @@ class Plan(Config):
         return self
 
     @model_validator(mode="after")
+    def _check_precision(self) -> Plan:
+        if self.autocast and self.dtype != "float32":
+            raise ValueError(f"`autocast` is for `dtype: float32`, and it is {self.dtype}")
+        if self.score.estimate == "replay" and (self.autocast or self.dtype == "bfloat16"):
+            raise ValueError(
+                "`score.estimate: replay` takes differences that half precision cannot hold; use "
+                "`embedding`, or train in float32"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_scores(self) -> Plan:
         if self.score.estimate == "replay" and not self.score.is_effect:
             raise ValueError(
@@ -171,6 +186,11 @@ class Plan(Config):
                     f"audit.stages names stage {stage}; the last is {len(self.stages) - 1}"
                 )
         return self
+
+    @property
+    def number_type(self) -> str:
+        """The type of contributions and embeddings."""
+        return "float32" if self.dtype == "bfloat16" else self.dtype
 
     @property
     def basis_config(self) -> KroneckerBasisConfig | CoordinateBasisConfig:

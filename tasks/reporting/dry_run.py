@@ -238,4 +238,4 @@ def _memory_bytes(plan: Plan, blocks: dict[str, int], parameters: int) -> int:
 
 
 def _itemsize(plan: Plan) -> int:
-    return 4 if plan.dtype == "float32" else 8
+    return 8 if plan.number_type == "float64" else 4

@@ -57,10 +57,9 @@ class FisherConfig(CurvatureConfig):
         sample_labels = _label_sampler(loop)
         torch.manual_seed(seed_for(loop.schedule.seed(step), "fisher"))
         for part in loop.micro_batches(step):
-            with torch.no_grad():
+            with torch.no_grad(), loop.precision():
                 relabelled = sample_labels(loop.model, part.tensors)
-            losses = partial(loop.task.losses, loop.model, relabelled)
-            recorder.record_fisher(losses, part.weights)
+            recorder.record_fisher(loop.losses_of(relabelled), part.weights)
 
 
 @register_curvature
@@ -122,7 +121,7 @@ class NoCurvatureConfig(CurvatureConfig):
 
 
 def _weighted_loss(loop: TrainingLoop, part: MicroBatch) -> Tensor:
-    losses = loop.task.losses(loop.model, part.tensors)
+    losses = loop.losses(part.tensors)
     return (losses * part.weights.to(losses)).sum()
 
 

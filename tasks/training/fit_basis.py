@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -16,7 +20,7 @@ from secateur.tasks.data.samples import read_stage_samples
 from secateur.tasks.engine.progress import track
 from secateur.tasks.plan import KroneckerBasisConfig
 from secateur.tasks.run import Run
-from secateur.tasks.training.loop import TrainingLoop
+from secateur.tasks.training.loop import MicroBatch, TrainingLoop
 
 
 def fit_basis(run: Run, weights: dict[str, Tensor] | None = None) -> int:
@@ -44,7 +48,7 @@ def fit_basis(run: Run, weights: dict[str, Tensor] | None = None) -> int:
 
 def _fit(run: Run, weights: dict[str, Tensor] | None) -> Basis:
     config = run.plan.basis_config
-    dtype = getattr(torch, run.plan.dtype)
+    dtype = getattr(torch, run.plan.number_type)
     loop = TrainingLoop(run, 0, read_stage_samples(run, 0))
     if weights is not None:
         loop.model.load_state_dict(weights)
@@ -65,5 +69,13 @@ def _train_first_steps(
 ) -> None:
     steps = min(steps, loop.schedule.steps)
     for step in track(range(steps), "fitting the basis", steps):
-        with capture_hooks(bindings, fit.add):
-            loop.step(step)
+        loop.step(step, partial(_capture, loop, bindings, fit))
+
+
+@contextmanager
+def _capture(
+    loop: TrainingLoop, bindings: Bindings, fit: MomentFit | EnergyFit, part: MicroBatch
+) -> Iterator[None]:
+    bindings.locate(loop.losses_of(part.tensors), len(part.rows))
+    with capture_hooks(bindings, fit.add, len(part.rows)):
+        yield

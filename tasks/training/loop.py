@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from secateur.errors import PlanError
+from secateur.influence.bindings import LossesOf
 from secateur.influence.recorded_batch import RecordedBatch
 from secateur.influence.recorder import Recorder
 from secateur.storage.shards import Samples
@@ -19,9 +20,6 @@ from secateur.tasks.data.collate import Tensors, collate
 from secateur.tasks.run import LearningTask, Run
 from secateur.tasks.training.checkpoint import capture_state, load_state
 from secateur.tasks.training.optimizers import build_optimizer
-
-# Records one micro-batch, given its rows and weights, while the context is open.
-Recording = Callable[[Tensor, Tensor], AbstractContextManager[RecordedBatch]]
 
 
 @dataclass(frozen=True)
@@ -36,6 +34,10 @@ class MicroBatch:
     rows: Int[Tensor, " batch"]
     tensors: Tensors
     weights: Float[Tensor, " batch"]
+
+
+# Records one micro-batch while the context is open.
+Recording = Callable[[MicroBatch], AbstractContextManager[RecordedBatch | None]]
 
 
 class TrainingLoop:
@@ -62,7 +64,7 @@ class TrainingLoop:
         """Take one optimizer step.
 
         Args:
-            recording: if given, each micro-batch runs within `recording(rows, weights)`.
+            recording: if given, each micro-batch runs within it.
 
         Returns:
             The loss of every sample before the step.
@@ -76,6 +78,31 @@ class TrainingLoop:
         self.optimizer.step()
         return losses
 
+    def losses(self, tensors: Tensors, model: nn.Module | None = None) -> Tensor:
+        """Return one loss per sample, in the plan's precision.
+
+        Args:
+            tensors: of the samples.
+            model: the model to run; the loop's if None.
+        """
+        with self.precision():
+            return self.task.losses(model or self.model, tensors)
+
+    def precision(self) -> AbstractContextManager[object]:
+        """Return the context in which the model runs: autocast, if the plan has it."""
+        plan = self.run.plan
+        if plan.autocast is None:
+            return nullcontext()
+        return torch.autocast(torch.device(plan.device).type, getattr(torch, plan.autocast))
+
+    def losses_of(self, tensors: Tensors) -> LossesOf:
+        """Return a function that runs the samples at some places of a batch."""
+
+        def losses_of(rows: Tensor) -> Tensor:
+            return self.losses({name: t[rows.to(t.device)] for name, t in tensors.items()})
+
+        return losses_of
+
     def set_rates(self, step: int) -> None:
         """Set the optimizer's learning rates to those of a step."""
         for group in self.optimizer.param_groups:
@@ -87,9 +114,9 @@ class TrainingLoop:
         self.optimizer.zero_grad(set_to_none=True)
         step_losses = []
         for part in self.micro_batches(step):
-            context = recording(part.rows, part.weights) if recording else nullcontext()
+            context = recording(part) if recording else nullcontext()
             with context as record:
-                losses = self.task.losses(self.model, part.tensors)
+                losses = self.losses(part.tensors)
                 losses = self.check_losses(losses, part.rows, step)
                 (losses * part.weights.to(losses)).sum().backward()
                 if record is not None:

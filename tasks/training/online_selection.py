@@ -109,18 +109,19 @@ class OnlineSelector:
         self, batch: Tensors, rows: Int[Tensor, " n"], step: int, target: str | None = None
     ) -> Float[Tensor, "n p"]:
         loop = self._loop
+        run = loop.losses_of(batch)
 
-        def losses() -> Tensor:
-            values = loop.task.losses(loop.model, batch)
+        def losses_of(places: Tensor) -> Tensor:
+            values = run(places)
             if target is None:
-                return loop.check_losses(values, rows, step)
+                return loop.check_losses(values, rows[places], step)
             if not bool(values.isfinite().all()):
                 raise PlanError(
                     f"the loss of target {target} is not finite at step {step}; look at its samples"
                 )
             return values
 
-        return sample_gradients(losses, len(rows), self._bindings, self._recorder.basis)[0]
+        return sample_gradients(losses_of, len(rows), self._bindings, self._recorder.basis)[0]
 
     @property
     def _pass_size(self) -> int:

@@ -96,19 +96,22 @@ def _train_step(
     loop: TrainingLoop, recorder: Recorder, selector: OnlineSelector, segment: range, step: int
 ) -> None:
     selector.choose(step)
-    recording = _step_recording(recorder, loop.schedule, step)
+    recording = _step_recording(recorder, loop, step)
     recorded = recording is not None
     loop.run.plan.curvature.record_step(recorder, loop, segment, step, recorded)
     loop.step(step, recording)
 
 
-def _step_recording(recorder: Recorder, schedule: BatchSchedule, step: int) -> Recording | None:
+def _step_recording(recorder: Recorder, loop: TrainingLoop, step: int) -> Recording | None:
     """How a step is recorded: in its window, for the curvature only, or not at all (None)."""
+    schedule = loop.schedule
     place = window_of_step(schedule.windows(), schedule.stage.stride, step)
     if place is None:
         return None
     window, stride = place
-    return lambda rows, weights: recorder.batch(rows, weights, window=window, stride=stride)
+    return lambda part: recorder.batch(
+        part.rows, part.weights, window, stride, loop.losses_of(part.tensors)
+    )
 
 
 def _add_facts(selector: OnlineSelector, started: float, attempt: Attempt) -> None:

@@ -96,7 +96,7 @@ def _transitions_to_end(run: Run, stage: int) -> list[Transition]:
     folder = run.folder.stage(stage)
     # If the optimizer is reset after the stage, only theta crosses its end.
     theta_only = run.plan.optimizer.at_stage == "reset"
-    dtype = getattr(torch, run.plan.dtype)
+    dtype = getattr(torch, run.plan.number_type)
     end = identity_transition(coupled_spans(run), count_slots(run), dtype, theta_only)
     transitions: list[Transition] = [end]
     for number in reversed(range(len(folder.segments()))):
@@ -126,4 +126,4 @@ def _principal_axes(
         is_first = number == len(transitions) - 2  # the last segment comes first
         moment = square if is_first else moment + square
     components = run.plan.components or len(moment)
-    return leading_eigenvectors(moment, components).to(getattr(torch, run.plan.dtype))
+    return leading_eigenvectors(moment, components).to(getattr(torch, run.plan.number_type))

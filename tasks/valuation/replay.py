@@ -135,7 +135,7 @@ def _repeat_segment(run: Run, loop: TrainingLoop, number: int, steps: range) -> 
 
 
 def _losses(loop: TrainingLoop, part: MicroBatch, model: nn.Module) -> Tensor:
-    return loop.task.losses(model, part.tensors)
+    return loop.losses(part.tensors, model)
 
 
 def _check_reproduced(run: Run, loop: TrainingLoop, number: int) -> None:
@@ -177,7 +177,7 @@ def _target_gradient(run: Run, loop: TrainingLoop, target: str) -> dict[str, Ten
     total = [torch.zeros_like(p) for p in parameters.values()]
     with eval_mode(loop.model):
         for rows in scoring.split(EVALUATION_BATCH):
-            losses = loop.task.losses(loop.model, loop.batch(rows, samples))
+            losses = loop.losses(loop.batch(rows, samples))
             mean = losses.sum() / len(scoring)
             gradients = torch.autograd.grad(mean, list(parameters.values()), materialize_grads=True)
             total = [a + b for a, b in zip(total, gradients, strict=True)]

@@ -49,7 +49,7 @@ def target_loss(loop: TrainingLoop, samples: Samples, rows: Int[Tensor, " rows"]
     total = 0.0
     with eval_mode(loop.model), torch.no_grad():
         for part in rows.split(EVALUATION_BATCH):
-            losses = loop.task.losses(loop.model, loop.batch(part, samples))
+            losses = loop.losses(loop.batch(part, samples))
             total += float(losses.double().sum())
     return total / len(rows)
 
@@ -62,24 +62,22 @@ def loop_at_stage_end(run: Run, stage: int) -> TrainingLoop:
 
 
 def differentiate_samples(
-    loop: TrainingLoop, samples: Samples, rows: Int[Tensor, " n"]
+    loop: TrainingLoop, samples: Samples, rows: Int[Tensor, " n"], check: bool = True
 ) -> tuple[Float[Tensor, "n p"], Float[Tensor, " n"], dict[str, Tensor]]:
     """Return the loss gradients of some samples in the run's basis, their losses and metrics.
 
-    The model is in eval mode. Metrics are those of the task's optional `metrics` method.
+    The model is in eval mode. Unless `check` is false, a few samples are also run alone, and their
+    gradients are compared. Metrics are those of the task's optional `metrics` method.
     """
     bindings = loop.run.bindings(loop.model)
     basis = loop.run.basis(bindings)
     with eval_mode(loop.model):
         batch = loop.batch(rows, samples)
-
-        def forward() -> Tensor:
-            return loop.task.losses(loop.model, batch)
-
-        gradients, losses = sample_gradients(forward, len(rows), bindings, basis)
+        losses_of = loop.losses_of(batch)
+        gradients, losses = sample_gradients(losses_of, len(rows), bindings, basis, check)
         metrics: dict[str, Tensor] = {}
         if hasattr(loop.task, "metrics"):
-            with torch.no_grad():
+            with torch.no_grad(), loop.precision():
                 metrics = loop.task.metrics(loop.model, batch)
     return gradients.cpu(), losses.cpu(), metrics
 
@@ -89,10 +87,10 @@ def _differentiate_target(
 ) -> tuple[Tensor, dict[str, float]]:
     """All gradients of a target, and the means of its losses and metrics if held out."""
     chunks = torch.arange(len(samples)).split(EVALUATION_BATCH)
-    gradients = []
+    gradients: list[Tensor] = []
     values = []
     for rows in track(chunks, f"target {target}", len(chunks)):
-        chunk, losses, metrics = differentiate_samples(loop, samples, rows)
+        chunk, losses, metrics = differentiate_samples(loop, samples, rows, check=not gradients)
         gradients.append(chunk)
         metrics = {name: value.double().cpu() for name, value in metrics.items()}
         values.append({"loss": losses.double()} | metrics)

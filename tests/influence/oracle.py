@@ -23,7 +23,7 @@ def captured(model: nn.Module, losses: Losses, inputs: Tensor) -> Tensor:
     """Return the contributions `batch parameters` by hooks, in the order of the blocks."""
     bindings = bind_layers(model)
     return sample_gradients(
-        lambda: losses(model, inputs), len(inputs), bindings, everything(bindings)
+        lambda rows: losses(model, inputs[rows]), len(inputs), bindings, everything(bindings)
     )[0]
 
 

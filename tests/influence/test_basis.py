@@ -24,7 +24,7 @@ def fit_basis(kind: str, model: nn.Module, inputs: Tensor) -> tuple[Basis, Bindi
         return random_kronecker_basis(bindings, 3, 1, torch.float64), bindings
     moments = MomentFit(bindings)
     energy = EnergyFit(bindings)
-    with capture_hooks(bindings, moments.add if kind == "pca" else energy.add):
+    with capture_hooks(bindings, moments.add if kind == "pca" else energy.add, len(inputs)):
         squares(model, inputs).mean().backward()
     if kind == "pca":
         return moments.basis(3, torch.float64), bindings
@@ -37,7 +37,7 @@ def test_reduced_contributions_are_projections_of_whole_ones(kind: str) -> None:
     model = Tied().double()
     inputs = torch.randint(7, (5, 6))
     basis, bindings = fit_basis(kind, model, inputs)
-    actual, losses = sample_gradients(lambda: squares(model, inputs), 5, bindings, basis)
+    actual, losses = sample_gradients(lambda rows: squares(model, inputs[rows]), 5, bindings, basis)
     whole = one_by_one(model, squares, inputs)
     torch.testing.assert_close(losses, squares(model, inputs).detach())
     for i in range(5):

@@ -100,9 +100,11 @@ def test_grad_align_takes_the_candidates_of_largest_inner_product(name: str) -> 
     products = [-float(step @ query) for step in applied]
     bindings = bind_layers(model)
     contributions, _ = sample_gradients(
-        lambda: losses(model, candidates), 24, bindings, recorder.basis
+        lambda rows: losses(model, candidates[rows]), 24, bindings, recorder.basis
     )
-    drop, _ = sample_gradients(lambda: losses(model, target), 6, bindings, recorder.basis)
+    drop, _ = sample_gradients(
+        lambda rows: losses(model, target[rows]), 6, bindings, recorder.basis
+    )
     contributions = contributions / 8
     steps = contributions * recorder.step_sensitivity(contributions.sum(0) / 3)
     actual = select_grad_align(steps, drop.mean(0), 8)
@@ -176,8 +178,8 @@ def test_an_activation_in_place_and_no_weight_gradient(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(torch.autograd, "grad", counted)
     actual, values = sample_gradients(
-        lambda: losses(model, rows), 9, bindings, everything(bindings)
+        lambda places: losses(model, rows[places]), 9, bindings, everything(bindings)
     )
-    assert parameter_counts == [0]
+    assert set(parameter_counts) == {0}
     assert relative(actual, one_by_one(model, losses, rows)) < 1e-12
     torch.testing.assert_close(values, losses(model, rows).detach())

@@ -94,9 +94,9 @@ def record(make: Make, clip: float | None = None, fisher: bool = False) -> tuple
     return recorder.take_segment(), recorder
 
 
-def sampled_losses(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+def sampled_losses(model: nn.Module, x: Tensor, y: Tensor, rows: Tensor) -> Tensor:
     """Return losses with other labels, in place of sampled ones."""
-    return functional.cross_entropy(model(x), (y + 1) % 3, reduction="none")
+    return functional.cross_entropy(model(x[rows]), (y[rows] + 1) % 3, reduction="none")
 
 
 def in_model_order(embeddings: Tensor, recorder: Recorder) -> Tensor:

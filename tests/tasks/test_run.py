@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -24,6 +25,7 @@ from secateur.tasks.results.valuation_results import (
     read_target_gradients,
 )
 from secateur.tasks.run import Run
+from secateur.tasks.training import train
 from secateur.tasks.training.loop import TrainingLoop
 from secateur.tasks.valuation.dynamics import plan_dynamics, read_segment
 from secateur.tasks.valuation.query import find_influential
@@ -136,20 +138,22 @@ def test_an_interrupted_run_continues_to_the_same_bytes(
 ) -> None:
     plan = small_plan(folder, root=f"{folder}/resumed{step}")
     take_step = TrainingLoop.step
+    record_step = train._train_step
     steps: list[int] = []
 
-    def interrupt(loop: TrainingLoop, number: int, recording: object = None) -> object:
-        if recording is not None and number == step:
+    def interrupt(*args: Any) -> None:
+        if args[-1] == step:
             raise KeyboardInterrupt
-        return take_step(loop, number, recording)  # type: ignore[arg-type]
+        record_step(*args)
 
     def count(loop: TrainingLoop, number: int, recording: object = None) -> object:
         steps.append(number)
         return take_step(loop, number, recording)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(TrainingLoop, "step", interrupt)
+    monkeypatch.setattr(train, "_train_step", interrupt)
     with pytest.raises(KeyboardInterrupt):
         curate_small(plan)
+    monkeypatch.setattr(train, "_train_step", record_step)
     monkeypatch.setattr(TrainingLoop, "step", count)
     resumed = curate_small(plan)
     assert differing(run, resumed) == []

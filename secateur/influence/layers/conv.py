@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from secateur.influence.blocks import Piece, make_piece
-from secateur.influence.captures import DenseCapture, OuterCapture
+from secateur.influence.captures import DenseCapture, OuterCapture, widen
 from secateur.influence.layers.registry import LayerFamily, register_layer
 
 
 @register_layer(nn.Conv1d, nn.Conv2d)
 class ConvolutionFamily(LayerFamily):
     """One position per place of the output. Its right factor is the input patch of that place."""
+
+    autocasts = True
 
     def pieces(self, module: nn.Module) -> tuple[int, tuple[Piece, ...]]:
         assert isinstance(module, nn.Conv1d | nn.Conv2d)
@@ -35,8 +37,8 @@ class ConvolutionFamily(LayerFamily):
         if module.groups == 1:
             return OuterCapture(left, patches.transpose(1, 2), ones=module.bias is not None)
         # Each group's outputs read only that group's patches, so one outer product would be wrong.
-        left = left.unflatten(2, (module.groups, -1))
-        grouped = patches.unflatten(1, (module.groups, -1))
+        left = widen(left).unflatten(2, (module.groups, -1))
+        grouped = widen(patches).unflatten(1, (module.groups, -1))
         values = torch.einsum("bsgo,bgcs->bgoc", left, grouped).flatten(1, 2)
         if module.bias is not None:
             values = torch.cat([values, left.flatten(2).sum(1)[..., None]], 2)

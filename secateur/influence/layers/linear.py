@@ -17,6 +17,7 @@ class LinearFamily(LayerFamily):
     """`y = x W^T + b`. Positions are all dimensions between the sample and the features."""
 
     transposed = False
+    autocasts = True
 
     def pieces(self, module: nn.Module) -> tuple[int, tuple[Piece, ...]]:
         weight = module.weight

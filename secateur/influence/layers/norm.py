@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from secateur.errors import SecateurError
 from secateur.influence.blocks import Piece, make_piece
-from secateur.influence.captures import DenseCapture
+from secateur.influence.captures import DenseCapture, widen
 from secateur.influence.layers.registry import LayerFamily, register_layer
 
 # Given by name, because importing transformers takes seconds.
@@ -38,8 +38,9 @@ class NormFamily(LayerFamily):
 
     def capture(self, module: nn.Module, inputs: tuple[Any, ...], gradient: Tensor) -> DenseCapture:
         columns = []
+        gradient = widen(gradient)
         if getattr(module, "weight", None) is not None:
-            normalized = self.normalize(module, inputs[0])
+            normalized = self.normalize(module, widen(inputs[0]))
             columns.append(self.sum_positions(module, gradient * normalized))
         if getattr(module, "bias", None) is not None:
             columns.append(self.sum_positions(module, gradient))

@@ -17,6 +17,9 @@ multiplies its input `batch features` by a parameter `weight` of shape `features
         def capture(self, module, inputs, gradient):
             return DenseCapture((gradient * inputs[0])[:, :, None])  # batch x rows x columns
 
+A layer without a family is captured by differentiating its own forward for each sample, which needs
+no code. A family is worth writing where that is too slow.
+
 A layer that is a linear map of its inputs gives an `OuterCapture` of output gradients and inputs
 instead. It is never multiplied out if the basis does not need it. The module that registers a
 family must be imported before the model's layers are bound.
@@ -26,16 +29,23 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from secateur.influence.blocks import Piece
 from secateur.influence.captures import Capture
 
 
 class LayerFamily(ABC):
-    """How layers of one kind are captured."""
+    """How layers of one kind are captured.
+
+    Attributes:
+        autocasts: whether the layer computes in autocast's precision where autocast is on.
+    """
+
+    autocasts: ClassVar[bool] = False
 
     @abstractmethod
     def pieces(self, module: nn.Module) -> tuple[int, tuple[Piece, ...]]:
@@ -82,9 +92,18 @@ def register_layer(*kinds: type[nn.Module] | str) -> Callable[[type[Family]], ty
 
 
 def find_layer_family(module: nn.Module) -> LayerFamily | None:
-    """Return the family of a layer's class or nearest base class, or None if there is none."""
+    """Return the family of a layer's class or nearest base class, or None if there is none.
+
+    A class that overrides the `forward` of its base class is not taken for it, and neither is a
+    layer whose weight is computed from other parameters (`parametrize`, or the old `weight_norm`,
+    which leaves the result among the attributes).
+    """
+    attributes = vars(module)
+    computed = any(isinstance(value, Tensor) for value in attributes.values())
+    if "forward" in attributes or computed or is_parametrized(module):
+        return None
     for kind in type(module).__mro__:
         family = _families.get(kind) or _families.get(f"{kind.__module__}.{kind.__qualname__}")
         if family:
-            return family
+            return family if type(module).forward is getattr(kind, "forward", None) else None
     return None

@@ -45,7 +45,7 @@ OPTIMIZER = {"kind": "sgd", "lr": 0.1}
             {"basis": {"kind": "kronecker", "rnak": 4}},
             r"`basis\.rnak`; did you mean `rank`\?",
         ),
-        ({"zzz": 1}, r"unknown key `zzz`; known keys are audit, basis"),
+        ({"zzz": 1}, r"unknown key `zzz`; known keys are audit, autocast, basis"),
         (
             {"stages": [STAGE | {"windows": [{"strat": 0.0}]}]},
             r"windows\.0\.strat`; did you mean `start`\?",

@@ -1,0 +1,33 @@
+"""Tensors that a forward pass keeps for its backward pass, as autograd keeps its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _Keep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return anchor.clone()
+
+
+class KeptTensors:
+    """Tensors kept for the backward pass.
+
+    They are saved in a node of the autograd graph, not held. So activation checkpointing drops them
+    and recomputes them like any other activation, and what autograd keeps too is not kept twice.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        anchor = torch.empty(0, requires_grad=True)
+        keep: Any = _Keep.apply
+        self._node = keep(anchor, *tensors).grad_fn
+
+    def take(self) -> list[Tensor]:
+        """Return the tensors, detached. Within a backward pass only."""
+        return [tensor.detach() for tensor in self._node.saved_tensors]

@@ -1,0 +1,179 @@
+"""The hooks on a model's sites, which capture contributions in one forward and backward pass."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from secateur.influence.capture.call_trace import tensors_of
+from secateur.influence.capture.kept import KeptTensors
+from secateur.influence.capture.layouts import move_samples_first, wrong_batch
+from secateur.influence.capture.own_call import OwnCall
+from secateur.influence.capture.own_forward import OutputGradient
+from secateur.influence.capture.repeated import repeat_argument
+from secateur.influence.capture.sites import (
+    Binding,
+    CallLayout,
+    FamilySite,
+    OwnForwardSite,
+    Site,
+)
+from secateur.influence.captures import Capture, DenseCapture, widen
+
+Sink = Callable[[Binding, Capture], None]
+Watch = Callable[[Tensor], None]
+
+
+class SiteHooks:
+    """The hooks on sites, for one forward and backward pass.
+
+    Attributes:
+        outputs: the edge of each call's outputs in the autograd graph. Differentiating with respect
+            to these alone calls every sink, and forms no weight's gradient.
+        shapes: shapes of the arguments of each site's first call.
+        unfollowed: whether a site was called without autograd, as reentrant checkpointing does.
+        half: whether a gradient in half precision was captured.
+
+    Args:
+        sink: gets each binding and capture.
+        watch: called before `sink` with the gradient with respect to a site's output, samples
+            first. The last layer's comes first.
+        samples: the number of samples.
+    """
+
+    def __init__(self, sink: Sink, watch: Watch | None, samples: int) -> None:
+        self.outputs: list[GradientEdge] = []
+        self.shapes: dict[str, list[torch.Size]] = {}
+        self.unfollowed = False
+        self.half = False
+        self._sink = sink
+        self._watch = watch
+        self._samples = samples
+        self._calls: Counter[Site] = Counter()
+        # A site's own forward is run again to differentiate it. All hooks rest meanwhile.
+        self._resting = False
+
+    def install(self, site: Site, handles: ExitStack) -> None:
+        """Put the hooks of a site on its module, and their removal on `handles`."""
+        if isinstance(site, FamilySite):
+            self._install_family(site, handles)
+        elif isinstance(site, OwnForwardSite):
+            self._install_own_forward(site, handles)
+
+    def _install_family(self, site: FamilySite, handles: ExitStack) -> None:
+        def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> None:
+            self.unfollowed |= not torch.is_grad_enabled()
+            if self._resting or not output.requires_grad:
+                return
+            inputs = args or tuple(kwargs.values())
+            given = tensors_of(inputs)
+            layout = self._layout(site, [x.shape for x in given], [output])
+            dims = layout.inputs
+            kept = KeptTensors(_in_computed_precision(given, site))
+
+            def capture(gradient: Tensor) -> None:
+                rows = self._see(site, gradient, layout.outputs[0])
+                moved = (move_samples_first(x, d) for x, d in zip(kept.take(), dims, strict=True))
+                arguments = tuple(next(moved) if isinstance(x, Tensor) else x for x in inputs)
+                found = site.family.capture(module, arguments, rows)
+                same = found.batch == self._samples
+                self._sink(site.bindings[0], found if same else found.fold(self._samples))
+
+            self._listen(output, capture)
+
+        # Without a trace it is not known, but a batch of one that is not one is a sure sign.
+        unknown = isinstance(site.module, nn.Embedding) and not site.layouts and self._samples > 1
+        if site.repeated or unknown:
+            repeat = repeat_argument(site.module, self._samples, not site.repeated)
+            handles.callback(repeat.remove)
+        handles.callback(site.module.register_forward_hook(after, with_kwargs=True).remove)
+
+    def _install_own_forward(self, site: OwnForwardSite, handles: ExitStack) -> None:
+        open_calls: list[OwnCall] = []
+
+        def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            if not self._resting:
+                open_calls.append(OwnCall.begin(module, (args, kwargs)))
+
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            if self._resting:
+                return
+            self.unfollowed |= not torch.is_grad_enabled()
+            call = open_calls.pop()
+            call.end()
+            outputs = tensors_of(output)
+            layout = self._layout(site, call.shapes, outputs)
+            for number, tensor in enumerate(outputs):
+                if tensor.requires_grad:
+                    self._listen(tensor, self._own_capture(site, call, layout, number))
+
+        module = site.module
+        handles.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        handles.callback(module.register_forward_hook(after).remove)
+
+    def _own_capture(
+        self, site: OwnForwardSite, call: OwnCall, layout: CallLayout, output: int
+    ) -> Callable[[Tensor], None]:
+        def capture(gradient: Tensor) -> None:
+            dim = layout.outputs[output]
+            self._see(site, gradient, dim)
+            received = OutputGradient(output, gradient, dim, self._samples)
+            for first, gradients in site.forward.gradients(call, layout.inputs, received):
+                own = zip(site.bindings, site.pieces, gradients, strict=True)
+                for binding, (block, piece), values in own:
+                    stored = values.transpose(1, 2) if piece.transposed else values
+                    matrix = widen(stored).reshape(len(values), block.rows, piece.columns)
+                    self._sink(binding, DenseCapture(matrix, first))
+
+        return capture
+
+    def _layout(self, site: Site, inputs: list[torch.Size], outputs: list[Tensor]) -> CallLayout:
+        self.shapes.setdefault(site.module_name, inputs)
+        number = self._calls[site]
+        self._calls[site] += 1
+        return site.layout(number, inputs, [tensor.shape for tensor in outputs], self._samples)
+
+    def _listen(self, output: Tensor, capture: Callable[[Tensor], None]) -> None:
+        """Call `capture` with the gradient with respect to an output, when it is known."""
+
+        def backward_hook(gradient: Tensor) -> None:
+            self._resting = True
+            try:
+                with torch.no_grad():
+                    capture(gradient)
+            finally:
+                self._resting = False
+
+        output.register_hook(backward_hook)
+        # The edge is taken now, because an activation may overwrite the output in place.
+        self.outputs.append(get_gradient_edge(output))
+
+    def _see(self, site: Site, gradient: Tensor, dim: int) -> Tensor:
+        """Return an output's gradient with the samples first.
+
+        Raises:
+            SecateurError: it has no dimension of the samples, or another number of them.
+        """
+        self.half |= gradient.dtype in (torch.bfloat16, torch.float16)
+        rows = move_samples_first(gradient, max(dim, 0))
+        length = len(rows) if rows.dim() else 1
+        if dim < 0 or length % self._samples or (not site.layouts and length != self._samples):
+            raise wrong_batch(site.module_name, length, self._samples)
+        if self._watch is not None:
+            self._watch(rows)
+        return rows
+
+
+def _in_computed_precision(inputs: list[Tensor], site: FamilySite) -> list[Tensor]:
+    """Return a layer's inputs as autocast casts them, which is less to keep, and what is used."""
+    device = inputs[0].device.type
+    if not site.family.autocasts or not torch.is_autocast_enabled(device):
+        return inputs
+    dtype = torch.get_autocast_dtype(device)
+    return [x.to(dtype) if x.is_floating_point() else x for x in inputs]
