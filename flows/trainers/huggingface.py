@@ -99,13 +99,11 @@ class RecordingCallback(TrainerCallback):  # type: ignore[misc]
         """Prepare the recording, because model and optimizer exist now."""
         _check_arguments(args)
         model = kwargs["model"]
-        # Accelerate wraps the optimizer.
-        optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
         self.recording = Recording(
             self._plan,
             self._stage,
             model,
-            optimizer,
+            kwargs["optimizer"],
             steps=state.max_steps,
             by="huggingface",
             tolerance=self._tolerance,

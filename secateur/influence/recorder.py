@@ -14,7 +14,7 @@ from secateur.influence.bindings import Bindings, LossesOf, bind_layers
 from secateur.influence.capture.alone_check import SampleCheck
 from secateur.influence.gradient_check import gradient_scale
 from secateur.influence.hooks import sample_gradients
-from secateur.influence.optimizers import UpdateRule, find_update_rule
+from secateur.influence.optimizers import UpdateRule, find_update_rule, unwrap_optimizer
 from secateur.influence.projected_optimizer import ProjectedOptimizer
 from secateur.influence.random_basis import default_basis
 from secateur.influence.recorded_batch import RecordedBatch, capture_batch
@@ -86,6 +86,7 @@ class Recorder:
         seed: int = 0,
         uncaptured: Collection[str] = (),
     ) -> None:
+        optimizer = unwrap_optimizer(optimizer)
         self.update_rule: UpdateRule = find_update_rule(optimizer)
         self._bindings = bind_layers(model, uncaptured) if bindings is None else bindings
         if basis is None:

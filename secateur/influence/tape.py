@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from secateur.influence.optimizers import UpdateRule, find_update_rule
+from secateur.influence.optimizers import UpdateRule, find_update_rule, unwrap_optimizer
 
 # One tensor per trainable parameter.
 Directions = dict[str, Tensor]
@@ -59,6 +59,7 @@ class Tape:
         optimizer: torch.optim.Optimizer,
         scale: Callable[[], float] = lambda: 1.0,
     ) -> None:
+        optimizer = unwrap_optimizer(optimizer)
         self.update_rule: UpdateRule = find_update_rule(optimizer)
         self.steps: list[StepState] = []
         self.groups = ParameterGroups(model, optimizer)

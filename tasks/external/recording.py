@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from secateur.errors import PlanError
+from secateur.influence.optimizers import unwrap_optimizer
 from secateur.influence.recorded_batch import RecordedBatch
 from secateur.influence.recorder import Recorder
 from secateur.storage.attempt import Attempt
@@ -112,7 +113,7 @@ class StageRecording:
         self.by = by
         self.finished = False
         self._model = model
-        self._optimizer = optimizer
+        self._optimizer = unwrap_optimizer(optimizer)
         self._tolerance = tolerance
         self._recorder: Recorder | None = None
         self._segments = 0

@@ -52,7 +52,8 @@ class Plan(Config):
         "should be good for",
     )
     optimizer: Annotated[OptimizerConfig, OPTIMIZERS] = Field(
-        description="`kind` (sgd, adam, adamw or rmsprop), `lr`, and torch's own settings of it"
+        description="`kind` (sgd, adam, adamw, nadam, radam, adagrad or rmsprop), `lr`, and "
+        "torch's own settings of it"
     )
     schedule: ScheduleConfig = ScheduleConfig()
     stages: list[StageConfig] = Field(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from secateur.influence.optimizers import find_update_rule
 from secateur.tasks.data.collate import Tensors
 
 
@@ -46,17 +47,38 @@ def load_state(
     """
     weights = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
     model.load_state_dict(weights)
-    numbers = {id(parameter): n for n, parameter in enumerate(_parameters(optimizer))}
-    places = [numbers[id(parameter)] for parameter in _parameters(numbered_like or optimizer)]
-    state: dict[int, Tensors] = {}
     if slots:
-        for name, tensor in tensors.items():
-            if name.startswith("optimizer."):
-                _, number, key = name.split(".", 2)
-                # load_state_dict keeps the tensors it is given, and training would change them.
-                state.setdefault(places[int(number)], {})[key] = tensor.clone()
+        state = _saved_state(tensors, optimizer, numbered_like or optimizer)
+    else:
+        state = _initial_state(optimizer)
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _saved_state(
+    tensors: Tensors, optimizer: torch.optim.Optimizer, numbered_like: torch.optim.Optimizer
+) -> dict[int, Tensors]:
+    """The state of each of an optimizer's parameters by its number, from captured tensors."""
+    numbers = {id(parameter): n for n, parameter in enumerate(_parameters(optimizer))}
+    places = [numbers[id(parameter)] for parameter in _parameters(numbered_like)]
+    state: dict[int, Tensors] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, number, key = name.split(".", 2)
+            # load_state_dict keeps the tensors it is given, and training would change them.
+            state.setdefault(places[int(number)], {})[key] = tensor.clone()
+    return state
+
+
+def _initial_state(optimizer: torch.optim.Optimizer) -> dict[int, Tensors]:
+    """The state before the first step. Most optimizers have none, and make it at that step."""
+    rule = find_update_rule(optimizer)
+    states = [
+        rule.initial_state(group, parameter.detach())
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    ]
+    return {number: state for number, state in enumerate(states) if state}
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

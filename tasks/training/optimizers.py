@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
-from pydantic import PositiveFloat, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from torch import nn
 
 from secateur.errors import PlanError
@@ -17,6 +17,9 @@ from secateur.tasks.plan import (
     Share,
     register_optimizer,
 )
+
+AMSGRAD = "divide by the largest second moment so far"
+DECOUPLED = "take weight decay off the parameters, not through the gradient"
 
 
 @register_optimizer
@@ -36,24 +39,63 @@ class SGDConfig(OptimizerConfig):
         return self
 
 
+class AdaptiveConfig(OptimizerConfig):
+    """The settings that Adam and its relatives share."""
+
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+
+
 @register_optimizer
-class AdamWConfig(OptimizerConfig):
+class AdamWConfig(AdaptiveConfig):
     """Adam with decoupled weight decay."""
 
     kind: Literal["adamw"] = "adamw"
-    betas: tuple[Share, Share] = (0.9, 0.999)
-    eps: PositiveFloat = 1e-8
+    amsgrad: bool = Field(False, description=AMSGRAD)
     optimizer_class = torch.optim.AdamW
 
 
 @register_optimizer
-class AdamConfig(OptimizerConfig):
+class AdamConfig(AdaptiveConfig):
     """Adam; weight decay is added to the gradient."""
 
     kind: Literal["adam"] = "adam"
-    betas: tuple[Share, Share] = (0.9, 0.999)
-    eps: PositiveFloat = 1e-8
+    amsgrad: bool = Field(False, description=AMSGRAD)
     optimizer_class = torch.optim.Adam
+
+
+@register_optimizer
+class NAdamConfig(AdaptiveConfig):
+    """Adam with Nesterov momentum."""
+
+    kind: Literal["nadam"] = "nadam"
+    momentum_decay: NonNegativeFloat = Field(0.004, description="how slowly the momentum warms up")
+    decoupled_weight_decay: bool = Field(False, description=DECOUPLED)
+    optimizer_class = torch.optim.NAdam
+
+
+@register_optimizer
+class RAdamConfig(AdaptiveConfig):
+    """Adam with a rectified learning rate in the first steps."""
+
+    kind: Literal["radam"] = "radam"
+    decoupled_weight_decay: bool = Field(False, description=DECOUPLED)
+    optimizer_class = torch.optim.RAdam
+
+
+@register_optimizer
+class AdagradConfig(OptimizerConfig):
+    """Adagrad."""
+
+    kind: Literal["adagrad"] = "adagrad"
+    lr_decay: NonNegativeFloat = Field(
+        0.0, description="step t (from 0) has rate lr / (1 + t lr_decay)"
+    )
+    initial_accumulator_value: NonNegativeFloat = Field(
+        0.0, description="the sum of squared gradients before the first step"
+    )
+    eps: PositiveFloat = 1e-10
+    optimizer_class = torch.optim.Adagrad
 
 
 @register_optimizer
@@ -64,6 +106,7 @@ class RMSpropConfig(OptimizerConfig):
     alpha: Share = 0.99
     eps: PositiveFloat = 1e-8
     momentum: Share = 0.0
+    centered: bool = Field(False, description="divide by the gradient's estimated variance")
     optimizer_class = torch.optim.RMSprop
 
 

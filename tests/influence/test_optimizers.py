@@ -18,6 +18,7 @@ from secateur.influence.optimizers import (
     Hyperparameters,
     ParameterGroups,
     UpdateRule,
+    choose_update_rule,
     find_update_rule,
     refuse_option,
     register_update_rule,
@@ -25,6 +26,7 @@ from secateur.influence.optimizers import (
 )
 from secateur.influence.optimizers.adam import AdamUpdate, AdamWUpdate
 from secateur.influence.recorder import Recorder
+from secateur.influence.tape import Tape
 
 
 class SmoothLion(torch.optim.Optimizer):
@@ -87,11 +89,32 @@ OPTIMIZERS = {
         p, 0.1, betas=(0.8, 0.9), eps=0.3, maximize=True
     ),
     "adam": lambda p: torch.optim.Adam(p, 0.1, betas=(0.8, 0.9), weight_decay=0.1),
+    "amsgrad": lambda p: torch.optim.AdamW(p, 0.1, betas=(0.5, 0.6), amsgrad=True),
+    "adam with decoupled decay": lambda p: torch.optim.Adam(
+        p, 0.1, weight_decay=0.1, decoupled_weight_decay=True, amsgrad=True
+    ),
+    "nadam": lambda p: torch.optim.NAdam(p, 0.1, weight_decay=0.1, momentum_decay=0.1),
+    "nadam with decoupled decay": lambda p: torch.optim.NAdam(
+        p, 0.1, weight_decay=0.1, decoupled_weight_decay=True, maximize=True
+    ),
+    # With this beta2 the sixth step is the first that is rectified; with the next one, none is.
+    "radam": lambda p: torch.optim.RAdam(p, 0.1, betas=(0.8, 0.99), weight_decay=0.1),
+    "radam with decoupled decay": lambda p: torch.optim.RAdam(
+        p, 0.1, betas=(0.8, 0.5), weight_decay=0.1, decoupled_weight_decay=True
+    ),
+    "adagrad": lambda p: torch.optim.Adagrad(p, 0.1, lr_decay=0.3, weight_decay=0.1, eps=0.1),
+    "adagrad that begins above zero": lambda p: torch.optim.Adagrad(
+        p, 0.1, initial_accumulator_value=0.5
+    ),
     "rmsprop": lambda p: torch.optim.RMSprop(p, 0.1, weight_decay=0.1),
     "rmsprop with momentum": lambda p: torch.optim.RMSprop(p, 0.1, momentum=0.8, eps=0.1),
+    "centered": lambda p: torch.optim.RMSprop(p, 0.1, alpha=0.5, eps=0.1, centered=True),
+    "centered with momentum": lambda p: torch.optim.RMSprop(
+        p, 0.1, alpha=0.5, eps=0.1, momentum=0.8, centered=True
+    ),
     "a user's own": lambda p: SmoothLion(p, 0.1),
 }
-STEPS = 4
+STEPS = 8
 
 
 def play(
@@ -158,10 +181,14 @@ def test_the_update_is_that_of_the_real_step(name: str) -> None:
     gradients = torch.randn(STEPS, 6).double()
     state = torch.zeros(1 + len(rule.slots), 6, dtype=torch.float64)
     state[0] = weight.flatten()
+    if not rule.linear:
+        # Adagrad's sum need not begin at zero.
+        state = segment.states[0]
     for step in range(STEPS):
         h = dict(zip(rule.hyper, segment.hyper[step, segment.groups].unbind(-1), strict=True))
         state = rule.update(state, gradients[step], h)
-        torch.testing.assert_close(state, states[step])
+        # NAdam's product of momentum factors is kept in single precision.
+        torch.testing.assert_close(state, states[step], rtol=1e-6, atol=1e-7)
 
 
 def test_a_users_rule_has_the_derivatives_of_the_users_optimizer() -> None:
@@ -215,10 +242,17 @@ def test_adam_with_decoupled_decay_is_adamw() -> None:
     parameters = list(nn.Linear(3, 2).parameters())
     assert type(find_update_rule(torch.optim.Adam(parameters))) is AdamUpdate
     assert type(find_update_rule(torch.optim.AdamW(parameters))) is AdamWUpdate
-    decoupled = torch.optim.Adam(parameters)
-    # An option of Adam in newer versions of torch.
-    decoupled.param_groups[0]["decoupled_weight_decay"] = True
+    decoupled = torch.optim.Adam(parameters, decoupled_weight_decay=True)
     assert type(find_update_rule(decoupled)) is AdamWUpdate
+
+
+def test_before_torch_2_7_the_class_says_which_weight_decay_it_is() -> None:
+    for kind, decoupled in ((torch.optim.Adam, 0.0), (torch.optim.AdamW, 1.0)):
+        group = dict(kind(nn.Linear(3, 2).parameters()).param_groups[0])
+        del group["decoupled_weight_decay"]
+        rule = choose_update_rule(kind, [group])
+        settings = dict(zip(rule.hyper, rule.settings(group, {}), strict=True))
+        assert settings["decoupled_weight_decay"] == decoupled
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, SmoothLion])
@@ -229,12 +263,18 @@ def test_a_learned_learning_rate_is_refused(kind: type[torch.optim.Optimizer]) -
         find_update_rule(optimizer)
 
 
+def test_a_learned_beta_is_refused() -> None:
+    optimizer = torch.optim.AdamW(nn.Linear(3, 2).parameters())
+    optimizer.param_groups[0]["betas"] = (0.9, torch.tensor(0.99, requires_grad=True))
+    with pytest.raises(SecateurError, match="AdamW with a beta2 that is itself learned"):
+        find_update_rule(optimizer)
+
+
 @pytest.mark.parametrize(
     "make",
     [
-        lambda p: torch.optim.Adam(p, amsgrad=True),
-        lambda p: torch.optim.AdamW(p, amsgrad=True),
-        lambda p: torch.optim.RMSprop(p, centered=True),
+        lambda p: torch.optim.Adam(p, differentiable=True),
+        lambda p: torch.optim.SGD(p, 0.1, differentiable=True),
         lambda p: SmoothLion(p, 0.1, cautious=True),
     ],
 )
@@ -245,7 +285,7 @@ def test_an_option_that_is_not_followed_is_refused(
         find_update_rule(make(nn.Linear(3, 2).parameters()))
 
 
-@pytest.mark.parametrize("kind", [torch.optim.Adagrad, torch.optim.Rprop])
+@pytest.mark.parametrize("kind", [torch.optim.Adamax, torch.optim.Rprop])
 def test_an_unknown_optimizer_is_refused_by_name(kind: type[torch.optim.Optimizer]) -> None:
     model = nn.Linear(3, 2)
     bindings = bind_layers(model)
@@ -254,3 +294,66 @@ def test_an_unknown_optimizer_is_refused_by_name(kind: type[torch.optim.Optimize
         Recorder(model, kind(model.parameters(), lr=0.1), bindings, basis)  # type: ignore[call-arg]
     for part in ("torch.optim.adamw.AdamW", "torch.optim.sgd.SGD", "register_update_rule"):
         assert part in str(caught.value)
+
+
+REFUSED = {
+    "torch.optim.Adafactor": "averages over rows and columns.*AdamW",
+    "transformers.optimization.Adafactor": "averages over rows and columns.*AdamW",
+    "torch.optim.Muon": "momentum matrix orthogonal.*SGD with momentum",
+    "bitsandbytes.optim.adamw.AdamW8bit": "quantised form.*AdamW for AdamW8bit",
+    "bitsandbytes.optim.lion.Lion8bit": "quantised form",
+    "torchao.optim.adam.AdamW8bit": "quantised form",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_followed_is_refused_with_its_reason(name: str) -> None:
+    with pytest.raises(SecateurError, match=f"the optimizer {name} .*{REFUSED[name]}"):
+        find_update_rule(class_named(name)([torch.ones(2, 2)], {"lr": 0.1}))
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adafactor, torch.optim.Muon])
+def test_torchs_own_names_are_those_refused(kind: type[torch.optim.Optimizer]) -> None:
+    with pytest.raises(SecateurError, match="element by element"):
+        find_update_rule(kind([torch.ones(2, 2)]))  # type: ignore[call-arg]
+
+
+def test_the_name_of_a_refused_module_is_no_prefix_of_another() -> None:
+    with pytest.raises(SecateurError, match=r"bitsandbytes\.optimus\.Adam is not known"):
+        find_update_rule(class_named("bitsandbytes.optimus.Adam")([torch.ones(2)], {}))
+
+
+def class_named(name: str) -> type[torch.optim.Optimizer]:
+    """A class of a package that is not installed."""
+    module, _, own = name.rpartition(".")
+    return type(own, (torch.optim.Optimizer,), {"__module__": module})
+
+
+def test_a_wrapped_optimizer_is_followed() -> None:
+    """Accelerate's wrapper has no hooks of its own, and passes the step on."""
+    accelerate = pytest.importorskip("accelerate")
+    model = nn.Linear(3, 2)
+    inner = torch.optim.AdamW(model.parameters(), 0.1)
+    wrapped = accelerate.Accelerator(cpu=True).prepare(inner)
+    assert type(wrapped) is not type(inner)
+    assert type(find_update_rule(wrapped)) is AdamWUpdate
+    recorder = Recorder(model, wrapped)
+    tape = Tape(model, wrapped)
+    for _ in range(2):
+        wrapped.zero_grad()
+        with recorder.batch([0, 1]) as batch:
+            batch.losses = losses = model(torch.randn(2, 3)).square().sum(1)
+            losses.mean().backward()
+        wrapped.step()
+    assert len(tape.steps) == 2
+    assert recorder.take_segment().length == 2
+    assert tape.steps[1].hyper[0]["step"] == 2
+
+
+def test_a_wrapper_that_is_not_known_is_refused() -> None:
+    """Such a wrapper may train other tensors than the model's."""
+    wrapper = class_named("accelerate.utils.deepspeed.DeepSpeedOptimizerWrapper")
+    wrapped = wrapper([torch.ones(2)], {})
+    wrapped.optimizer = torch.optim.SGD([torch.ones(2)])  # type: ignore[attr-defined]
+    with pytest.raises(SecateurError, match="DeepSpeedOptimizerWrapper is not known"):
+        find_update_rule(wrapped)

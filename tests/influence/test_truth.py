@@ -27,6 +27,14 @@ OPTIMIZERS: dict[str, Make] = {
     "momentum": lambda p: torch.optim.SGD(p, 0.2, momentum=0.8, nesterov=True, weight_decay=0.02),
     "adamw": lambda p: torch.optim.AdamW(p, 0.02, betas=(0.9, 0.95), weight_decay=0.1),
     "adam": lambda p: torch.optim.Adam(p, 0.02, eps=1e-3, weight_decay=0.1),
+    "amsgrad": lambda p: torch.optim.AdamW(p, 0.02, betas=(0.5, 0.6), eps=1e-3, amsgrad=True),
+    "nadam": lambda p: torch.optim.NAdam(p, 0.02, eps=1e-3, weight_decay=0.1),
+    # The sixth step is the first that is rectified.
+    "radam": lambda p: torch.optim.RAdam(p, 0.02, betas=(0.8, 0.99), eps=1e-3, weight_decay=0.1),
+    "adagrad": lambda p: torch.optim.Adagrad(
+        p, 0.02, lr_decay=0.1, initial_accumulator_value=0.01, weight_decay=0.1
+    ),
+    "centered": lambda p: torch.optim.RMSprop(p, 0.02, alpha=0.5, eps=1e-3, centered=True),
     "rmsprop": lambda p: torch.optim.RMSprop(p, 0.02, momentum=0.5, eps=1e-3, weight_decay=0.1),
 }
 

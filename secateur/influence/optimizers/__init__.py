@@ -13,7 +13,9 @@ import pkgutil
 from secateur.influence.optimizers.registry import (
     choose_update_rule,
     find_update_rule,
+    register_refusal,
     register_update_rule,
+    unwrap_optimizer,
 )
 from secateur.influence.optimizers.update_rule import (
     Hyperparameters,
@@ -29,7 +31,9 @@ __all__ = [
     "choose_update_rule",
     "find_update_rule",
     "refuse_option",
+    "register_refusal",
     "register_update_rule",
+    "unwrap_optimizer",
 ]
 
 # Importing a module registers its rules, so a new module needs no line here.

@@ -10,32 +10,43 @@ from secateur.influence.optimizers.update_rule import (
     Hyperparameters,
     ParameterGroups,
     UpdateRule,
-    refuse_option,
 )
 
 
 @register_update_rule(torch.optim.RMSprop)
 class RMSpropUpdate(UpdateRule):
-    """`torch.optim.RMSprop`: epsilon, weight decay added to the gradient, momentum, maximize.
+    """`torch.optim.RMSprop`: weight decay added to the gradient, momentum, centered, maximize.
 
-    `centered` is refused.
+    Args:
+        momentum: whether any group has momentum.
+        centered: whether any group subtracts the mean gradient's square from the mean square.
     """
 
-    hyper = ("lr", "alpha", "eps", "weight_decay", "momentum", "maximize")
+    hyper = ("lr", "alpha", "eps", "weight_decay", "momentum", "centered", "maximize")
 
-    def __init__(self, momentum: bool) -> None:
-        self.slots = ("square_avg", "momentum_buffer") if momentum else ("square_avg",)
+    def __init__(self, momentum: bool, centered: bool) -> None:
+        optional = {"momentum_buffer": momentum, "grad_avg": centered}
+        self.slots = ("square_avg", *(name for name, used in optional.items() if used))
 
     @classmethod
     def from_groups(cls, groups: ParameterGroups) -> UpdateRule:
-        refuse_option(groups, "centered")
-        return cls(momentum=any(group.get("momentum") for group in groups))
+        return cls(
+            momentum=any(group.get("momentum") for group in groups),
+            centered=any(group.get("centered") for group in groups),
+        )
 
     def update(self, state: Tensor, grad: Tensor, h: Hyperparameters) -> Tensor:
+        slots = dict(zip(self.slots, state[1:], strict=True))
         grad = grad * (1 - 2 * h["maximize"]) + h["weight_decay"] * state[0]
-        square = h["alpha"] * state[1] + (1 - h["alpha"]) * grad.square()
+        square = h["alpha"] * slots["square_avg"] + (1 - h["alpha"]) * grad.square()
+        slots["square_avg"] = square
+        if "grad_avg" in slots:
+            mean = h["alpha"] * slots["grad_avg"] + (1 - h["alpha"]) * grad
+            slots["grad_avg"] = mean
+            # A group that is not centered has no mean, although other groups have one.
+            square = square - h["centered"] * mean.square()
         direction = grad / (square.sqrt() + h["eps"])
-        if len(self.slots) == 1:
-            return torch.stack([state[0] - h["lr"] * direction, square])
-        buffer = h["momentum"] * state[2] + direction
-        return torch.stack([state[0] - h["lr"] * buffer, square, buffer])
+        if "momentum_buffer" in slots:
+            direction = h["momentum"] * slots["momentum_buffer"] + direction
+            slots["momentum_buffer"] = direction
+        return torch.stack([state[0] - h["lr"] * direction, *slots.values()])

@@ -25,11 +25,14 @@ class UpdateRule(ABC):
         slots: names of the optimizer's state tensors, after theta.
         linear: whether the update is linear in state and gradient. Its Jacobian then needs neither,
             and holds in any basis.
+        refused_attributes: options that an optimizer keeps outside its parameter groups, and that
+            the rule does not follow.
     """
 
     hyper: ClassVar[tuple[str, ...]]
     slots: tuple[str, ...]
     linear: ClassVar[bool] = False
+    refused_attributes: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def from_groups(cls, groups: ParameterGroups) -> UpdateRule:
@@ -56,6 +59,15 @@ class UpdateRule(ABC):
     def state_tensors(self) -> int:
         """State tensors per parameter: theta and the slots."""
         return 1 + len(self.slots)
+
+    def initial_state(self, group: Mapping[str, Any], parameter: Tensor) -> dict[str, Tensor]:
+        """Return what a new optimizer's state holds for a parameter before the first step.
+
+        Args:
+            group: the parameter's group.
+            parameter: the parameter.
+        """
+        return {}
 
     def settings(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> list[float]:
         """Return the `hyper` row of a parameter group.
@@ -117,9 +129,20 @@ class UpdateRule(ABC):
         with torch.enable_grad():
             after = (self.update(state, grad, h) * later).sum()
             by_state, by_grad = torch.autograd.grad(after, (state, grad), materialize_grads=True)
-        # A root of a slot that has stayed zero, like its gradient, differentiates to 0 * inf.
-        # Nothing flows through such an element.
-        return by_state.nan_to_num(nan=0.0), by_grad.nan_to_num(nan=0.0)
+        # A root of a slot that has stayed zero differentiates to 0 * inf, if its gradient is zero
+        # too, or to inf, if the gradient is so small that its square is zero. Nothing flows through
+        # such an element.
+        return by_state.nan_to_num(0.0, 0.0, 0.0), by_grad.nan_to_num(0.0, 0.0, 0.0)
+
+
+def apply_weight_decay(theta: Tensor, grad: Tensor, h: Hyperparameters) -> tuple[Tensor, Tensor]:
+    """Return parameters and gradient after weight decay.
+
+    Decoupled weight decay changes the parameters, any other the gradient.
+    """
+    decoupled = h["decoupled_weight_decay"]
+    decayed = theta * (1 - decoupled * h["lr"] * h["weight_decay"])
+    return decayed, grad + (1 - decoupled) * h["weight_decay"] * theta
 
 
 def refuse_option(groups: ParameterGroups, option: str) -> None:

@@ -70,7 +70,7 @@ OPTIMIZER = {"kind": "sgd", "lr": 0.1}
         ({"seed": -1}, "`seed`"),
         ({"run": "a/b"}, "`run`"),
         ({"model": {"factory": "os.system"}}, "`model.factory`"),
-        ({"optimizer": {"kind": "adagrad", "lr": 0.1}}, "'sgd', 'adamw', 'adam', 'rmsprop'"),
+        ({"optimizer": {"kind": "adadelta", "lr": 0.1}}, "'radam', 'adagrad', 'rmsprop'"),
         ({"optimizer": {"lr": 0.1}}, "`optimizer` needs `kind`"),
         ({"optimizer": OPTIMIZER | {"nesterov": True}}, "`nesterov` needs a `momentum` above 0"),
         ({"optimizer": {"kind": "adamw", "lr": 0.1}}, "a kronecker basis cannot follow adamw"),

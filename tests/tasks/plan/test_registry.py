@@ -151,16 +151,16 @@ def test_errors_begin_with_the_name_of_the_class(shapes: Registry[Shape]) -> Non
 @pytest.mark.parametrize(
     ("changes", "registry", "where"),
     [
-        ({"optimizer": {"kind": "adagrad", "lr": 0.1}}, OPTIMIZERS, r"`optimizer`"),
-        ({"curvature": {"kind": "adagrad"}}, CURVATURES, r"`curvature`"),
-        ({"stages": [STAGE | {"prune": {"policy": "adagrad"}}]}, POLICIES, r"`stages\.0\.prune`"),
+        ({"optimizer": {"kind": "adadelta", "lr": 0.1}}, OPTIMIZERS, r"`optimizer`"),
+        ({"curvature": {"kind": "adadelta"}}, CURVATURES, r"`curvature`"),
+        ({"stages": [STAGE | {"prune": {"policy": "adadelta"}}]}, POLICIES, r"`stages\.0\.prune`"),
     ],
 )
 def test_an_unknown_name_lists_the_registered_ones(
     changes: dict[str, Any], registry: Registry[Any], where: str
 ) -> None:
     names = ", ".join(f"'{name}'" for name in registry.names())
-    with pytest.raises(PlanError, match=rf"{where}: Input tag 'adagrad' .*: {names}$") as raised:
+    with pytest.raises(PlanError, match=rf"{where}: Input tag 'adadelta' .*: {names}$") as raised:
         parse_plan(yaml.safe_dump(values(NOWHERE, **changes)), "plan.yaml")
     assert "\n" not in str(raised.value)
 
@@ -250,6 +250,10 @@ def test_an_optimizer_is_linear_if_its_update_rule_is(kind: str) -> None:
         *({"kind": kind} for kind in OPTIMIZERS.names()),
         {"kind": "sgd", "momentum": 0.9},
         {"kind": "rmsprop", "momentum": 0.9},
+        {"kind": "rmsprop", "momentum": 0.9, "centered": True},
+        {"kind": "adam", "amsgrad": True},
+        {"kind": "adamw", "amsgrad": True},
+        {"kind": "radam", "decoupled_weight_decay": True},
     ],
     ids=str,
 )
