@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from secateur.errors import SecateurError
 from secateur.influence.basis import Basis
 from secateur.influence.gradient_check import settings_rows
-from secateur.influence.optimizers import UpdateRule
+from secateur.influence.optimizers import UpdateRule, fetch_numbers
 
 
 class ProjectedOptimizer:
@@ -75,10 +75,14 @@ class ProjectedOptimizer:
     def settings(self) -> list[list[float]]:
         """Return each captured parameter's settings, as the update rule's `hyper` names them."""
         # The groups are looked up anew, because loading a state replaces them.
-        groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
+        groups = self._optimizer.param_groups
+        parameters = self._parameters.values()
+        states = [self._optimizer.state.get(p, {}) for p in parameters]
+        numbers = fetch_numbers([*groups, *states])
+        rows = {id(p): row for row, group in enumerate(groups) for p in group["params"]}
         return [
-            self._update_rule.settings(groups[id(p)], self._optimizer.state.get(p, {}))
-            for p in self._parameters.values()
+            self._update_rule.settings(numbers[rows[id(p)]], state)
+            for p, state in zip(parameters, numbers[len(groups) :], strict=True)
         ]
 
     def states(self) -> Float[Tensor, "S p"]:

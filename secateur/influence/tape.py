@@ -10,7 +10,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from secateur.influence.optimizers import UpdateRule, find_update_rule, unwrap_optimizer
+from secateur.influence.optimizers import (
+    UpdateRule,
+    fetch_numbers,
+    find_update_rule,
+    unwrap_optimizer,
+)
 
 # One tensor per trainable parameter.
 Directions = dict[str, Tensor]
@@ -94,6 +99,7 @@ class Tape:
     ) -> dict[str, Tensor]:
         """The settings of a group's elements. Adam counts the steps of each parameter."""
         parameters = group["params"]
+        group, *own = fetch_numbers([group, *own])
         # The settings of a skipped parameter are not used, and would only make the group differ.
         rows = [
             self.update_rule.settings(group, state)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -189,6 +190,14 @@ def test_the_update_is_that_of_the_real_step(name: str) -> None:
         state = rule.update(state, gradients[step], h)
         # NAdam's product of momentum factors is kept in single precision.
         torch.testing.assert_close(state, states[step], rtol=1e-6, atol=1e-7)
+
+
+def test_a_segment_of_another_version_is_refused() -> None:
+    _, recorder = play("adam")
+    segment = recorder.take_segment()
+    older = replace(segment, hyper=segment.hyper[..., :7])
+    with pytest.raises(SecateurError, match="7 settings per step and AdamUpdate reads 9"):
+        recorder.update_rule.jacobian(older)
 
 
 def test_a_users_rule_has_the_derivatives_of_the_users_optimizer() -> None:

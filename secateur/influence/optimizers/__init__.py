@@ -21,6 +21,7 @@ from secateur.influence.optimizers.update_rule import (
     Hyperparameters,
     ParameterGroups,
     UpdateRule,
+    fetch_numbers,
     refuse_option,
 )
 
@@ -29,6 +30,7 @@ __all__ = [
     "ParameterGroups",
     "UpdateRule",
     "choose_update_rule",
+    "fetch_numbers",
     "find_update_rule",
     "refuse_option",
     "register_refusal",

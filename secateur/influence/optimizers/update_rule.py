@@ -88,7 +88,16 @@ class UpdateRule(ABC):
 
         The gradient's own dependence on theta is not included. Entry `[t, i, j]` is the derivative
         of slot i after step t with respect to slot j before it.
+
+        Raises:
+            SecateurError: the segment has other settings than the rule's.
         """
+        if segment.hyper.shape[-1] != len(self.hyper):
+            raise SecateurError(
+                f"the segment has {segment.hyper.shape[-1]} settings per step and "
+                f"{type(self).__name__} reads {len(self.hyper)}; another version of secateur "
+                f"recorded it, so use that version or record the run again"
+            )
         count = self.state_tensors
         if self.linear:
             # The derivative is the same at every point, so the segment has not recorded any.
@@ -156,3 +165,22 @@ def refuse_option(groups: ParameterGroups, option: str) -> None:
             f"the optimizer has {option}=True, which is not known, and the recursion must follow "
             f"the real update; turn {option} off"
         )
+
+
+def fetch_numbers(mappings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return parameter groups or states with each tensor of no dimensions as a number.
+
+    Fused and capturable optimizers count steps on the GPU. Fetching every count by itself would
+    wait for the GPU once per parameter, so all of a device are fetched together.
+    """
+    fetched = [dict(mapping) for mapping in mappings]
+    places: dict[torch.device, list[tuple[dict[str, Any], str]]] = {}
+    for mapping in fetched:
+        for name, value in mapping.items():
+            if isinstance(value, Tensor) and value.dim() == 0:
+                places.setdefault(value.device, []).append((mapping, name))
+    for own in places.values():
+        numbers = torch.stack([mapping[name].detach() for mapping, name in own]).tolist()
+        for (mapping, name), number in zip(own, numbers, strict=True):
+            mapping[name] = number
+    return fetched
