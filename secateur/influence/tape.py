@@ -106,7 +106,9 @@ class Tape:
             for parameter, state in zip(parameters, own, strict=True)
             if parameter.grad is not None
         ] or [self.update_rule.settings(group, {})]
-        like = {"dtype": parameters[0].dtype, "device": parameters[0].device}
+        # Half precision would turn a beta2 of 0.999 into 1.
+        dtype = torch.promote_types(parameters[0].dtype, torch.float32)
+        like = {"dtype": dtype, "device": parameters[0].device}
         if all(row == rows[0] for row in rows):
             return dict(zip(self.update_rule.hyper, torch.tensor(rows[0], **like), strict=True))
         all_rows = [self.update_rule.settings(group, state) for state in own]

@@ -138,7 +138,7 @@ class Setting:
                 module.eval()
         return loss
 
-    def scores(self, method: str) -> Tensor:
+    def scores(self, method: str, difference: float = 1e-5) -> Tensor:
         model, tape = self.train()
         named = dict(model.named_parameters())
         parameters = list(named.values())
@@ -158,7 +158,7 @@ class Setting:
                 q,
                 method,
                 reseed,
-                1e-5,
+                difference,
             )
             all_scores.insert(0, scores)
         return torch.stack(all_scores)
@@ -208,6 +208,14 @@ def test_float32_keeps_the_order() -> None:
     exact = Setting("mlp", OPTIMIZERS["adamw"]).scores("jvp").flatten()
     single = Setting("mlp", OPTIMIZERS["adamw"], torch.float32).scores("central").flatten()
     assert float(torch.corrcoef(torch.stack([exact, single]))[0, 1]) > 0.999
+
+
+def test_half_precision_keeps_the_settings() -> None:
+    """A beta2 of 0.999 is 1 in bfloat16, and then every score was zero."""
+    make = lambda p: torch.optim.AdamW(p, 0.02)  # noqa: E731
+    exact = Setting("mlp", make).scores("jvp").flatten()
+    half = Setting("mlp", make, torch.bfloat16).scores("central", 1e-2).flatten()
+    assert float(torch.corrcoef(torch.stack([exact, half.double()]))[0, 1]) > 0.98
 
 
 def test_the_model_is_left_as_it_was_before_the_step() -> None:

@@ -262,3 +262,14 @@ def test_nothing_flows_through_a_gradient_whose_square_is_zero() -> None:
     # The largest is that of the first moment, which is divided by epsilon.
     assert float(by_state.abs().max()) < 1e8
     assert float(by_gradient[0]) == 0
+
+
+def test_radam_begins_with_plain_momentum_for_elements_without_gradient_too() -> None:
+    optimizer = torch.optim.RAdam([torch.ones(2)], 0.1)
+    rule = find_update_rule(optimizer)
+    group = optimizer.param_groups[0]
+    h = dict(zip(rule.hyper, torch.tensor(rule.settings(group, {})).double(), strict=True))
+    later = torch.tensor([[1.0], [0.0], [0.0]], dtype=torch.float64).expand(3, 2)
+    state = torch.zeros(3, 2, dtype=torch.float64)
+    _, by_gradient = rule.vjp(later, state, torch.zeros(2, dtype=torch.float64), h)
+    torch.testing.assert_close(by_gradient, torch.full((2,), -0.1, dtype=torch.float64))

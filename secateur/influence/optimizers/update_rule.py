@@ -133,8 +133,10 @@ class UpdateRule(ABC):
             grad: the gradient received.
             h: the settings that `hyper` names.
         """
-        state = state.clone().requires_grad_()
-        grad = grad.clone().requires_grad_()
+        # The squares of small gradients would vanish in half precision.
+        dtype = torch.promote_types(state.dtype, torch.float32)
+        state = state.to(dtype, copy=True).requires_grad_()
+        grad = grad.to(dtype, copy=True).requires_grad_()
         with torch.enable_grad():
             after = (self.update(state, grad, h) * later).sum()
             by_state, by_grad = torch.autograd.grad(after, (state, grad), materialize_grads=True)
