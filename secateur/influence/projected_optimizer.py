@@ -65,7 +65,10 @@ class ProjectedOptimizer:
                 f"parameter {missing[0]} got no gradient at step {step}; leave it "
                 f"out of the model, freeze it, or list it under `uncaptured`"
             )
-        return self._basis.project_tensors(gradients)
+        gradient = self._basis.project_tensors(gradients)
+        # A fused optimizer divides by the scale of a GradScaler in its own step.
+        scale = getattr(self._optimizer, "grad_scale", None)
+        return gradient if scale is None else gradient / scale.to(gradient.device)
 
     def has_gradient(self) -> bool:
         """Check whether any captured parameter has a gradient that is not zero."""

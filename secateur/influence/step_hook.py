@@ -15,7 +15,7 @@ def hook_before_step(
     """Call `record` before each step of an optimizer, once the step's gradients are computed.
 
     For a step with a closure that is after the closure has run, because the closure computes the
-    gradients.
+    gradients. A step that changes nothing, because a `GradScaler` met an overflow, is left out.
 
     Args:
         optimizer: the optimizer.
@@ -26,8 +26,11 @@ def hook_before_step(
     """
 
     def before_step(
-        _: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+        stepping: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        # With a fused optimizer a GradScaler calls the step all the same, and says so.
+        if bool(getattr(stepping, "found_inf", None)):
+            return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             record()

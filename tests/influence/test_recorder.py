@@ -14,6 +14,7 @@ from secateur.errors import SecateurError
 from secateur.influence.bindings import bind_layers
 from secateur.influence.random_basis import random_kronecker_basis
 from secateur.influence.recorder import Recorder
+from secateur.influence.segment import Segment
 from tests.influence.oracle import everything, relative
 
 IDS = torch.arange(8)
@@ -335,3 +336,35 @@ def test_shared_positions_have_a_contribution_per_sample() -> None:
         each(ids).mean().backward()
     optimizer.step()
     torch.testing.assert_close(recorder.take_segment().contributions, torch.stack(expected))
+
+
+def record_scaled(fused: bool, unscale: bool) -> Segment:
+    """Train with a gradient scaler. The third of six losses overflows."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.1, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    recorder = Recorder(model, optimizer)
+    x = torch.randn(6, 4, 3)
+    for step in range(6):
+        optimizer.zero_grad()
+        with recorder.batch(range(4)) as batch:
+            own = model(x[step]).square().sum(1) * (torch.inf if step == 2 else 1)
+            batch.losses = own
+            scaler.scale(own.mean()).backward()
+        if unscale:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+    return recorder.take_segment()
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+def test_a_fused_step_under_a_scaler_is_recorded_as_any_other(unscale: bool) -> None:
+    """A fused step divides by the scale itself, and is called in spite of an overflow."""
+    expected = record_scaled(fused=False, unscale=unscale)
+    actual = record_scaled(fused=True, unscale=unscale)
+    assert actual.length == 5
+    assert actual.scales.tolist() == [1 / 1024] * 2 + [1 / 512] * 3
+    for name in ("contributions", "gradients", "states", "hyper"):
+        torch.testing.assert_close(getattr(actual, name), getattr(expected, name))
