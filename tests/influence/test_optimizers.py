@@ -359,6 +359,12 @@ def test_a_wrapped_optimizer_is_followed() -> None:
     assert tape.steps[1].hyper[0]["step"] == 2
 
 
+def test_lightnings_wrapper_is_followed() -> None:
+    wrappers = pytest.importorskip("lightning.pytorch.core.optimizer")
+    inner = torch.optim.AdamW(nn.Linear(3, 2).parameters(), 0.1)
+    assert type(find_update_rule(wrappers.LightningOptimizer(inner))) is AdamWUpdate
+
+
 def test_a_wrapper_that_is_not_known_is_refused() -> None:
     """Such a wrapper may train other tensors than the model's."""
     wrapper = class_named("accelerate.utils.deepspeed.DeepSpeedOptimizerWrapper")

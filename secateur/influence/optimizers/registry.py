@@ -43,9 +43,10 @@ _rules: dict[type[torch.optim.Optimizer] | str, type[UpdateRule]] = {}
 _refusals: dict[str, str] = {}
 
 # Classes that pass `step` on to the optimizer in their attribute `optimizer`, unchanged. A subclass
-# does not count: DeepSpeed's trains other tensors than the model's.
-_WRAPPERS = (
-    "accelerate.optimizer.AcceleratedOptimizer",
+# of Accelerate's does not count: DeepSpeed's trains other tensors than the model's. Lightning makes
+# a subclass for every optimizer that it wraps.
+_WRAPPERS = ("accelerate.optimizer.AcceleratedOptimizer",)
+_WRAPPER_BASES = (
     "lightning.pytorch.core.optimizer.LightningOptimizer",
     "pytorch_lightning.core.optimizer.LightningOptimizer",
 )
@@ -83,7 +84,7 @@ def register_refusal(reason: str, *names: str) -> None:
 
 def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """Return the optimizer that a known wrapper holds; any other optimizer itself."""
-    while _full_name(type(optimizer)) in _WRAPPERS:
+    while _is_wrapper(type(optimizer)):
         optimizer = optimizer.optimizer  # type: ignore[attr-defined]
     return optimizer
 
@@ -115,6 +116,11 @@ def choose_update_rule(kind: type[torch.optim.Optimizer], groups: ParameterGroup
     for group in groups:
         _check_settings(kind, group)
     return rule.from_groups(groups)
+
+
+def _is_wrapper(kind: type) -> bool:
+    bases = (_full_name(base) for base in kind.__bases__)
+    return _full_name(kind) in _WRAPPERS or any(name in _WRAPPER_BASES for name in bases)
 
 
 def _check_settings(kind: type, group: Mapping[str, Any]) -> None:
