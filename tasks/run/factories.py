@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from secateur.errors import PlanError
+from secateur.errors import PlanError, SecateurError
 from secateur.tasks.plan import FactoryConfig
 
 
@@ -39,7 +39,7 @@ def call_factory(config: FactoryConfig, role: str) -> Any:
     """Call a factory; `role` names it in errors.
 
     Raises:
-        PlanError: it cannot be imported, or does not accept the arguments.
+        PlanError: it cannot be imported, does not accept the arguments, or refuses them.
     """
     module_name, name = config.factory.split(":")
     try:
@@ -51,6 +51,8 @@ def call_factory(config: FactoryConfig, role: str) -> Any:
         ) from error
     try:
         return factory(**config.args)
+    except SecateurError as error:
+        raise PlanError(f"the {role} factory {config.factory} failed: {error}") from error
     except (TypeError, ValueError) as error:
         raise PlanError(
             f"the {role} factory {config.factory} does not accept its args: {error}"
