@@ -16,7 +16,7 @@ import pytest
 import secateur
 
 PROJECT = tomllib.loads(Path("pyproject.toml").read_text())["project"]
-ROOMS = ("flows", "tasks", "storage", "secateur/influence")
+ROOMS = ("flows", "tasks", "storage", "secateur/influence", "secateur/text")
 
 
 def sources() -> list[Path]:
@@ -63,6 +63,10 @@ def test_importing_the_package_imports_nothing_else() -> None:
     code = "import sys, secateur; print(*{name.split('.')[0] for name in sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert set(done.stdout.split()) & {"torch", "prefect", "polars", "pydantic"} == set()
+    code = f"import sys, secateur.text, secateur.huggingface; {code}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"transformers", "tokenizers", "peft", "prefect", "polars", "pydantic"}
+    assert set(done.stdout.split()) & heavy == set()
 
 
 def test_all_that_is_imported_is_declared() -> None:

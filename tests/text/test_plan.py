@@ -1,0 +1,132 @@
+"""The plan of the Llama example, which names no code of its own, on real text."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import torch
+
+from examples.text.make_shards import make
+from secateur.storage.ledger import read_checkpoint
+from secateur.tasks.data.samples import read_stage_samples
+from secateur.tasks.plan.plan_file import read_plan
+from secateur.tasks.results.pruning_results import read_decisions
+from secateur.tasks.results.valuation_results import read_scores, read_target_gradients
+from secateur.tasks.run import Run
+from secateur.tasks.training.loop import TrainingLoop
+from secateur.tasks.valuation.dynamics import read_segment
+from tests.tasks.small import curate_small
+
+PLAN = "examples/llama/plan.yaml"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text")
+    make(f"{path}/data/text", seed=0)
+    return path
+
+
+def test_the_plan_has_at_most_twenty_lines_and_names_only_the_package() -> None:
+    text = Path(PLAN).read_text()
+    assert len(text.splitlines()) <= 20
+    assert all(name.startswith("secateur.") for name in re.findall(r'factory: "?([\w.]+):', text))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {
+            "model": {"lora": {"r": 2, "target_modules": ["q_proj", "down_proj"]}},
+            "task": {"text": "txt", "prompt": "json.domain"},
+        },
+    ],
+    ids=["whole", "lora-completion"],
+)
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_contributions_and_scores_equal_autograd_one_sample_at_a_time(
+    folder: Path, changes: dict[str, Any]
+) -> None:
+    """The last segment is one step, so autograd can start from the checkpoint before it.
+
+    Each sample is collated alone, so its row has no padding.
+    """
+    plan = read_plan(PLAN)
+    tiny = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    config = plan.model.args["config"] | tiny
+    arguments = {"config": config} | changes.get("model", {})
+    task = plan.task.model_dump()
+    task["args"] |= {"length": 40, "eos": False} | changes.get("task", {})
+    values = {
+        "run": "tiny" + "-".join(changes),
+        "root": f"{folder}/runs",
+        "threads": 1,
+        "dtype": "float64",
+        "model": plan.model.model_dump() | {"args": arguments},
+        "task": task,
+        "data": {"shards": f"{folder}/data/text/train-000000.tar"},
+        "targets": {"manual": {"shards": f"{folder}/data/text/target-000000.tar"}},
+        "stages": [{"steps": 4, "batch_size": 6, "prune": {"policy": "top", "keep": 0.5}}],
+        "segment_steps": 3,
+        "basis": {"kind": "coordinates", "numbers": 400, "fit_steps": 1},
+        "score": {"aggregate": "mean"},
+    }
+    run = curate_small(read_plan(PLAN, values))
+    stage = run.folder.stage(0)
+    segment = read_segment(stage.segment(1))
+    loop = TrainingLoop(run, 0, read_stage_samples(run, 0))
+    loop.load_state(read_checkpoint(stage.segment(0)))
+    assert segment.steps.unique().tolist() == [3]
+    sizes = loop.task.sizes(loop.batch(segment.samples))  # type: ignore[attr-defined]
+    torch.testing.assert_close(segment.weights, (sizes / sizes.sum()).to(segment.weights))
+    basis = run.basis(run.bindings(loop.model))
+    rows = []
+    for position, row in enumerate(segment.samples):
+        alone = loop.task.losses(loop.model, loop.batch(row[None]))
+        torch.testing.assert_close(alone.detach()[0], segment.losses[position], rtol=1e-6, atol=0)
+        loop.model.zero_grad()
+        (alone * segment.weights[position]).sum().backward()
+        gradients = {n: p.grad for n, p in loop.model.named_parameters() if p.grad is not None}
+        rows.append(basis.project_tensors(gradients))
+    expected = torch.stack(rows)
+    error = (segment.contributions - expected).norm() / expected.norm()
+    assert float(error) < 1e-6
+    target = read_target_gradients(run, 0, "manual").mean(0)
+    found = read_scores(run, 0).filter(pl.col("step") == 3)["score_manual"].to_list()
+    assert found == pytest.approx((expected @ target).tolist(), rel=1e-4, abs=1e-9)
+    kept = read_decisions(run, 0)
+    assert kept["keep"].any()
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page_run_the_plan(folder: Path) -> None:
+    """The pruning keeps more of the manual than of the other two domains."""
+    (folder / "examples").symlink_to(Path("examples").resolve())
+
+    def secateur(*arguments: str) -> str:
+        command = [sys.executable, "-m", "secateur.flows.cli", *arguments]
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, check=False, timeout=600
+        )
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+        return done.stdout
+
+    assert "1200 top" in secateur("run", PLAN)
+    assert len(re.findall(r"train-\d{5}", secateur("query", "runs/llama", "--top", "5"))) == 5
+    run = Run.open(f"{folder}/runs/llama")
+    keep = read_decisions(run, 0)["keep"].to_list()
+    samples = read_stage_samples(run, 0)
+    domains = [bytes(sample["json"]) for sample in samples.read(range(len(samples)))]
+    kept = {
+        name: sum(flag for flag, domain in zip(keep, domains, strict=True) if name in domain)
+        for name in (b"manual", b"code", b"tables")
+    }
+    assert kept[b"manual"] > 1.3 * max(kept[b"code"], kept[b"tables"])
