@@ -11,6 +11,30 @@ from torch.nn.parallel import DistributedDataParallel
 
 from secateur.errors import PlanError
 
+# Model types of Hugging Face that keep the documents of a row apart by their position ids. Each is
+# tested. Many others take position ids, and let a document see the one before it: OPT, Falcon, and
+# those that have a recurrent state.
+PACKED_TYPES = frozenset(
+    {
+        "cohere",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "gpt2",
+        "gpt_neox",
+        "granite",
+        "llama",
+        "mistral",
+        "olmo2",
+        "phi",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "smollm3",
+        "starcoder2",
+    }
+)
+
 
 def compute_logits(
     model: nn.Module, batch: dict[str, Tensor], vocabulary: int
@@ -34,12 +58,8 @@ def compute_logits(
     _check_room(inner, vocabulary, batch["input_ids"].shape[1])
     accepted = inspect.signature(inner.forward).parameters
     packed = "documents" in batch
-    if packed and not {"input_ids", "position_ids"} <= set(accepted):
-        raise PlanError(
-            f"`pack: true` needs a model that takes input_ids and position_ids, by which it keeps "
-            f"the documents of a row apart, and {type(inner).__name__}.forward does not; remove "
-            f"`pack`"
-        )
+    if packed:
+        _check_packing(inner)
     if "input_ids" in accepted:
         # Hugging Face's models attend within documents if they get position ids, and neither a mask
         # nor a cache.
@@ -64,6 +84,16 @@ def _unwrap(model: nn.Module) -> nn.Module:
     elif hasattr(model, "get_base_model"):
         inner = cast(Any, model).get_base_model()
     return model if inner is model else _unwrap(inner)
+
+
+def _check_packing(model: nn.Module) -> None:
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind not in PACKED_TYPES:
+        raise PlanError(
+            f"`pack: true` needs a model that keeps the samples of a row apart, and "
+            f"{type(model).__name__} is not known to; remove `pack`, or take one of the types "
+            f"{', '.join(sorted(PACKED_TYPES))}"
+        )
 
 
 def _check_room(model: nn.Module, vocabulary: int, positions: int) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import CONFIG_MAPPING
 
 from secateur.huggingface import build_model
 
@@ -28,6 +29,17 @@ def llama(attention: str | None = None, **changes: Any) -> nn.Module:
     config = CONFIG | {"initializer_range": 0.3} | changes
     model = build_model(config=config, attn_implementation=attention)
     return model.double()
+
+
+def model_of(kind: str) -> nn.Module:
+    """Return a small model of any type, with those of the settings that its configuration has."""
+    known = CONFIG_MAPPING[kind]()
+    more = {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "initializer_range": 0.3}
+    special = {"bos_token_id": 1, "eos_token_id": 1}
+    settings = {n: v for n, v in (CONFIG | more | special).items() if hasattr(known, n)}
+    torch.manual_seed(0)
+    # Dropout is off, because some types have it by default.
+    return build_model(config=settings | {"model_type": kind}).eval()
 
 
 def make_samples(texts: list[str] = TEXTS) -> list[dict[str, Any]]:

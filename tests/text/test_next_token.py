@@ -14,8 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from examples.text.model import Transformer
 from secateur.errors import PlanError
+from secateur.huggingface import build_model
 from secateur.text import NextToken
-from tests.text.llama import TEXTS, gradients, llama, loss_alone, make_samples
+from secateur.text.models import PACKED_TYPES
+from tests.text.llama import CONFIG, TEXTS, gradients, llama, loss_alone, make_samples, model_of
 
 SAMPLES = make_samples()
 
@@ -232,6 +234,32 @@ def test_models_without_room_are_refused() -> None:
     wide = NextToken(length=65, pad="length")
     with pytest.raises(PlanError, match="a row has 65 tokens, and the model has room for 64"):
         wide.losses(llama(), wide.collate(SAMPLES))
-    packed = NextToken(length=48, pack=True)
-    with pytest.raises(PlanError, match=r"Successor\.forward does not; remove `pack`"):
-        packed.losses(Successor(), packed.collate(SAMPLES))
+
+
+@pytest.mark.parametrize("kind", sorted(PACKED_TYPES))
+def test_every_type_that_may_be_packed_keeps_documents_apart(kind: str) -> None:
+    model = model_of(kind)
+    task = NextToken(length=48, pack=True)
+    losses = task.losses(model, task.collate(SAMPLES))
+    alone = [loss_alone(model, list(text.encode())).item() for text in TEXTS]
+    assert losses.tolist() == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_adapters_are_called_like_the_model_within(pack: bool) -> None:
+    torch.manual_seed(0)
+    lora = {"r": 2, "target_modules": ["v_proj"], "init_lora_weights": False}
+    model = build_model(config=CONFIG | {"initializer_range": 0.3}, lora=lora)
+    task = NextToken(length=48, pack=pack)
+    losses = task.losses(model, task.collate(SAMPLES))
+    alone = [loss_alone(model, list(text.encode())).item() for text in TEXTS]
+    assert losses.tolist() == pytest.approx(alone, rel=1e-5)
+
+
+def test_models_that_do_not_keep_documents_apart_are_refused() -> None:
+    """OPT takes position ids, and attends to the document before."""
+    task = NextToken(length=48, pack=True)
+    batch = task.collate(SAMPLES)
+    for model in (model_of("opt"), Successor()):
+        with pytest.raises(PlanError, match=f"{type(model).__name__} is not known to; remove"):
+            task.losses(model, batch)

@@ -70,7 +70,6 @@ def test_the_page_shows_the_plan_and_arguments_that_exist() -> None:
     ],
     ids=["whole", "lora-completion"],
 )
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_contributions_and_scores_equal_autograd_one_sample_at_a_time(
     folder: Path, changes: dict[str, Any]
 ) -> None:
