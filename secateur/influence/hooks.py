@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from secateur.influence.basis import Basis
 from secateur.influence.bindings import Binding, Bindings, LossesOf
 from secateur.influence.capture.alone_check import SampleCheck, check_reached
+from secateur.influence.capture.documents import Documents
 from secateur.influence.capture.gradients import parameter_gradients
 from secateur.influence.capture.site_hooks import Sink, SiteHooks, Watch
 from secateur.influence.captures import Capture
@@ -19,7 +20,11 @@ from secateur.influence.captures import Capture
 
 @contextmanager
 def capture_hooks(
-    bindings: Bindings, sink: Sink, samples: int, watch: Watch | None = None
+    bindings: Bindings,
+    sink: Sink,
+    samples: int,
+    watch: Watch | None = None,
+    documents: Int[Tensor, "rows positions"] | None = None,
 ) -> Iterator[SiteHooks]:
     """Call `sink` at every backward pass through a site within the block.
 
@@ -32,8 +37,11 @@ def capture_hooks(
         sink: gets the binding and the capture.
         samples: the number of samples in the batch.
         watch: as in `SiteHooks`.
+        documents: the sample that each position of the batch belongs to, or -1, if several samples
+            share a row.
     """
-    hooks = SiteHooks(sink, watch, samples)
+    packed = None if documents is None else Documents.from_numbers(documents, samples)
+    hooks = SiteHooks(sink, watch, samples, packed)
     with ExitStack() as handles, torch.compiler.set_stance("force_eager"):
         for site in bindings.sites:
             hooks.install(site, handles)

@@ -67,7 +67,11 @@ class RecordedBatch:
 
 @contextmanager
 def capture_batch(
-    batch: RecordedBatch, bindings: Bindings, basis: Basis, like: Tensor
+    batch: RecordedBatch,
+    bindings: Bindings,
+    basis: Basis,
+    like: Tensor,
+    documents: Int[Tensor, "rows positions"] | None,
 ) -> Iterator[None]:
     """Capture a batch's contributions in the forward and backward pass inside the block.
 
@@ -76,13 +80,14 @@ def capture_batch(
         bindings: the captured layers.
         basis: the basis of the coefficients.
         like: a parameter.
+        documents: as in `capture_hooks`.
 
     Raises:
         SecateurError: a layer sees another number of samples.
     """
     count = len(batch.samples)
     total = ContributionSum(basis, count, like)
-    with capture_hooks(bindings, total, count, total.watch) as hooks:
+    with capture_hooks(bindings, total, count, total.watch, documents) as hooks:
         yield
     batch.coefficients = total.coefficients
     batch.shapes = tuple(tuple(shape) for shapes in hooks.shapes.values() for shape in shapes)

@@ -119,6 +119,7 @@ class Recorder:
         window: int = 0,
         stride: float = 1.0,
         losses_of: LossesOf | None = None,
+        documents: Int[Tensor, "rows positions"] | None = None,
     ) -> Iterator[RecordedBatch]:
         """Record the forward and backward pass inside the block.
 
@@ -134,6 +135,9 @@ class Recorder:
                 batch of every shape that contributions are those of the samples they are recorded
                 for. Without it, the samples must lie along every tensor's first dimension, and
                 samples that are mixed or exchanged in the model are not noticed.
+            documents: if several samples share a row of the batch, the place in `samples` of the
+                one that each position belongs to, or -1. `losses_of` then gives each a row of its
+                own.
 
         Raises:
             SecateurError: a layer sees another number of samples, or the contributions are not
@@ -147,7 +151,7 @@ class Recorder:
             weights = torch.full((len(ids),), 1.0 / len(ids), dtype=torch.float64)
         batch = RecordedBatch(ids, weights, window)
         first = next(iter(self.parameters.values()))
-        with capture_batch(batch, self._bindings, self.basis, first):
+        with capture_batch(batch, self._bindings, self.basis, first, documents):
             yield batch
         if losses_of is not None:
             self._check_samples(batch, losses_of)

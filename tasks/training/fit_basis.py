@@ -77,5 +77,5 @@ def _capture(
     loop: TrainingLoop, bindings: Bindings, fit: MomentFit | EnergyFit, part: MicroBatch
 ) -> Iterator[None]:
     bindings.locate(loop.losses_of(part.tensors), len(part.rows))
-    with capture_hooks(bindings, fit.add, len(part.rows)):
+    with capture_hooks(bindings, fit.add, len(part.rows), documents=part.documents):
         yield

@@ -17,6 +17,7 @@ from secateur.influence.recorder import Recorder
 from secateur.storage.shards import Samples
 from secateur.tasks.data.batches import BatchSchedule
 from secateur.tasks.data.collate import Tensors, collate
+from secateur.tasks.data.take_samples import DOCUMENTS, take_samples
 from secateur.tasks.run import LearningTask, Run
 from secateur.tasks.training.checkpoint import capture_state, load_state
 from secateur.tasks.training.optimizers import build_optimizer
@@ -34,6 +35,11 @@ class MicroBatch:
     rows: Int[Tensor, " batch"]
     tensors: Tensors
     weights: Float[Tensor, " batch"]
+
+    @property
+    def documents(self) -> Int[Tensor, "rows positions"] | None:
+        """The sample that each position belongs to, if several share a row."""
+        return self.tensors.get(DOCUMENTS)
 
 
 # Records one micro-batch while the context is open.
@@ -96,10 +102,10 @@ class TrainingLoop:
         return torch.autocast(torch.device(plan.device).type, getattr(torch, plan.autocast))
 
     def losses_of(self, tensors: Tensors) -> LossesOf:
-        """Return a function that runs the samples at some places of a batch."""
+        """Return a function that runs the samples at some places of a batch, in one row each."""
 
         def losses_of(rows: Tensor) -> Tensor:
-            return self.losses({name: t[rows.to(t.device)] for name, t in tensors.items()})
+            return self.losses(take_samples(tensors, rows))
 
         return losses_of
 

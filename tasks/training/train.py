@@ -110,7 +110,7 @@ def _step_recording(recorder: Recorder, loop: TrainingLoop, step: int) -> Record
         return None
     window, stride = place
     return lambda part: recorder.batch(
-        part.rows, part.weights, window, stride, loop.losses_of(part.tensors)
+        part.rows, part.weights, window, stride, loop.losses_of(part.tensors), part.documents
     )
 
 

@@ -72,17 +72,21 @@ class OwnForward:
         self._by_func = not any(hasattr(m, "_flat_weights") for m in module.modules())
 
     def gradients(
-        self, call: OwnCall, dims: Sequence[int], received: OutputGradient
+        self,
+        call: OwnCall,
+        tensors: Sequence[Tensor],
+        dims: Sequence[int],
+        received: OutputGradient,
     ) -> Iterator[SampleGradients]:
         """Yield the gradients of `<gradient, output>` with respect to the parameters.
 
         Args:
             call: the call.
-            dims: the dimension of the samples in each tensor among its arguments, or `SHARED`.
+            tensors: the tensors among its arguments.
+            dims: the dimension of the samples in each of these, or `SHARED`.
             received: the gradient of one of its outputs.
         """
         count = received.samples
-        tensors = call.kept.take()
         slices = split_samples(received.value, received.dim, count, self._name)
         if call.is_random:
             yield from self._by_masks(call, tensors, received, slices)
@@ -137,7 +141,7 @@ class OwnForward:
         return list(per_sample(parameters, inputs, slices).values())
 
     def _by_masks(
-        self, call: OwnCall, tensors: list[Tensor], received: OutputGradient, slices: Tensor
+        self, call: OwnCall, tensors: Sequence[Tensor], received: OutputGradient, slices: Tensor
     ) -> Iterator[SampleGradients]:
         result = self._outputs(call, tensors)[received.output]
         for i, own in enumerate(slices):
@@ -145,7 +149,7 @@ class OwnForward:
             split_samples(masked, received.dim, received.samples, self._name)[i] = own
             yield i, [g[None] for g in self._differentiate(result, masked, True)]
 
-    def _outputs(self, call: OwnCall, tensors: list[Tensor]) -> list[Tensor]:
+    def _outputs(self, call: OwnCall, tensors: Sequence[Tensor]) -> list[Tensor]:
         args, kwargs = call.arguments(tensors)
         with call.same_settings(), unchanged_buffers(self._module), torch.enable_grad():
             result: Any = self._module(*args, **kwargs)

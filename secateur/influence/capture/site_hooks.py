@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from secateur.errors import SecateurError
 from secateur.influence.capture.call_trace import tensors_of
+from secateur.influence.capture.documents import Documents
 from secateur.influence.capture.kept import KeptTensors
 from secateur.influence.capture.layouts import move_samples_first, wrong_batch
 from secateur.influence.capture.own_call import OwnCall
@@ -45,9 +47,12 @@ class SiteHooks:
         watch: called before `sink` with the gradient with respect to a site's output, samples
             first. The last layer's comes first.
         samples: the number of samples.
+        documents: where they stand in the rows of the batch, if several share a row.
     """
 
-    def __init__(self, sink: Sink, watch: Watch | None, samples: int) -> None:
+    def __init__(
+        self, sink: Sink, watch: Watch | None, samples: int, documents: Documents | None
+    ) -> None:
         self.outputs: list[GradientEdge] = []
         self.shapes: dict[str, list[torch.Size]] = {}
         self.unfollowed = False
@@ -55,6 +60,7 @@ class SiteHooks:
         self._sink = sink
         self._watch = watch
         self._samples = samples
+        self._documents = documents
         self._calls: Counter[Site] = Counter()
         # A site's own forward is run again to differentiate it. All hooks rest meanwhile.
         self._resting = False
@@ -79,7 +85,7 @@ class SiteHooks:
 
             def capture(gradient: Tensor) -> None:
                 rows = self._see(site, gradient, layout.outputs[0])
-                moved = (move_samples_first(x, d) for x, d in zip(kept.take(), dims, strict=True))
+                moved = iter(self._arrange(site, kept.take(), dims))
                 arguments = tuple(next(moved) if isinstance(x, Tensor) else x for x in inputs)
                 found = site.family.capture(module, arguments, rows)
                 same = found.batch == self._samples
@@ -122,9 +128,22 @@ class SiteHooks:
     ) -> Callable[[Tensor], None]:
         def capture(gradient: Tensor) -> None:
             dim = layout.outputs[output]
-            self._see(site, gradient, dim)
+            rows = self._see(site, gradient, dim)
+            if self._documents is not None:
+                gradient, dim = rows, 0
             received = OutputGradient(output, gradient, dim, self._samples)
-            for first, gradients in site.forward.gradients(call, layout.inputs, received):
+            tensors = call.kept.take()
+            dims = layout.inputs
+            if self._documents is not None:
+                if call.is_random:
+                    raise SecateurError(
+                        f"module {site.module_name} draws random numbers, and several documents "
+                        f"share a row, so its forward cannot be repeated for each; switch off its "
+                        f"dropout, or train on one document per row"
+                    )
+                tensors = self._arrange(site, tensors, dims)
+                dims = tuple(min(dim, 0) for dim in dims)
+            for first, gradients in site.forward.gradients(call, tensors, dims, received):
                 own = zip(site.bindings, site.pieces, gradients, strict=True)
                 for binding, (block, piece), values in own:
                     stored = values.transpose(1, 2) if piece.transposed else values
@@ -154,6 +173,16 @@ class SiteHooks:
         # The edge is taken now, because an activation may overwrite the output in place.
         self.outputs.append(get_gradient_edge(output))
 
+    def _arrange(self, site: Site, tensors: Sequence[Tensor], dims: Sequence[int]) -> list[Tensor]:
+        """Return a call's arguments with the samples first."""
+        moved = []
+        for tensor, dim in zip(tensors, dims, strict=True):
+            rows = tensor if dim < 0 else move_samples_first(tensor, dim)
+            if self._documents is not None and dim >= 0:
+                rows = self._documents.gather(rows, site.module_name)
+            moved.append(rows)
+        return moved
+
     def _see(self, site: Site, gradient: Tensor, dim: int) -> Tensor:
         """Return an output's gradient with the samples first.
 
@@ -162,6 +191,8 @@ class SiteHooks:
         """
         self.half |= gradient.dtype in (torch.bfloat16, torch.float16)
         rows = move_samples_first(gradient, max(dim, 0))
+        if self._documents is not None and dim >= 0:
+            rows = self._documents.gather_gradient(rows, site.module_name)
         length = len(rows) if rows.dim() else 1
         if dim < 0 or length % self._samples or (not site.layouts and length != self._samples):
             raise wrong_batch(site.module_name, length, self._samples)
