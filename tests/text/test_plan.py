@@ -67,8 +67,13 @@ def test_the_page_shows_the_plan_and_arguments_that_exist() -> None:
             "model": {"lora": {"r": 2, "target_modules": ["q_proj", "down_proj"]}},
             "task": {"text": "txt", "prompt": "json.domain"},
         },
+        {"task": {"length": 600, "pack": True}},
+        {
+            "model": {"lora": {"r": 2, "target_modules": ["q_proj", "down_proj"]}},
+            "task": {"length": 600, "pack": True},
+        },
     ],
-    ids=["whole", "lora-completion"],
+    ids=["whole", "lora-completion", "packed", "lora-packed"],
 )
 def test_contributions_and_scores_equal_autograd_one_sample_at_a_time(
     folder: Path, changes: dict[str, Any]
@@ -78,13 +83,18 @@ def test_contributions_and_scores_equal_autograd_one_sample_at_a_time(
     Each sample is collated alone, so its row has no padding.
     """
     plan = read_plan(PLAN)
-    tiny = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    tiny = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 600,
+    }
     config = plan.model.args["config"] | tiny
     arguments = {"config": config} | changes.get("model", {})
     task = plan.task.model_dump()
     task["args"] |= {"length": 40, "eos": False} | changes.get("task", {})
     values = {
-        "run": "tiny" + "-".join(changes),
+        "run": f"tiny{len(str(changes))}",
         "root": f"{folder}/runs",
         "threads": 1,
         "dtype": "float64",
@@ -106,6 +116,8 @@ def test_contributions_and_scores_equal_autograd_one_sample_at_a_time(
     sizes = loop.task.sizes(loop.batch(segment.samples))  # type: ignore[attr-defined]
     torch.testing.assert_close(segment.weights, (sizes / sizes.sum()).to(segment.weights))
     basis = run.basis(run.bindings(loop.model))
+    if task["args"].get("pack"):
+        assert len(loop.batch(segment.samples)["documents"]) < len(segment.samples)
     rows = []
     for position, row in enumerate(segment.samples):
         alone = loop.task.losses(loop.model, loop.batch(row[None]))
