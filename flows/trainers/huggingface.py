@@ -1,44 +1,27 @@
-"""A callback that records what Hugging Face's `Trainer` trains, and a collator that keeps keys."""
+"""A callback that records what Hugging Face's `Trainer`, or TRL's `SFTTrainer`, trains."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from secateur.errors import PlanError
+from secateur.flows.trainers.keep_keys import ADDED, DOCUMENTS, KEY, LABELS, LENGTHS, KeepKeys
+from secateur.flows.trainers.recorded_forward import RecordedForward
 from secateur.flows.trainers.recording import Recording
+from secateur.flows.trainers.sample_losses import LossRule, fused_outputs
 from secateur.influence.recorded_batch import RecordedBatch
 from secateur.tasks.external.recording import count_committed_steps
 from secateur.tasks.plan import Plan
 
-KEY = "__key__"
-IGNORE_INDEX = -100  # the label of positions that the loss leaves out
-LOSS_TOLERANCE = 1e-2  # relative, because a loss in half precision is rounded
-
-
-class KeepKeys:
-    """A data collator that keeps the samples' keys.
-
-    It takes `__key__`, the sample's key in its shard, out of every example. Another collator makes
-    the batch of the rest, and the list of keys is added to the batch.
-    """
-
-    def __init__(self, collator: Callable[[list[Any]], Any]) -> None:
-        self.collator = collator
-
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> Any:
-        """Return the batch of some examples, with their keys under `__key__`."""
-        batch = self.collator([_without_key(example) for example in examples])
-        batch[KEY] = [example[KEY] for example in examples]
-        return batch
+__all__ = ["KeepKeys", "RecordingCallback"]
 
 
 # `transformers` is not followed by mypy, so its classes have type Any.
@@ -58,18 +41,20 @@ class RecordingCallback(TrainerCallback):  # type: ignore[misc]
     At the end it emits `secateur.stage.trained`, so that Prefect can prune the stage.
 
     The callback takes the keys out of the batch before the model gets it. It computes each sample's
-    loss from logits and labels, and refuses a loss that is not their cross-entropy. With every
+    loss from logits and labels, label smoothing included, and refuses a loss that is not their
+    cross-entropy. Where several samples share a row, each is recorded by itself. TRL's fused head
+    is replaced by the model's own if it is trained, because it is captured there. With every
     committed segment it also asks the `Trainer` for a checkpoint (unless `save_strategy` is `no`),
     so that both resume from the same step.
 
     Args:
         plan: the plan, or the path of its file.
         stage: the stage's number.
-        tolerance: relative distance allowed between the contributions' sum and the gradient. About
-            0.02 is needed with `bf16`.
+        tolerance: relative distance allowed between the contributions' sum and the gradient. If
+            None, it is 0.001, and 0.02 where anything is computed in half precision.
     """
 
-    def __init__(self, plan: Plan | str | Path, stage: int, tolerance: float = 1e-3) -> None:
+    def __init__(self, plan: Plan | str | Path, stage: int, tolerance: float | None = None) -> None:
         self._plan = plan
         self._stage = stage
         self._tolerance = tolerance
@@ -77,7 +62,12 @@ class RecordingCallback(TrainerCallback):  # type: ignore[misc]
         # Holds the recording of one micro-batch open between two of the callback's methods.
         self._open_batch = ExitStack()
         self._batch: RecordedBatch | None = None
+        self._forward: RecordedForward | None = None
+        self._rule: LossRule | None = None
+        self._replaces_head = False
         self._is_recorded = False
+        self._is_alone = False
+        self._drops_columns = False
 
     def checkpoint(self, folder: str) -> str | None:
         """Return the `Trainer`'s last checkpoint in a folder from which the ledger can continue.
@@ -93,12 +83,23 @@ class RecordingCallback(TrainerCallback):  # type: ignore[misc]
                 paths[int(step)] = path
         return str(paths[max(paths)]) if paths else None
 
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Keep the samples' keys, which the Trainer would remove with columns it does not use."""
+        self._drops_columns = args.remove_unused_columns
+        args.remove_unused_columns = False
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Prepare the recording, because model and optimizer exist now."""
         _check_arguments(args)
-        model = kwargs["model"]
+        self._model = model = kwargs["model"]
+        self._smoothing = args.label_smoothing_factor
+        collator = _find_collator(kwargs.get("train_dataloader"))
+        if collator is not None and self._drops_columns:
+            collator.columns = _model_columns(model, args)
         self.recording = Recording(
             self._plan,
             self._stage,
@@ -152,94 +153,78 @@ class RecordingCallback(TrainerCallback):  # type: ignore[misc]
     def _before_forward(
         self, model: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
-        # Evaluation within the training loop runs the same model, and is not recorded.
-        if self._is_recorded and model.training and torch.is_grad_enabled():
-            if kwargs.get(KEY) is None:
-                raise PlanError(
-                    f"the batch has no `{KEY}`; give every example its sample's key under that "
-                    f"name, and the Trainer `data_collator=KeepKeys(...)`"
-                )
-            self._end_batch()
-            self._batch = self._open_batch.enter_context(self.recording.batch(kwargs[KEY]))
-        return args, _without_key(kwargs)
+        inputs = {name: value for name, value in kwargs.items() if name not in ADDED}
+        # Evaluation within the training loop runs the same model, and is not recorded. Neither are
+        # samples that are run alone.
+        recorded = self._is_recorded and model.training and torch.is_grad_enabled()
+        if not recorded or self._is_alone:
+            return args, inputs
+        keys = kwargs.get(KEY)
+        labels = kwargs.get("labels", kwargs.get(LABELS))
+        if keys is None:
+            raise PlanError(
+                f"the batch has no `{KEY}`; give every example its sample's key under that name, "
+                f"and the Trainer `data_collator=KeepKeys(...)`"
+            )
+        if labels is None:
+            raise PlanError("the batch has no `labels`, so its samples' losses are not known")
+        self._end_batch()
+        own = {name: value for name, value in inputs.items() if name != "labels"}
+        documents = kwargs.get(DOCUMENTS)
+        forward = RecordedForward(
+            model, own, labels, documents, len(keys), self._smoothing, self._run_alone, self._rule
+        )
+        if self._rule is None:
+            self._rule = forward.rule = forward.find_rule()
+        recording = self.recording.batch(keys, losses_of=forward.losses_of, documents=documents)
+        self._batch = self._open_batch.enter_context(recording)
+        # Set last, because finding where parameters are read runs the model.
+        self._forward = forward
+        self._replaces_head = bool(inputs.get("fused_lm_head")) and _trains_head(model)
+        return args, own | {"fused_lm_head": False} if self._replaces_head else inputs
 
     def _after_forward(
         self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
-    ) -> None:
-        batch = self._batch
-        if batch is None:
-            return
-        outputs = output if isinstance(output, dict) else {}
-        loss = outputs.get("loss")
-        logits = outputs.get("logits")
-        labels = kwargs.get("labels")
-        if loss is None or logits is None or labels is None:
-            raise PlanError(
-                "the model did not compute the loss itself, so the samples' losses are not known; "
-                "do not use compute_loss_func or label smoothing, or record with "
-                "`secateur.Recording` in your own loop"
-            )
-        items = kwargs.get("num_items_in_batch")
-        losses, label_counts = _sample_losses(logits.detach(), labels, loss.detach(), items)
-        batch.losses = losses
-        total = items or label_counts.sum()
+    ) -> Any:
+        if self._batch is None or self._forward is None or not torch.is_grad_enabled():
+            return None
+        forward, self._forward = self._forward, None
+        if self._replaces_head:
+            output = fused_outputs(output, forward.labels)
+        forward.read(output, self._batch)
+        return output
 
-        def set_weights(gradient: Tensor) -> None:
-            # The gradient of the loss is the factor that the Trainer scales the loss by.
-            batch.weights = (gradient * label_counts / total).double().cpu()
-
-        loss.register_hook(set_weights)
+    def _run_alone(self, **inputs: Any) -> Any:
+        """Run the model on samples that are not recorded."""
+        self._is_alone = True
+        try:
+            return self._model(**inputs)
+        finally:
+            self._is_alone = False
 
     def _end_batch(self) -> None:
         self._batch = None
         self._open_batch.close()
 
 
-def _without_key(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if name != KEY}
+def _trains_head(model: Any) -> bool:
+    """Whether the weight of the layer that gives the logits is trained."""
+    return any(p.requires_grad for p in model.get_output_embeddings().parameters())
 
 
-def _sample_losses(
-    logits: Tensor, labels: Tensor, loss: Tensor, items: Any
-) -> tuple[Tensor, Tensor]:
-    """Each sample's mean loss and number of labels.
-
-    Labels may be those of the next position, as in causal models.
-
-    Args:
-        loss: the model's loss of the batch.
-        items: the number of labels that the `Trainer` divides by, or None for those of the batch.
-
-    Raises:
-        PlanError: the loss is not the cross-entropy of logits and labels.
-    """
-    pairs = [(logits, labels)]
-    if labels.dim() == 2 and logits.dim() == 3:
-        pairs.insert(0, (logits[:, :-1], labels[:, 1:]))
-    for scores, classes in pairs:
-        if scores.shape[:-1] != classes.shape or classes.is_floating_point():
-            continue
-        losses = _label_losses(scores, classes)
-        counts = (classes.reshape(len(labels), -1) != IGNORE_INDEX).sum(1)
-        mean = losses.sum() / (counts.sum() if items is None else items)
-        if abs(float(mean) - float(loss)) <= LOSS_TOLERANCE * abs(float(loss)) + 1e-6:
-            return losses.sum(1) / counts.clamp(min=1), counts
-    raise PlanError(
-        f"the model's loss ({float(loss):.4g}) is not the cross-entropy of its logits and labels, "
-        f"so the samples' losses are not known; record it in your own loop with "
-        f"`secateur.Recording`"
-    )
+def _find_collator(loader: Any) -> KeepKeys | None:
+    """Return the KeepKeys of a data loader, which may be wrapped."""
+    collator = getattr(loader, "collate_fn", None)
+    while collator is not None and not isinstance(collator, KeepKeys):
+        collator = getattr(collator, "data_collator", None)
+    return collator
 
 
-def _label_losses(scores: Tensor, classes: Tensor) -> Tensor:
-    """The cross-entropy of each label, with one row per sample. Ignored labels have 0."""
-    losses = functional.cross_entropy(
-        scores.flatten(0, -2).float(),
-        classes.flatten(),
-        ignore_index=IGNORE_INDEX,
-        reduction="none",
-    )
-    return losses.reshape(len(classes), -1)
+def _model_columns(model: Any, args: TrainingArguments) -> set[str]:
+    """Return the columns of an example that a model's batch is made of."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    named = set(inspect.signature(inner.forward).parameters)
+    return named | {"label", "label_ids", "labels", LENGTHS, *(args.label_names or [])}
 
 
 def _check_arguments(args: TrainingArguments) -> None:
@@ -250,7 +235,8 @@ def _check_arguments(args: TrainingArguments) -> None:
     """
     if args.remove_unused_columns:
         raise PlanError(
-            f"the Trainer would remove `{KEY}` from the examples; set `remove_unused_columns=False`"
+            f"the Trainer has removed `{KEY}` from the examples; give the callback to the Trainer "
+            f"when it is made, or set `remove_unused_columns=False`"
         )
     if args.world_size > 1 or args.n_gpu > 1:
         raise PlanError(

@@ -9,10 +9,11 @@ from types import TracebackType
 from typing import Self
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from secateur.errors import PlanError
+from secateur.influence.bindings import LossesOf
 from secateur.influence.optimizers import unwrap_optimizer
 from secateur.influence.recorded_batch import RecordedBatch
 from secateur.influence.recorder import Recorder
@@ -87,7 +88,8 @@ class StageRecording:
         optimizer: of the plan's kind, over the model's parameters. Its settings are your own.
         steps: optimizer steps that the stage will take. Windows in fractions of them need it.
         by: the trainer's name in the ledger. Only the trainer that began a stage can continue it.
-        tolerance: relative distance allowed between the contributions' sum and the gradient.
+        tolerance: relative distance allowed between the contributions' sum and the gradient. If
+            None, it is 0.001, and 0.02 where anything is computed in half precision.
 
     Attributes:
         finished: whether the stage is trained to its end, now or by an earlier recording.
@@ -105,7 +107,7 @@ class StageRecording:
         *,
         steps: int | None = None,
         by: str = "outside",
-        tolerance: float = 1e-3,
+        tolerance: float | None = None,
     ) -> None:
         self.plan = _load_plan(plan)
         self.stage = stage
@@ -207,7 +209,11 @@ class StageRecording:
 
     @contextmanager
     def batch(
-        self, keys: Keys, weights: Float[Tensor, " batch"] | None = None
+        self,
+        keys: Keys,
+        weights: Float[Tensor, " batch"] | None = None,
+        losses_of: LossesOf | None = None,
+        documents: Int[Tensor, "rows positions"] | None = None,
     ) -> Iterator[RecordedBatch]:
         """Record the forward and backward pass inside the block.
 
@@ -218,6 +224,12 @@ class StageRecording:
                 list, in the order of the batch.
             weights: of each sample's loss in the loss that is differentiated, if that is not a mean
                 over the block's samples. Not needed if `batch.losses` are set with their graph.
+            losses_of: runs the samples at some places of the batch, and returns one loss for each:
+                `lambda rows: criterion(model(x[rows]), y[rows])`. With it, modules of any layout
+                are captured, and it is checked that contributions are those of the samples they
+                are recorded for. Without it, nothing tells if samples are mixed or exchanged.
+            documents: the place in `keys` of the sample that each position of the batch belongs to,
+                or -1, if several samples share a row.
         """
         if self._recorder is None:
             raise PlanError(
@@ -239,7 +251,7 @@ class StageRecording:
         if place is None:  # the step is not recorded, but the block sets its losses all the same
             yield RecordedBatch(rows, torch.zeros(len(rows)), -1)
             return
-        with self._recorder.batch(rows, weights, *place) as batch:
+        with self._recorder.batch(rows, weights, *place, losses_of, documents) as batch:
             yield batch
         policy = self.plan.stages[self.stage].prune
         check_losses(batch, policy, self._samples, self.stage, step)

@@ -164,8 +164,6 @@ def test_it_resumes_with_the_trainer(
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"remove_unused_columns": True}, "set `remove_unused_columns=False`"),
-        ({"label_smoothing_factor": 0.1}, "compute_loss_func or label smoothing"),
         ({"optim": "adafactor"}, "Adafactor keeps its second moments"),
     ],
 )

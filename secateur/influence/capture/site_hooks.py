@@ -143,14 +143,22 @@ class SiteHooks:
                     )
                 tensors = self._arrange(site, tensors, dims)
                 dims = tuple(min(dim, 0) for dim in dims)
-            for first, gradients in site.forward.gradients(call, tensors, dims, received):
-                own = zip(site.bindings, site.pieces, gradients, strict=True)
-                for binding, (block, piece), values in own:
-                    stored = values.transpose(1, 2) if piece.transposed else values
-                    matrix = widen(stored).reshape(len(values), block.rows, piece.columns)
-                    self._sink(binding, DenseCapture(matrix, first))
+            # Not earlier, because taking the tensors may recompute activations, hooks included.
+            self._resting = True
+            try:
+                for first, gradients in site.forward.gradients(call, tensors, dims, received):
+                    self._sink_gradients(site, first, gradients)
+            finally:
+                self._resting = False
 
         return capture
+
+    def _sink_gradients(self, site: OwnForwardSite, first: int, gradients: list[Tensor]) -> None:
+        own = zip(site.bindings, site.pieces, gradients, strict=True)
+        for binding, (block, piece), values in own:
+            stored = values.transpose(1, 2) if piece.transposed else values
+            matrix = widen(stored).reshape(len(values), block.rows, piece.columns)
+            self._sink(binding, DenseCapture(matrix, first))
 
     def _layout(self, site: Site, inputs: list[torch.Size], outputs: list[Tensor]) -> CallLayout:
         self.shapes.setdefault(site.module_name, inputs)
@@ -162,12 +170,8 @@ class SiteHooks:
         """Call `capture` with the gradient with respect to an output, when it is known."""
 
         def backward_hook(gradient: Tensor) -> None:
-            self._resting = True
-            try:
-                with torch.no_grad():
-                    capture(gradient)
-            finally:
-                self._resting = False
+            with torch.no_grad():
+                capture(gradient)
 
         output.register_hook(backward_hook)
         # The edge is taken now, because an activation may overwrite the output in place.
