@@ -43,6 +43,11 @@ class Plan(Config):
         None, description="precision in which the model computes, by torch's autocast"
     )
     threads: PositiveInt | None = Field(None, description="torch's CPU threads; all cores if null")
+    pass_memory: PositiveInt = Field(
+        1024,
+        description="MiB that a pass over target samples may take; it decides how many samples "
+        "pass through the model at a time",
+    )
     model: FactoryConfig
     task: TaskConfig
     data: DataConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from secateur.errors import PlanError
@@ -23,8 +23,8 @@ from secateur.tasks.results.valuation_results import REPLAY_FILE, REPLAY_SCORES
 from secateur.tasks.run import Run
 from secateur.tasks.training.loop import MicroBatch, TrainingLoop, eval_mode
 from secateur.tasks.training.optimizers import plan_update_rule
+from secateur.tasks.training.pass_size import split_by_memory
 from secateur.tasks.training.segments import restore_segment_start, segment_bounds
-from secateur.tasks.valuation.target_gradients import EVALUATION_BATCH
 
 ADJOINT = "adjoint"
 # Largest relative distance between the end of a repeated segment and its checkpoint.
@@ -174,11 +174,15 @@ def _target_gradient(run: Run, loop: TrainingLoop, target: str) -> dict[str, Ten
     samples = list_target_samples(run, target)
     scoring = scoring_rows(run.plan, target, len(samples))
     parameters = {name: p for name, p in loop.model.named_parameters() if p.requires_grad}
+
+    def gradients(rows: Int[Tensor, " m"]) -> tuple[Tensor, ...]:
+        losses = loop.losses(loop.batch(rows, samples))
+        mean = losses.sum() / len(scoring)
+        return torch.autograd.grad(mean, list(parameters.values()), materialize_grads=True)
+
     total = [torch.zeros_like(p) for p in parameters.values()]
     with eval_mode(loop.model):
-        for rows in scoring.split(EVALUATION_BATCH):
-            losses = loop.losses(loop.batch(rows, samples))
-            mean = losses.sum() / len(scoring)
-            gradients = torch.autograd.grad(mean, list(parameters.values()), materialize_grads=True)
-            total = [a + b for a, b in zip(total, gradients, strict=True)]
+        for rows in split_by_memory(run.plan, samples, scoring, gradients):
+            for part, gradient in zip(total, gradients(rows), strict=True):
+                part += gradient
     return dict(zip(parameters, total, strict=True))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -17,8 +19,7 @@ from secateur.tasks.engine.progress import track
 from secateur.tasks.results.training_results import end_checkpoint
 from secateur.tasks.run import Run
 from secateur.tasks.training.loop import TrainingLoop, eval_mode
-
-EVALUATION_BATCH = 256
+from secateur.tasks.training.pass_size import split_by_memory
 
 
 def write_target_gradients(run: Run, stage: int) -> dict[str, dict[str, float]]:
@@ -46,19 +47,30 @@ def write_target_gradients(run: Run, stage: int) -> dict[str, dict[str, float]]:
 
 def target_loss(loop: TrainingLoop, samples: Samples, rows: Int[Tensor, " rows"]) -> float:
     """Return the mean loss of some target samples with the loop's weights, summed in float64."""
+
+    def losses(part: Int[Tensor, " m"]) -> Float[Tensor, " m"]:
+        return loop.losses(loop.batch(part, samples))
+
     total = 0.0
     with eval_mode(loop.model), torch.no_grad():
-        for part in rows.split(EVALUATION_BATCH):
-            losses = loop.losses(loop.batch(part, samples))
-            total += float(losses.double().sum())
+        for part in split_by_memory(loop.run.plan, samples, rows, losses):
+            total += float(losses(part).double().sum())
     return total / len(rows)
 
 
 def loop_at_stage_end(run: Run, stage: int) -> TrainingLoop:
     """Return the stage's loop with the weights of its end."""
     loop = TrainingLoop(run, stage, read_stage_samples(run, stage))
-    loop.load_state(read_checkpoint(end_checkpoint(run, stage)))
+    loop.load_state(read_checkpoint(end_checkpoint(run, stage)), optimizer=False)
     return loop
+
+
+def split_for_gradients(
+    loop: TrainingLoop, samples: Samples, rows: Int[Tensor, " n"]
+) -> list[Int[Tensor, " m"]]:
+    """Split rows into passes of `differentiate_samples` that the plan's memory allows."""
+    run_pass = partial(differentiate_samples, loop, samples, check=False)
+    return split_by_memory(loop.run.plan, samples, rows, run_pass)
 
 
 def differentiate_samples(
@@ -86,7 +98,7 @@ def _differentiate_target(
     loop: TrainingLoop, samples: Samples, target: str
 ) -> tuple[Tensor, dict[str, float]]:
     """All gradients of a target, and the means of its losses and metrics if held out."""
-    chunks = torch.arange(len(samples)).split(EVALUATION_BATCH)
+    chunks = split_for_gradients(loop, samples, torch.arange(len(samples)))
     gradients: list[Tensor] = []
     values = []
     for rows in track(chunks, f"target {target}", len(chunks)):

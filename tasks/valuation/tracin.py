@@ -19,7 +19,7 @@ from secateur.tasks.run import Run
 from secateur.tasks.training.loop import TrainingLoop
 from secateur.tasks.training.optimizers import plan_update_rule
 from secateur.tasks.valuation.dynamics import read_segment
-from secateur.tasks.valuation.target_gradients import EVALUATION_BATCH, differentiate_samples
+from secateur.tasks.valuation.target_gradients import differentiate_samples, split_for_gradients
 
 GRADIENTS = "gradients.safetensors"
 
@@ -63,7 +63,7 @@ def _commit_gradients(
     def write(attempt: Attempt) -> None:
         means = {}
         for name, samples in targets.items():
-            rows = scoring_rows(run.plan, name, len(samples)).split(EVALUATION_BATCH)
+            rows = split_for_gradients(loop, samples, scoring_rows(run.plan, name, len(samples)))
             parts = [differentiate_samples(loop, samples, part)[0] for part in rows]
             means[name] = torch.cat(parts).double().mean(0)
         write_tensors(attempt, GRADIENTS, means, {})
