@@ -2,23 +2,47 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
 import safetensors
-from safetensors.torch import load_file, save
+import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from secateur.errors import StorageError
 from secateur.storage.attempt import Attempt
 from secateur.storage.outputs import Output
 
+# The format's names of element types.
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
 
 def write_tensors(
     attempt: Attempt, name: str, tensors: Mapping[str, Tensor], metadata: dict[str, str]
 ) -> None:
-    """Write named tensors, and text as metadata, to one file."""
-    contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    attempt.write(name, save(contiguous, metadata or None))
+    """Write named tensors, and text as metadata, to one file.
+
+    Tensors are written one after the other, so the file is never in memory as a whole.
+    """
+    # Largest elements first, so that every tensor begins at a multiple of its element's size.
+    order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
+    with attempt.open(name) as file:
+        file.write(_header({key: tensors[key] for key in order}, metadata))
+        for key in order:
+            flat = tensors[key].detach().cpu().contiguous().reshape(-1)
+            file.write(flat.view(torch.uint8).numpy().data)
 
 
 def read_tensors(output: Output, name: str) -> dict[str, Tensor]:
@@ -34,3 +58,20 @@ def read_tensors(output: Output, name: str) -> dict[str, Tensor]:
         raise StorageError(
             f"{output.url(name)} is damaged ({error}); restore it or run that step again"
         ) from error
+
+
+def _header(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """The beginning of a file: its length, then each tensor's type, shape and place as JSON."""
+    entries: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    start = 0
+    for name, tensor in tensors.items():
+        stop = start + tensor.nbytes
+        entries[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, stop],
+        }
+        start = stop
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
