@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Self
 
 import safetensors
 import torch
@@ -12,6 +15,7 @@ from torch import Tensor
 
 from secateur.errors import StorageError
 from secateur.storage.attempt import Attempt
+from secateur.storage.io_errors import wrap_io_errors
 from secateur.storage.outputs import Output
 
 # The format's names of element types.
@@ -36,13 +40,9 @@ def write_tensors(
 
     Tensors are written one after the other, so the file is never in memory as a whole.
     """
-    # Largest elements first, so that every tensor begins at a multiple of its element's size.
-    order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
     with attempt.open(name) as file:
-        file.write(_header({key: tensors[key] for key in order}, metadata))
-        for key in order:
-            flat = tensors[key].detach().cpu().contiguous().reshape(-1)
-            file.write(flat.view(torch.uint8).numpy().data)
+        for piece in _pieces(tensors, metadata):
+            file.write(piece)
 
 
 def read_tensors(output: Output, name: str) -> dict[str, Tensor]:
@@ -58,6 +58,53 @@ def read_tensors(output: Output, name: str) -> dict[str, Tensor]:
         raise StorageError(
             f"{output.url(name)} is damaged ({error}); restore it or run that step again"
         ) from error
+
+
+class TensorStack:
+    """A stack of named tensors in temporary files. Only what was popped last is in memory.
+
+    The files are in the folder that `TMPDIR` names. They are removed when the block ends.
+    """
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="secateur-")
+        self._count = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._folder.cleanup()
+
+    def push(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put tensors on top of the stack."""
+        path = self._path(self._count)
+        with wrap_io_errors(str(path), "write"), path.open("wb") as file:
+            for piece in _pieces(tensors, {}):
+                file.write(piece)
+        self._count += 1
+
+    def pop(self) -> dict[str, Tensor]:
+        """Take the tensors on top from the stack, mapped from their file, on the CPU."""
+        self._count -= 1
+        path = self._path(self._count)
+        with wrap_io_errors(str(path), "read"):
+            tensors = load_file(path)
+            path.unlink()  # the mapping remains until the tensors are released
+        return tensors
+
+    def _path(self, number: int) -> Path:
+        return Path(self._folder.name, f"{number:07d}.safetensors")
+
+
+def _pieces(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Iterator[memoryview]:
+    """The bytes of a file, one tensor after the other."""
+    # Largest elements first, so that every tensor begins at a multiple of its element's size.
+    order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
+    yield memoryview(_header({key: tensors[key] for key in order}, metadata))
+    for key in order:
+        flat = tensors[key].detach().cpu().contiguous().reshape(-1)
+        yield flat.view(torch.uint8).numpy().data
 
 
 def _header(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:

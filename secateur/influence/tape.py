@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -44,18 +44,31 @@ class StepState:
     scale: float
 
 
+@runtime_checkable
+class Steps(Protocol):
+    """A stack of recorded steps: a list, or one that keeps them on disk."""
+
+    def append(self, state: StepState, /) -> None:
+        """Put a step on top of the stack."""
+
+    def pop(self) -> StepState:
+        """Take the top step from the stack."""
+
+
 class Tape:
     """A record of the values that every step of an optimizer reads, while training is run again.
 
     Attributes:
         update_rule: the optimizer's update rule.
-        steps: the recorded steps, the first one first.
+        steps: the recorded steps, the last one on top.
         groups: the optimizer's parameter groups.
 
     Args:
         model: the model.
         optimizer: the optimizer.
         scale: returns the factor applied to the coming step's gradient after the backward pass.
+        steps: an empty stack for the steps; a list if None. Each step holds the parameters, the
+            slots and the gradient, so a list grows by several models per step.
     """
 
     def __init__(
@@ -63,10 +76,11 @@ class Tape:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         scale: Callable[[], float] = lambda: 1.0,
+        steps: Steps | None = None,
     ) -> None:
         optimizer = unwrap_optimizer(optimizer)
         self.update_rule: UpdateRule = find_update_rule(optimizer)
-        self.steps: list[StepState] = []
+        self.steps: Steps = [] if steps is None else steps
         self.groups = ParameterGroups(model, optimizer)
         self._optimizer = optimizer
         self._scale = scale

@@ -14,7 +14,7 @@ from secateur.influence.directional_derivatives import LossPart
 from secateur.influence.tape import Adjoint, ParameterGroups, Tape
 from secateur.storage.ledger import read_checkpoint
 from secateur.storage.outputs import Output
-from secateur.storage.tensors import read_tensors, write_tensors
+from secateur.storage.tensors import TensorStack, read_tensors, write_tensors
 from secateur.tasks.data.held_out import scoring_rows
 from secateur.tasks.data.samples import list_target_samples, read_stage_samples
 from secateur.tasks.engine.progress import track
@@ -25,6 +25,7 @@ from secateur.tasks.training.loop import MicroBatch, TrainingLoop, eval_mode
 from secateur.tasks.training.optimizers import plan_update_rule
 from secateur.tasks.training.pass_size import split_by_memory
 from secateur.tasks.training.segments import restore_segment_start, segment_bounds
+from secateur.tasks.valuation.stored_steps import StoredSteps
 
 ADJOINT = "adjoint"
 # Largest relative distance between the end of a repeated segment and its checkpoint.
@@ -34,8 +35,8 @@ REPRODUCED = 1e-3
 def replay_stage(run: Run, stage: int, targets: list[str] | None = None) -> int:
     """Score every selected record of a stage by the adjoint of its training.
 
-    Some targets (all if None) are walked together. Memory is one segment's states. Segments that an
-    interrupted walk committed are not walked again.
+    Some targets (all if None) are walked together. One segment's states are on disk, and those of
+    one step in memory. Segments that an interrupted walk committed are not walked again.
 
     Returns:
         Number of segments.
@@ -91,9 +92,22 @@ def _commit_replay(
 def _walk_back(
     run: Run, loop: TrainingLoop, number: int, steps: range, adjoints: dict[str, Adjoint]
 ) -> tuple[dict[str, Float[Tensor, " records"]], dict[str, Adjoint]]:
-    """Train one segment again and keep its states, then go back through it for each target."""
+    """Train one segment again with its states on disk, then go back through it for each target."""
+    with TensorStack() as stack:
+        tape = _repeat_segment(run, loop, number, steps, stack)
+        return _walk_tape(run, loop, number, steps, tape, adjoints)
+
+
+def _walk_tape(
+    run: Run,
+    loop: TrainingLoop,
+    number: int,
+    steps: range,
+    tape: Tape,
+    adjoints: dict[str, Adjoint],
+) -> tuple[dict[str, Float[Tensor, " records"]], dict[str, Adjoint]]:
+    """Go back through a segment whose steps are on the tape."""
     stage = loop.schedule.number
-    tape = _repeat_segment(run, loop, number, steps)
     windows = loop.schedule.windows()
     empty = torch.empty(0, dtype=torch.float64)
     scores: dict[str, list[Tensor]] = {name: [empty] for name in adjoints}
@@ -123,10 +137,13 @@ def _walk_back(
     return {name: torch.cat(found) for name, found in scores.items()}, adjoints
 
 
-def _repeat_segment(run: Run, loop: TrainingLoop, number: int, steps: range) -> Tape:
+def _repeat_segment(
+    run: Run, loop: TrainingLoop, number: int, steps: range, stack: TensorStack
+) -> Tape:
     stage = loop.schedule.number
     restore_segment_start(run, loop, stage, number)
-    tape = Tape(loop.model, loop.optimizer, lambda: loop.scale)
+    stored = StoredSteps(stack, run.plan.device)
+    tape = Tape(loop.model, loop.optimizer, lambda: loop.scale, stored)
     for step in track(steps, f"stage {stage}, repeating segment {number}", len(steps)):
         loop.step(step)
     tape.close()

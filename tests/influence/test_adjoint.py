@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from torch.nn import functional
 from secateur.errors import SecateurError
 from secateur.influence.adjoint import step_back
 from secateur.influence.directional_derivatives import LossPart
-from secateur.influence.tape import Tape
+from secateur.influence.tape import StepState, Tape
 from tests.influence.test_truth import OPTIMIZERS, Make
 
 STEPS = 6
@@ -117,7 +117,8 @@ class Setting:
         model = self.model()
         optimizer = self.make(p for p in model.parameters())
         scales = [0.5 if step == 2 else 1.0 for step in range(STEPS)]
-        tape = Tape(model, optimizer, lambda: scales[len(tape.steps)])
+        steps: list[StepState] = []
+        tape = Tape(model, optimizer, lambda: scales[len(steps)], steps)
         for step in range(STEPS):
             torch.manual_seed(step)
             optimizer.zero_grad()
@@ -152,7 +153,7 @@ class Setting:
             scores, q = step_back(
                 model,
                 tape.groups,
-                tape.steps[step],
+                tape.steps.pop(),
                 tape.update_rule,
                 self.parts(step),
                 q,
@@ -162,6 +163,11 @@ class Setting:
             )
             all_scores.insert(0, scores)
         return torch.stack(all_scores)
+
+
+def recorded(tape: Tape) -> list[StepState]:
+    """Return the steps of a tape that keeps them in a list."""
+    return cast(list[StepState], tape.steps)
 
 
 @pytest.mark.parametrize("method", ["central", "jvp"])
@@ -189,7 +195,7 @@ def test_steps_leave_out_experts_and_an_empty_group_is_no_trouble() -> None:
     """The experts test skipped parameters only if a step skips one that was used before."""
     make = OPTIMIZERS["adamw"]
     _, tape = Setting("experts", lambda parameters: make([*parameters])).train()
-    skipped = [step.skipped[0] for step in tape.steps]
+    skipped = [step.skipped[0] for step in recorded(tape)]
     assert all(mask is not None and bool(mask[:3].all()) for mask in skipped)
     used = [~mask[3:] for mask in skipped if mask is not None]
     assert any(bool((early & ~late).any()) for early, late in pairwise(used))
@@ -200,7 +206,7 @@ def test_steps_leave_out_experts_and_an_empty_group_is_no_trouble() -> None:
     tape = Tape(model, optimizer)
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    assert [len(vector) for vector in tape.steps[0].gradients] == [3]
+    assert [len(vector) for vector in recorded(tape)[0].gradients] == [3]
     assert tape.groups.split([torch.arange(3.0)])["bias"].tolist() == [2.0]
 
 
@@ -222,7 +228,7 @@ def test_the_model_is_left_as_it_was_before_the_step() -> None:
     setting = Setting("mlp", OPTIMIZERS["adamw"])
     model, tape = setting.train()
     q = tape.groups.start_adjoint({n: torch.ones_like(p) for n, p in model.named_parameters()}, 2)
-    step_back(model, tape.groups, tape.steps[0], tape.update_rule, setting.parts(0), q)
+    step_back(model, tape.groups, recorded(tape)[0], tape.update_rule, setting.parts(0), q)
     for name, parameter in setting.model().named_parameters():
         assert torch.equal(dict(model.named_parameters())[name], parameter)
 
@@ -234,7 +240,7 @@ def test_the_default_step_changes_nothing_if_the_loss_is_smooth() -> None:
     arguments = (
         model,
         tape.groups,
-        tape.steps[3],
+        recorded(tape)[3],
         tape.update_rule,
         setting.parts(3),
         tape.groups.start_adjoint(ones, 2),

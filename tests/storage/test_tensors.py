@@ -11,7 +11,7 @@ from safetensors.torch import load, save
 
 from secateur.storage.folder import Folder
 from secateur.storage.outputs import Output
-from secateur.storage.tensors import DTYPES, read_tensors, write_tensors
+from secateur.storage.tensors import DTYPES, TensorStack, read_tensors, write_tensors
 
 
 def written(folder: Path, tensors: dict[str, torch.Tensor]) -> Output:
@@ -45,3 +45,21 @@ def test_the_order_of_tensors_does_not_change_the_file(tmp_path: Path, names: st
     values = {"a": torch.arange(3), "b": torch.ones(5)}
     output = written(tmp_path, {name: values[name] for name in names})
     assert output.read("file.safetensors") == save(values, {"kind": "test"})
+
+
+def test_a_stack_gives_back_what_was_put_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    entries = [{"x": torch.full((1000,), n), "y": torch.randn(2, 3)} for n in range(3)]
+    with TensorStack() as stack:
+        for entry in entries:
+            stack.push(entry)
+        assert len(list(tmp_path.rglob("*.safetensors"))) == 3
+        for left, entry in reversed(list(enumerate(entries))):
+            found = stack.pop()
+            assert found.keys() == entry.keys()
+            assert all(torch.equal(found[name], entry[name]) for name in entry)
+            assert len(list(tmp_path.rglob("*.safetensors"))) == left
+        stack.push(entries[0])
+    assert not list(tmp_path.iterdir())

@@ -12,13 +12,16 @@ import torch
 
 from secateur.errors import PlanError
 from secateur.influence.adjoint import step_back
+from secateur.influence.tape import StepState
 from secateur.tasks.data.samples import list_target_samples, read_stage_samples
-from secateur.tasks.results.valuation_results import read_scores
+from secateur.tasks.results.valuation_results import read_replay_scores, read_scores
 from secateur.tasks.run import Run
 from secateur.tasks.training.loop import MicroBatch, TrainingLoop, eval_mode
 from secateur.tasks.training.segments import restore_segment_start
+from secateur.tasks.valuation import replay
 from secateur.tasks.valuation.dynamics import read_segment
 from secateur.tasks.valuation.replay import replay_stage
+from secateur.tasks.valuation.stored_steps import StoredSteps
 from tests.tasks.small import curate_small, make_data, small_plan
 
 REPLAYED = {"estimate": "replay", "horizon": "stage", "aggregate": "mean"}
@@ -204,3 +207,23 @@ def test_a_task_that_cannot_sample_labels_is_named(folder: Path) -> None:
         PlanError, match=r"needs a method sampled\(model, batch\) on tests.tasks.small:Plain"
     ):
         curate_small(plan)
+
+
+def test_steps_on_disk_give_the_scores_of_steps_in_memory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for name, stored in (("disk", StoredSteps), ("memory", InMemory)):
+        monkeypatch.setattr(replay, "StoredSteps", stored)
+        stages = [{"steps": 12, "batch_size": 20}]
+        run = curate_by_replay(folder, name, optimizer=ADAMW, dtype="float32", stages=stages)
+        found.append([read_replay_scores(run, 0, number)["clean"] for number in range(2)])
+    for on_disk, in_memory in zip(*found, strict=True):
+        assert torch.equal(on_disk, in_memory)
+
+
+class InMemory(list[StepState]):
+    """A plain list in the place of `StoredSteps`."""
+
+    def __init__(self, *_: object) -> None:
+        super().__init__()
