@@ -22,12 +22,13 @@ from benchmarks.peers import ADAMW_ONLY, PEERS
 from benchmarks.workloads import Trained, Workload, make_digits
 from secateur.influence.adjoint import step_back
 from secateur.influence.basis import Basis
-from secateur.influence.basis_fitting import EnergyFit, MomentFit, leading_eigenvectors
+from secateur.influence.basis_fitting import EnergyFit, MomentFit
 from secateur.influence.bindings import bind_layers
 from secateur.influence.curvature import Curvature, EmpiricalFisher, Hessian
 from secateur.influence.hessian import compute_hessian
 from secateur.influence.hooks import capture_hooks, sample_gradients
 from secateur.influence.kronecker_basis import KroneckerBasis
+from secateur.influence.moments import leading_eigenvectors
 from secateur.influence.random_basis import random_kronecker_basis
 from secateur.influence.recorder import Recorder
 from secateur.influence.recursion import Dynamics, identity_transition, walk_segment
@@ -69,9 +70,9 @@ class EmbeddingSettings:
 
 def fit_pca_basis(workload: Workload, seed: int) -> Basis:
     """Fit a PCA Kronecker basis of 16 x 16 per layer."""
-    fit = MomentFit(bind_layers(workload.model()))
+    fit = MomentFit(bind_layers(workload.model()), 16)
     _train_first_steps(workload, fit)
-    return fit.basis(16, torch.float64)
+    return fit.basis(torch.float64)
 
 
 def make_random_basis(workload: Workload, seed: int) -> Basis:

@@ -3,52 +3,67 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 
-from secateur.errors import SecateurError
 from secateur.influence.bindings import Binding, Bindings
-from secateur.influence.captures import Capture
+from secateur.influence.captures import Capture, LookupCapture, OuterCapture
 from secateur.influence.coordinate_basis import CoordinateBasis, share_coefficients
 from secateur.influence.kronecker_basis import KroneckerBasis
+from secateur.influence.moments import LARGEST_SIDE, Moment, SketchedMoment
 
-# A second-moment matrix of this many rows takes 0.5 GB in float64, and its eigenvectors take
-# minutes.
-LARGEST_MOMENT = 8192
+# Entries that are sorted at a time: 12 MiB of float32 values and their places.
+SORTED_ENTRIES = 1 << 20
 
 
 class MomentFit:
-    """A sum of second moments of output gradients and activations.
+    """Sums of second moments of output gradients and activations.
 
-    Their leading eigenvectors are a PCA basis.
+    Their leading eigenvectors are a PCA basis. No square matrix has a side above `LARGEST_SIDE`:
+    of longer sides (embedding tables) a sketch is kept.
+
+    Args:
+        bindings: the captured layers.
+        rank: at most this many columns per side of a block.
     """
 
-    def __init__(self, bindings: Bindings) -> None:
-        for block in bindings.blocks:
-            if max(block.rows, block.cols) > LARGEST_MOMENT:
-                raise SecateurError(
-                    f"block {block.name} is {block.rows} x {block.cols} and a pca basis takes at "
-                    f"most {LARGEST_MOMENT} per side; use `method: random` or `coordinates`, or "
-                    f"list it under `uncaptured`"
-                )
+    def __init__(self, bindings: Bindings, rank: int) -> None:
         self._blocks = bindings.blocks
-        self._left = [torch.zeros(b.rows, b.rows, dtype=torch.float64) for b in bindings.blocks]
-        self._right = [torch.zeros(b.cols, b.cols, dtype=torch.float64) for b in bindings.blocks]
+        self._rank = rank
+        self._places = _trained_places(bindings)
+        like = _like(bindings)
+        self._left = [_moment(b.rows, like, rank, 2 * i) for i, b in enumerate(self._blocks)]
+        self._right = [_moment(b.cols, like, rank, 2 * i + 1) for i, b in enumerate(self._blocks)]
 
     def add(self, binding: Binding, capture: Capture) -> None:
         """Add the contributions of one call of a layer."""
-        left, right = capture.moments()
-        self._left[binding.block_index] += left.cpu().double()
-        trained = (binding.columns >= 0).nonzero().flatten()
-        columns = binding.columns[trained]
-        moment = right.cpu().double()[trained[:, None], trained]
-        self._right[binding.block_index][columns[:, None], columns] += moment
+        left = self._left[binding.block_index]
+        right = self._right[binding.block_index]
+        places = self._places[binding.module_name]
+        if places is None:
+            right.add(_vectors(capture), None)
+        else:
+            trained, columns = places
+            right.add(_vectors(capture)[:, trained], columns)
+        if isinstance(capture, LookupCapture):
+            # Each one-hot vector is weighted by its right factor's energy.
+            energy = capture.right.flatten(0, 1).square().sum(1)
+            counts = energy.new_zeros(capture.rows)
+            left.add_diagonal(counts.index_add_(0, capture.ids.flatten(), energy))
+        elif isinstance(capture, OuterCapture):
+            left.add(capture.left.flatten(0, 1), None)
+        else:
+            left.add(capture.dense().transpose(1, 2).flatten(0, 1), None)
 
-    def basis(self, rank: int, dtype: torch.dtype) -> KroneckerBasis:
-        """Return the basis of at most `rank` columns per side."""
+    def basis(self, dtype: torch.dtype) -> KroneckerBasis:
+        """Return the basis."""
         factors = [
-            (leading_eigenvectors(a, rank).to(dtype), leading_eigenvectors(b, rank).to(dtype))
-            for a, b in zip(self._left, self._right, strict=True)
+            (
+                left.leading_eigenvectors(self._rank).to(dtype),
+                right.leading_eigenvectors(self._rank).to(dtype),
+            )
+            for left, right in zip(self._left, self._right, strict=True)
         ]
         return KroneckerBasis(self._blocks, factors)
 
@@ -61,27 +76,87 @@ class EnergyFit:
 
     def __init__(self, bindings: Bindings) -> None:
         self._blocks = bindings.blocks
-        self._energy = [torch.zeros(b.rows, b.cols, dtype=torch.float64) for b in bindings.blocks]
+        self._places = _trained_places(bindings)
+        like = _like(bindings)
+        self._energy = [like.new_zeros(b.rows, b.cols) for b in bindings.blocks]
 
     def add(self, binding: Binding, capture: Capture) -> None:
         """Add the contributions of one call of a layer."""
-        trained = (binding.columns >= 0).nonzero().flatten()
-        energy = capture.energy().cpu().double()[:, trained]
-        self._energy[binding.block_index][:, binding.columns[trained]] += energy
+        total = self._energy[binding.block_index]
+        places = self._places[binding.module_name]
+        if places is None:
+            total += capture.energy()
+        else:
+            trained, columns = places
+            total[:, columns] += capture.energy()[:, trained].to(total.dtype)
 
     def basis(self, coefficients: int | None) -> CoordinateBasis:
         """Return the basis of `coefficients` entries, shared equally among blocks; all if None."""
         shares = share_coefficients([block.size for block in self._blocks], coefficients)
-        entries = []
-        for share, energy in zip(shares, self._energy, strict=True):
-            best = energy.flatten().argsort(descending=True, stable=True)[:share]
-            entries.append(best.sort().values)
+        entries = [
+            largest_entries(energy.flatten(), share).sort().values.cpu()
+            for share, energy in zip(shares, self._energy, strict=True)
+        ]
         return CoordinateBasis(self._blocks, entries)
 
 
-def leading_eigenvectors(moment: Float[Tensor, "n n"], rank: int) -> Float[Tensor, "n _"]:
-    """Return the eigenvectors of the `rank` largest eigenvalues, as columns."""
-    vectors: Tensor = torch.linalg.eigh(moment).eigenvectors.flip(1)[:, :rank]
-    # An eigenvector's sign is arbitrary. Fixed signs make a rerun find the same basis.
-    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-    return vectors * largest.sign()
+def largest_entries(values: Float[Tensor, " n"], count: int) -> Int[Tensor, " count"]:
+    """Return the places of the `count` largest values. Of equal ones the first are taken.
+
+    Only `SORTED_ENTRIES` and `count` values are sorted at a time.
+    """
+    if count >= len(values):
+        return torch.arange(len(values), device=values.device)
+    best = torch.empty(0, dtype=torch.int64, device=values.device)
+    for start, part in enumerate(values.split(SORTED_ENTRIES)):
+        places = torch.arange(len(part), device=values.device)
+        if len(best) == count:
+            # An equal value comes after all of these, and so loses to them.
+            places = (part > values[best].min()).nonzero().flatten()
+        places = torch.cat([best, start * SORTED_ENTRIES + places])
+        order = values[places].argsort(descending=True, stable=True)[:count]
+        # In ascending order, so that the first of equal values come first again.
+        best = places[order].sort().values
+    return best
+
+
+def _like(bindings: Bindings) -> Tensor:
+    """A tensor of the sums' device and dtype: float32, or the parameters' if that is more."""
+    parameter = bindings.parameters()[0].detach()
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    return torch.empty(0, dtype=dtype, device=parameter.device)
+
+
+def _moment(side: int, like: Tensor, rank: int, seed: int) -> Moment | SketchedMoment:
+    if side <= LARGEST_SIDE:
+        return Moment(side, like.dtype, like.device)
+    return SketchedMoment(side, like.dtype, like.device, rank, seed)
+
+
+def _trained_places(bindings: Bindings) -> dict[str, tuple[Tensor, Tensor] | None]:
+    """Per layer: its captures' trained columns, and their columns in the block.
+
+    None stands for all columns, in the same order.
+    """
+    places: dict[str, tuple[Tensor, Tensor] | None] = {}
+    device = bindings.parameters()[0].device
+    for binding in bindings.bindings:
+        cols = bindings.blocks[binding.block_index].cols
+        trained = (binding.columns >= 0).nonzero().flatten()
+        columns = binding.columns[trained]
+        whole = len(trained) == len(binding.columns) == cols
+        if whole and torch.equal(columns, torch.arange(cols)):
+            places[binding.module_name] = None
+        else:
+            places[binding.module_name] = (trained.to(device), columns.to(device))
+    return places
+
+
+def _vectors(capture: Capture) -> Float[Tensor, "n cols"]:
+    """The right factors of a capture, or the rows of a matrix without factors."""
+    if isinstance(capture, OuterCapture):
+        right = capture.right.flatten(0, 1)
+        return functional.pad(right, (0, 1), value=1.0) if capture.ones else right
+    if isinstance(capture, LookupCapture):
+        return capture.right.flatten(0, 1)
+    return capture.dense().flatten(0, 1)

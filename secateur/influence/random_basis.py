@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from secateur.influence.basis import Basis
 from secateur.influence.basis_kinds import basis_kind, restore_basis
@@ -12,6 +14,8 @@ from secateur.influence.kronecker_basis import KroneckerBasis
 
 # Columns per side of a block in the random basis that a recorder makes for SGD.
 RANDOM_RANK = 16
+# A permutation of this many entries takes 128 MiB. From larger blocks entries are drawn one by one.
+LARGEST_PERMUTATION = 1 << 24
 
 
 def default_basis(bindings: Bindings, linear: bool, coefficients: int, seed: int) -> Basis:
@@ -71,5 +75,14 @@ def random_coordinates(bindings: Bindings, coefficients: int | None, seed: int) 
     entries = []
     for i, (block, share) in enumerate(zip(bindings.blocks, shares, strict=True)):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
-        entries.append(torch.randperm(block.size, generator=generator)[:share].sort().values)
+        entries.append(_draw_entries(block.size, share, generator).sort().values)
     return CoordinateBasis(bindings.blocks, entries)
+
+
+def _draw_entries(size: int, count: int, generator: torch.Generator) -> Int[Tensor, " count"]:
+    """Draw distinct numbers below `size`."""
+    if size <= LARGEST_PERMUTATION or 4 * count > size:
+        return torch.randperm(size, generator=generator)[:count]
+    # More than enough, because a few of so many numbers are hardly ever drawn twice.
+    drawn: Tensor = torch.randint(size, (2 * count + 64,), generator=generator).unique()
+    return drawn[torch.randperm(len(drawn), generator=generator)[:count]]

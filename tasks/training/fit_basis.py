@@ -59,9 +59,9 @@ def _fit(run: Run, weights: dict[str, Tensor] | None) -> Basis:
         return energy.basis(config.numbers)
     if config.method == "random":
         return random_kronecker_basis(bindings, config.rank, run.plan.seed, dtype)
-    moments = MomentFit(bindings)
+    moments = MomentFit(bindings, config.rank)
     _train_first_steps(loop, bindings, moments, config.fit_steps)
-    return moments.basis(config.rank, dtype)
+    return moments.basis(dtype)
 
 
 def _train_first_steps(

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from secateur.influence.basis_fitting import leading_eigenvectors
+from secateur.influence.moments import leading_eigenvectors
 from secateur.influence.recursion import (
     Transition,
     carry_effects,

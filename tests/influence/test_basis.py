@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import SecateurError
+from secateur.influence import basis_fitting, random_basis
 from secateur.influence.basis import Basis
 from secateur.influence.basis_fitting import EnergyFit, MomentFit
 from secateur.influence.basis_kinds import basis_kind, restore_basis
@@ -22,12 +22,12 @@ def fit_basis(kind: str, model: nn.Module, inputs: Tensor) -> tuple[Basis, Bindi
     bindings = bind_layers(model)
     if kind == "random":
         return random_kronecker_basis(bindings, 3, 1, torch.float64), bindings
-    moments = MomentFit(bindings)
+    moments = MomentFit(bindings, 3)
     energy = EnergyFit(bindings)
     with capture_hooks(bindings, moments.add if kind == "pca" else energy.add, len(inputs)):
         squares(model, inputs).mean().backward()
     if kind == "pca":
-        return moments.basis(3, torch.float64), bindings
+        return moments.basis(torch.float64), bindings
     return energy.basis(20), bindings
 
 
@@ -91,9 +91,49 @@ def test_random_factors_differ_by_block_and_side() -> None:
     assert not torch.allclose(factors["0.out"], factors["1.out"])
 
 
-def test_pca_of_a_huge_side_is_refused() -> None:
-    with pytest.raises(SecateurError, match="9000 x 2"):
-        MomentFit(bind_layers(nn.Embedding(9000, 2)))
+def test_pca_of_a_table_takes_the_rows_of_most_energy() -> None:
+    """The second moment of one-hot vectors is diagonal. A sketch of the long side finds it."""
+    torch.manual_seed(0)
+    table = nn.Embedding(9000, 4)
+    inputs = torch.tensor([[5, 5, 5, 5, 8000, 8000, 77]])
+    bindings = bind_layers(table)
+    fit = MomentFit(bindings, 2)
+    with capture_hooks(bindings, fit.add):
+        table(inputs).sum().backward()
+    out = fit.basis(torch.float32).tensors()["0.out"]
+    assert out.shape == (9000, 2)
+    torch.testing.assert_close(out[5, 0], torch.tensor(1.0))
+    torch.testing.assert_close(out[8000, 1], torch.tensor(1.0))
+    assert not any(tensor.numel() > 9000 * 80 for tensor in vars(fit._left[0]).values())
+
+
+def test_the_sums_of_float32_models_are_float32() -> None:
+    bindings = bind_layers(nn.Linear(6, 4))
+    assert EnergyFit(bindings)._energy[0].dtype == torch.float32
+    assert EnergyFit(bind_layers(nn.Linear(6, 4).double()))._energy[0].dtype == torch.float64
+
+
+@pytest.mark.parametrize("count", [1, 7, 40, 99, 100, 200])
+def test_the_largest_entries_are_those_of_one_stable_sort(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(basis_fitting, "SORTED_ENTRIES", 13)
+    values = torch.randint(12, (100,), generator=torch.Generator().manual_seed(count)).float()
+    expected = values.argsort(descending=True, stable=True)[:count].sort().values
+    assert torch.equal(basis_fitting.largest_entries(values, count), expected)
+
+
+def test_entries_of_a_large_block_are_drawn_without_a_permutation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(random_basis, "LARGEST_PERMUTATION", 100)
+    bindings = bind_layers(nn.Linear(40, 30))
+    (entries,) = random_basis.random_coordinates(bindings, 200, 0).tensors().values()
+    assert len(entries.unique()) == 200
+    assert int(entries.min()) >= 0
+    assert int(entries.max()) < 30 * 41
+    # Evenly over the block: the mean of 200 of 1,230 lies within 5 standard errors of the middle.
+    assert float(entries.double().mean()) == pytest.approx(614.5, abs=5 * 355 / 200**0.5)
 
 
 @pytest.mark.parametrize(
