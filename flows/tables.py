@@ -142,8 +142,14 @@ def print_estimate(estimate: RunEstimate) -> None:
         print(f"the audit of stage {stage} costs about {trainings:.1f} trainings of that stage")
     for stage, steps in estimate.trials.items():
         print(f"the trial of stage {stage} trains {steps} steps")
+    print_table(_memory_table(estimate))
+    if estimate.extrapolated:
+        print(
+            f"memory was measured with passes of one and two samples, because shapes alone do not "
+            f"give it ({estimate.extrapolated})"
+        )
     disk = _format_bytes(estimate.disk_bytes)
-    memory = _format_bytes(estimate.memory_bytes)
+    memory = _format_bytes(max(part.peak for part in estimate.memory))
     print(f"about {disk} on disk and {memory} of memory; nothing was trained")
 
 
@@ -202,6 +208,16 @@ def _stages_table(estimate: RunEstimate) -> Table:
             _format_bytes(stage.index_bytes),
             _format_bytes(stage.checkpoint_bytes),
         )
+    return table
+
+
+def _memory_table(estimate: RunEstimate) -> Table:
+    columns = ("weights and their state", "passes", "records", "peak", "")
+    table = Table("part", *columns, title="memory of one process, beside its libraries")
+    largest = max(estimate.memory, key=lambda part: part.peak)
+    for part in estimate.memory:
+        sizes = map(_format_bytes, (part.state, part.passes, part.records, part.peak))
+        table.add_row(part.part, *sizes, "largest" if part is largest else "")
     return table
 
 

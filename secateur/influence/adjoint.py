@@ -27,6 +27,7 @@ from secateur.influence.tape import Adjoint, Directions, ParameterGroups, StepSt
 # wide a step changes nothing. If it has kinks (ReLU), the step crosses as many of them as a removal
 # does; a shorter one would miss their curvature.
 STEP = 1e-2
+PULLED_ELEMENTS = 1 << 20  # elements that are pulled back through an update at a time
 
 
 def step_back(
@@ -61,7 +62,7 @@ def step_back(
         SecateurError: the method is `jvp` and a kernel has no forward mode.
     """
     products = _pull_back(later, state, update_rule)
-    direction = groups.split([-by_gradient for _, by_gradient in products])
+    direction = groups.split([by_gradient.neg_() for _, by_gradient in products])
     _restore_parameters(model, groups, state)
     scores, change = _differentiate(model, parts, direction, method, reseed, step)
     earlier = [by_state for by_state, _ in products]
@@ -77,7 +78,17 @@ def _pull_back(
     products = []
     places = zip(later, state.states, state.gradients, state.hyper, state.skipped, strict=True)
     for sensitivity, states, gradient, hyper, skipped in places:
-        by_state, by_gradient = update_rule.vjp(sensitivity, states, gradient, hyper)
+        by_state = torch.empty_like(states)
+        by_gradient = torch.empty_like(gradient)
+        # In parts, because an update and its derivative have a dozen temporary tensors.
+        for start in range(0, len(gradient), PULLED_ELEMENTS):
+            part = slice(start, start + PULLED_ELEMENTS)
+            settings = {
+                name: value[part] if value.dim() else value for name, value in hyper.items()
+            }
+            by_state[:, part], by_gradient[part] = update_rule.vjp(
+                sensitivity[:, part], states[:, part], gradient[part], settings
+            )
         if skipped is not None:
             # Nothing happened to these elements, so their sensitivity passes unchanged.
             by_state = torch.where(skipped, sensitivity, by_state)

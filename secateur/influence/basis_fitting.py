@@ -36,6 +36,11 @@ class MomentFit:
         self._left = [_moment(b.rows, like, rank, 2 * i) for i, b in enumerate(self._blocks)]
         self._right = [_moment(b.cols, like, rank, 2 * i + 1) for i, b in enumerate(self._blocks)]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the sums."""
+        return sum(moment.nbytes for moment in (*self._left, *self._right))
+
     def add(self, binding: Binding, capture: Capture) -> None:
         """Add the contributions of one call of a layer."""
         left = self._left[binding.block_index]
@@ -79,6 +84,11 @@ class EnergyFit:
         self._places = _trained_places(bindings)
         like = _like(bindings)
         self._energy = [like.new_zeros(b.rows, b.cols) for b in bindings.blocks]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the sums."""
+        return sum(energy.nbytes for energy in self._energy)
 
     def add(self, binding: Binding, capture: Capture) -> None:
         """Add the contributions of one call of a layer."""
@@ -124,7 +134,7 @@ def _like(bindings: Bindings) -> Tensor:
     """A tensor of the sums' device and dtype: float32, or the parameters' if that is more."""
     parameter = bindings.parameters()[0].detach()
     dtype = torch.promote_types(parameter.dtype, torch.float32)
-    return torch.empty(0, dtype=dtype, device=parameter.device)
+    return parameter.new_empty(0, dtype=dtype)
 
 
 def _moment(side: int, like: Tensor, rank: int, seed: int) -> Moment | SketchedMoment:

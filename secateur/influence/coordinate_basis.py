@@ -24,9 +24,13 @@ class CoordinateBasis(Basis):
         self.entries = list(entries)
         self._layer_entries: dict[Binding, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def project_capture(self, binding: Binding, capture: Capture) -> Float[Tensor, "batch b"]:
+    def find_entries(self, binding: Binding) -> None:
+        """Find which entries are among a layer's captures. It is done once per layer."""
         if binding not in self._layer_entries:
             self._layer_entries[binding] = self._entries_of_layer(binding)
+
+    def project_capture(self, binding: Binding, capture: Capture) -> Float[Tensor, "batch b"]:
+        self.find_entries(binding)
         rows, cols, places = self._layer_entries[binding]
         values = capture.entries(rows, cols)
         size = len(self.entries[binding.block_index])

@@ -56,7 +56,7 @@ def differentiate_centrally(
             for name, parameter in named.items():
                 parameter.copy_(before[name] + sign * step * direction[name])
         reseed()
-        passes.append(_run_pass(model, parts, named))
+        passes.append(run_pass(model, parts, named))
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(before[name])
@@ -67,7 +67,7 @@ def differentiate_centrally(
     return (up - down) / (2 * step), change
 
 
-def _run_pass(
+def run_pass(
     model: nn.Module, parts: Sequence[LossPart], named: Mapping[str, Tensor]
 ) -> tuple[Float[Tensor, " batch"], list[Tensor]]:
     """Return every sample's part of the loss, and the gradient of their sum."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 class MemoryMeter(TorchDispatchMode):
@@ -18,7 +20,7 @@ class MemoryMeter(TorchDispatchMode):
 
     Every operation is seen, so activations, gradients and temporary tensors all count. What a
     kernel allocates for itself does not. The count depends on shapes only, so it is the same on
-    every machine, and for tensors without data (see `shapes_only`).
+    every machine, and for tensors without data (see `shape_mode`).
 
     Attributes:
         current: bytes of the tensors made within the block that still exist.
@@ -68,21 +70,17 @@ def measure_peak(run: Callable[[], object]) -> int:
     return meter.peak
 
 
-@contextmanager
-def shapes_only() -> Iterator[Callable[[Tensor], Tensor]]:
-    """Make tensors without data within the block: operations compute their shapes only.
+def shape_mode() -> FakeTensorMode:
+    """Return a context in which tensors have shapes and no data.
 
-    A model built within the block takes no memory, and its passes take none either. Operations
+    A model built within the block takes no memory, and its passes take none either. The context may
+    be entered again, and its `from_tensor` returns a tensor's shape without the data. Operations
     whose shapes depend on values (`nonzero`, `item`) raise an error.
-
-    Yields:
-        A function that returns a tensor of the same shape, without data.
     """
     # Imported late, because it takes a second.
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        yield mode.from_tensor
+    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def _storages(values: Any) -> list[torch.UntypedStorage]:

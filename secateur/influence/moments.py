@@ -25,6 +25,11 @@ class Moment:
     def __init__(self, side: int, dtype: torch.dtype, device: torch.device) -> None:
         self._matrix = torch.zeros(side, side, dtype=dtype, device=device)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the sums."""
+        return self._matrix.nbytes
+
     def add(self, vectors: Float[Tensor, "n m"], places: Int[Tensor, " m"] | None) -> None:
         """Add vectors, whose entries are at `places` (everywhere if None)."""
         vectors = vectors.to(self._matrix.dtype)
@@ -62,6 +67,11 @@ class SketchedMoment:
         generator = torch.Generator().manual_seed(seed)
         self._random = torch.randn(side, width, generator=generator, dtype=dtype).to(device)
         self._product = torch.zeros_like(self._random)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the sums and of the random matrix."""
+        return 2 * self._product.nbytes
 
     def add(self, vectors: Float[Tensor, "n m"], places: Int[Tensor, " m"] | None) -> None:
         """Add vectors, whose entries are at `places` (everywhere if None)."""

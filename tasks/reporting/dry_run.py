@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel
 
-from secateur.influence.bindings import Bindings
-from secateur.influence.coordinate_basis import share_coefficients
 from secateur.storage.shard_listing import list_shards
-from secateur.storage.shards import expand_shard_urls
+from secateur.storage.shards import Samples, expand_shard_urls
 from secateur.tasks.analysis.retraining import expected_audit_cost
 from secateur.tasks.analysis.windows import preview_windows
 from secateur.tasks.data.batches import BatchSchedule
@@ -17,7 +15,14 @@ from secateur.tasks.data.samples import (
     list_target_samples,
     read_stage_samples,
 )
-from secateur.tasks.plan import CoordinateBasisConfig, Plan
+from secateur.tasks.plan import Plan
+from secateur.tasks.reporting.memory_forecast import (
+    INDEX_BYTES,
+    PartMemory,
+    RecordedStage,
+    forecast_memory,
+)
+from secateur.tasks.reporting.pass_memory import PassMemory, coefficients_per_block
 from secateur.tasks.results.training_results import check_replayable
 from secateur.tasks.run import Run
 from secateur.tasks.training.optimizers import plan_update_rule
@@ -25,7 +30,6 @@ from secateur.tasks.training.optimizers import plan_update_rule
 # The time of scoring one sample in online selection, as a multiple of the time of training on one
 # sample. It was measured by benchmarks/selection.py.
 SELECTION_COST = 0.6
-INDEX_BYTES = {"flat": 4, "fp16": 2, "sq8": 1}
 RECORD_BYTES = 56  # of a ledger record, besides its coefficients
 
 
@@ -72,7 +76,8 @@ class RunEstimate(BaseModel):
         audits: cost of each stage's audit, in trainings of the stage.
         trials: steps of each stage's trial.
         disk_bytes: the largest size of all stages' outputs together.
-        memory_bytes: of embedding one segment, and of the model with its training state.
+        memory: the peak memory of each part of the run.
+        extrapolated: why the memory of passes was measured on two samples; None if it was not.
     """
 
     run: str
@@ -87,7 +92,8 @@ class RunEstimate(BaseModel):
     audits: dict[int, float]
     trials: dict[int, int]
     disk_bytes: int
-    memory_bytes: int
+    memory: list[PartMemory]
+    extrapolated: str | None
 
 
 def estimate_run(plan: Plan) -> RunEstimate:
@@ -97,24 +103,25 @@ def estimate_run(plan: Plan) -> RunEstimate:
         StorageError, SecateurError, PlanError: whatever would stop the run when it starts.
     """
     run = Run.of_plan(plan)
-    model = run.model()
-    run.task()  # raises if the plan's task cannot be made
-    bindings = run.bindings(model)
-    blocks = _coefficients_per_block(plan, bindings)
+    passes = PassMemory(run)
+    blocks = coefficients_per_block(plan, passes.bindings)
     width = sum(blocks.values())
-    parameters = sum(p.numel() for p in model.parameters())
-    targets = {name: len(list_target_samples(run, name)) for name in plan.targets}
-    plan, stages, automatic = _estimate_stages(plan, width, parameters)
+    parameters = sum(p.numel() for p in passes.model.parameters())
+    target_samples = {name: list_target_samples(run, name) for name in plan.targets}
+    targets = {name: len(samples) for name, samples in target_samples.items()}
+    samples = _list_samples(plan)
+    plan, stages, automatic = _estimate_stages(plan, len(samples), width, parameters)
     audits = {
         stage.stage: expected_audit_cost(plan, BatchSchedule(plan, stage.stage, stage.samples))
         for stage in stages
         if plan.audits(stage.stage)
     }
     selections = {stage.stage: _estimate_selection(plan, stage, targets) for stage in stages}
+    records = [_recorded_stage(plan, stage) for stage in stages]
     return RunEstimate(
         run=run.url,
         blocks=blocks,
-        uncaptured=bindings.uncaptured,
+        uncaptured=passes.bindings.uncaptured,
         parameters=parameters,
         numbers=width,
         targets=targets,
@@ -124,7 +131,8 @@ def estimate_run(plan: Plan) -> RunEstimate:
         audits=audits,
         trials=_trial_steps(plan),
         disk_bytes=sum(map(_stage_bytes, stages)),
-        memory_bytes=_memory_bytes(plan, blocks, parameters),
+        memory=forecast_memory(plan, passes, records, samples, target_samples),
+        extrapolated=passes.extrapolated,
     )
 
 
@@ -135,12 +143,15 @@ def estimate_audit_cost(run: Run, stage: int, removals: int | None = None) -> fl
     return expected_audit_cost(run.plan, schedule, removals)
 
 
+def _list_samples(plan: Plan) -> Samples:
+    urls = expand_shard_urls(plan.data.shards)
+    return Samples(urls, list_shards(urls, damaged_shard_handler(plan.data, [])))
+
+
 def _estimate_stages(
-    plan: Plan, width: int, parameters: int
+    plan: Plan, samples: int, width: int, parameters: int
 ) -> tuple[Plan, list[StageEstimate], dict[int, str]]:
     """The plan with windows as far as they are known, its stages, and where windows come from."""
-    urls = expand_shard_urls(plan.data.shards)
-    samples = len(list_shards(urls, damaged_shard_handler(plan.data, [])))
     stages = []
     automatic = {}
     for number, stage in enumerate(plan.stages):
@@ -201,16 +212,6 @@ def _estimate_selection(
     return SelectionEstimate(steps=steps, judged=scored, cost=SELECTION_COST * scored / trained)
 
 
-def _coefficients_per_block(plan: Plan, bindings: Bindings) -> dict[str, int]:
-    config = plan.basis_config
-    blocks = bindings.blocks
-    if isinstance(config, CoordinateBasisConfig):
-        shares = share_coefficients([block.size for block in blocks], config.numbers)
-        return {block.name: share for block, share in zip(blocks, shares, strict=True)}
-    rank = config.rank
-    return {block.name: min(rank, block.rows) * min(rank, block.cols) for block in blocks}
-
-
 def _trial_steps(plan: Plan) -> dict[int, int]:
     trial = plan.trust.trial
     if trial is None:
@@ -226,15 +227,16 @@ def _stage_bytes(stage: StageEstimate) -> int:
     )
 
 
-def _memory_bytes(plan: Plan, blocks: dict[str, int], parameters: int) -> int:
-    """The memory of embedding one segment, and of the model with its training state."""
-    width = sum(blocks.values())
-    coupled = max(blocks.values()) if plan.curvature.coupling == "block" else width
-    batch = max(stage.batch_size for stage in plan.stages)
-    state = plan_update_rule(plan.optimizer).state_tensors
-    records = plan.segment_steps * batch * width * (1 + state)
-    transitions = 3 * (state * coupled) ** 2
-    return (records + transitions + 4 * parameters) * _itemsize(plan)
+def _recorded_stage(plan: Plan, estimate: StageEstimate) -> RecordedStage:
+    stage = plan.stages[estimate.stage]
+    batch = min(stage.batch_size, estimate.samples)
+    return RecordedStage(
+        batch=batch,
+        micro_batch=-(-batch // stage.accumulate),
+        segment_steps=min(plan.segment_steps, estimate.steps),
+        segments=-(-estimate.steps // plan.segment_steps),
+        records=estimate.records,
+    )
 
 
 def _itemsize(plan: Plan) -> int:

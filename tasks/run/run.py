@@ -101,6 +101,11 @@ class Run:
 
     def model(self) -> nn.Module:
         """Return the plan's model with its initial weights, which the seed determines."""
+        dtype = getattr(torch, self.plan.dtype)
+        return self.bare_model().to(device=self.plan.device, dtype=dtype)
+
+    def bare_model(self) -> nn.Module:
+        """Return the model as the factory makes it, on its own device and in its own precision."""
         torch.manual_seed(self.plan.seed)
         model = call_factory(self.plan.model, "model")
         if not isinstance(model, nn.Module):
@@ -108,7 +113,7 @@ class Run:
                 f"the model factory {self.plan.model.factory} returned a {type(model).__name__}, "
                 f"not an nn.Module"
             )
-        return model.to(device=self.plan.device, dtype=getattr(torch, self.plan.dtype))
+        return model
 
     def bindings(self, model: nn.Module) -> Bindings:
         """Return which layers of the model are captured."""

@@ -87,9 +87,10 @@ def _train_segments(run: Run, loop: TrainingLoop, segments: list[range], committ
             _train_step(loop, recorder, selector, steps, step)
             progress.update(step + 1)
         add_facts = partial(_add_facts, selector, started)
-        segment = recorder.take_segment()
-        state = loop.capture_state()
-        commit_segment(run, stage, number, segment, state, SECATEUR, add_facts)
+        # Neither is kept in a variable, or it would be in memory while the next segment is trained.
+        commit_segment(
+            run, stage, number, recorder.take_segment(), loop.capture_state(), SECATEUR, add_facts
+        )
 
 
 def _train_step(

@@ -59,7 +59,8 @@ def replay_stage(run: Run, stage: int, targets: list[str] | None = None) -> int:
         for name in missing:
             if name not in adjoints:
                 adjoints[name] = _adjoint_after(run, loop, stage, number, name)
-        later = {name: adjoints[name] for name in missing}
+        # Taken from the dict, so that they can be released while the walk replaces them.
+        later = {name: adjoints.pop(name) for name in missing}
         scores, adjoints = _walk_back(run, loop, number, segments[number], later)
         for name, adjoint in adjoints.items():
             _commit_replay(run, stage, number, name, scores[name], adjoint)

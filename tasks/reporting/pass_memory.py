@@ -1,0 +1,228 @@
+"""The memory of a plan's passes through its model, counted on shapes without data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import SecateurError
+from secateur.influence.basis import Basis
+from secateur.influence.basis_fitting import EnergyFit, MomentFit
+from secateur.influence.bindings import Binding, Bindings
+from secateur.influence.captures import Capture, LookupCapture
+from secateur.influence.coordinate_basis import CoordinateBasis, share_coefficients
+from secateur.influence.directional_derivatives import LossPart, differentiate_forward, run_pass
+from secateur.influence.hooks import ContributionSum, Sink, capture_hooks, sample_gradients
+from secateur.influence.kronecker_basis import KroneckerBasis
+from secateur.influence.memory_meter import measure_peak, shape_mode
+from secateur.storage.shards import Samples
+from secateur.tasks.data.collate import Tensors, collate
+from secateur.tasks.plan import CoordinateBasisConfig, KroneckerBasisConfig, Plan
+from secateur.tasks.run import LearningTask, Run
+from secateur.tasks.training.loop import eval_mode
+from secateur.tasks.training.pass_size import largest_rows
+
+
+class PassMemory:
+    """Counts what the passes of a plan take, with the largest samples that there are.
+
+    Attributes:
+        model: the plan's model. It has shapes and no data, unless its factory needs data.
+        bindings: its captured layers.
+        extrapolated: why passes were run with data, on one and two samples; None if they were not.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.extrapolated: str | None = None
+        self._run = run
+        self._task: LearningTask = run.task()
+        self._mode = shape_mode()
+        try:
+            with self._mode:
+                self.model = run.bare_model()
+                _move(self.model, run.plan)
+        except Exception as error:  # the model's own code may need values, in any way
+            self._use_data(error)
+        self.bindings: Bindings = run.bindings(self.model)
+
+    def training(self, samples: Samples, count: int, repeat: bool) -> int:
+        """A recorded pass of training with its gradients.
+
+        Args:
+            repeat: whether another pass follows whose gradients are added.
+        """
+        basis = self._basis()
+
+        def run(batch: Tensors, size: int) -> None:
+            like = self.bindings.parameters()[0]
+            for _ in range(2 if repeat else 1):
+                total = ContributionSum(basis, size, like.dtype, like.device)
+                with capture_hooks(self.bindings, total, total.watch, size):
+                    self._backward(batch)
+
+        return self._measure(run, samples, count)
+
+    def fit(self, samples: Samples, count: int) -> int:
+        """A pass of the fit of the basis, with its gradients and the fit's sums."""
+        config = self._run.plan.basis_config
+        fit: EnergyFit | MomentFit = EnergyFit(self.bindings)
+        if isinstance(config, KroneckerBasisConfig):
+            fit = MomentFit(self.bindings, config.rank)
+
+        def run(batch: Tensors, size: int) -> None:
+            with capture_hooks(self.bindings, _without_values(fit.add)):
+                self._backward(batch)
+
+        return fit.nbytes + self._measure(run, samples, count)
+
+    def target(self, samples: Samples, count: int) -> int:
+        """A pass of the gradients of target samples."""
+        basis = self._basis()
+
+        def run(batch: Tensors, size: int) -> None:
+            losses = partial(self._task.losses, self.model, batch)
+            with eval_mode(self.model):
+                sample_gradients(losses, size, self.bindings, basis)
+
+        return self._measure(run, samples, count)
+
+    def mean_gradient(self, samples: Samples, count: int) -> int:
+        """A pass of the gradient of a target's mean loss, in all parameters."""
+
+        def run(batch: Tensors, size: int) -> None:
+            with eval_mode(self.model):
+                losses = self._task.losses(self.model, batch)
+            torch.autograd.grad(losses.sum(), list(self._trained().values()), allow_unused=True)
+
+        return self._measure(run, samples, count)
+
+    def replay(self, samples: Samples, count: int) -> int:
+        """The passes of one step of replay, with the gradients that they return."""
+
+        def run(batch: Tensors, size: int) -> None:
+            losses = partial(_model_losses, self._task, batch)
+            parts = [LossPart(losses, torch.full((size,), 1 / size, dtype=torch.float64))]
+            if self._run.plan.replay.method == "jvp":
+                direction = {n: torch.empty_like(p) for n, p in self._trained().items()}
+                differentiate_forward(self.model, parts, direction, lambda: None)
+            else:
+                kept = run_pass(self.model, parts, self._trained())
+                run_pass(self.model, parts, self._trained())
+                del kept
+
+        return self._measure(run, samples, count)
+
+    def _measure(self, run: Callable[[Tensors, int], None], samples: Samples, count: int) -> int:
+        """The bytes of a pass with the `count` samples of the most bytes, the batch included."""
+        rows = largest_rows(samples, torch.arange(len(samples)))
+        if self.extrapolated is None:
+            try:
+                return self._count(run, samples, rows[:count])
+            except SecateurError:
+                raise
+            except Exception as error:  # a model or task that needs values fails in its own way
+                self._use_data(error)
+        self._count(run, samples, rows[:1])  # what the first pass caches is no part of a pass
+        one = self._count(run, samples, rows[:1])
+        if count == 1:
+            return one
+        return one + (count - 1) * (self._count(run, samples, rows[:2]) - one)
+
+    def _count(self, run: Callable[[Tensors, int], None], samples: Samples, rows: Tensor) -> int:
+        batch = collate(self._task, samples, rows, "cpu")
+        size = sum(tensor.nbytes for tensor in batch.values())
+        device = self._run.plan.device
+        with self._shapes():
+            if self.extrapolated is None:
+                batch = {name: self._mode.from_tensor(tensor) for name, tensor in batch.items()}
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            peak = measure_peak(lambda: run(batch, len(rows)))
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        return size + peak
+
+    def _use_data(self, error: Exception) -> None:
+        self.extrapolated = str(error).splitlines()[0] if str(error) else type(error).__name__
+        self.model = self._run.model()
+        self.bindings = self._run.bindings(self.model)
+
+    def _shapes(self) -> AbstractContextManager[object]:
+        return nullcontext() if self.extrapolated else self._mode
+
+    def _trained(self) -> dict[str, Tensor]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def _backward(self, batch: Tensors) -> None:
+        losses = self._task.losses(self.model, batch)
+        weights = torch.full(losses.shape, 1 / len(losses), dtype=torch.float64)
+        (losses * weights.to(losses)).sum().backward()
+
+    def _basis(self) -> Basis:
+        """A basis of the plan's sizes. The entries' places do not matter."""
+        config = self._run.plan.basis_config
+        blocks = self.bindings.blocks
+        if isinstance(config, CoordinateBasisConfig):
+            sizes = coefficients_per_block(self._run.plan, self.bindings).values()
+            basis = CoordinateBasis(blocks, [torch.arange(size) for size in sizes])
+            for binding in self.bindings.bindings:
+                basis.find_entries(binding)
+            return basis
+        dtype = getattr(torch, self._run.plan.dtype)
+        sides = [(block.rows, block.cols) for block in blocks]
+        factors = [
+            (torch.zeros(r, min(config.rank, r), dtype=dtype), torch.zeros(c, min(config.rank, c)))
+            for r, c in sides
+        ]
+        return KroneckerBasis(blocks, [(out, inner.to(dtype)) for out, inner in factors])
+
+
+def coefficients_per_block(plan: Plan, bindings: Bindings) -> dict[str, int]:
+    """Return how many coefficients the plan's basis has in each block."""
+    config = plan.basis_config
+    blocks = bindings.blocks
+    if isinstance(config, CoordinateBasisConfig):
+        shares = share_coefficients([block.size for block in blocks], config.numbers)
+        return {block.name: share for block, share in zip(blocks, shares, strict=True)}
+    rank = config.rank
+    return {block.name: min(rank, block.rows) * min(rank, block.cols) for block in blocks}
+
+
+@dataclass(frozen=True)
+class _ShapeOfLookup(LookupCapture):
+    """A lookup whose energy is formed without its ids, which have no values."""
+
+    def energy(self) -> Tensor:
+        return self.right.new_zeros(self.rows, self.right.shape[-1])
+
+
+def _without_values(add: Sink) -> Sink:
+    def sink(binding: Binding, capture: Capture) -> None:
+        if isinstance(capture, LookupCapture):
+            capture = _ShapeOfLookup(capture.ids, capture.right, capture.rows)
+        add(binding, capture)
+
+    return sink
+
+
+def _move(model: nn.Module, plan: Plan) -> None:
+    """Bring a model without data to the plan's device and dtype. `Module.to` fails for it."""
+    dtype = getattr(torch, plan.dtype)
+    moved: dict[int, Tensor] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if id(parameter) not in moved:
+                value = parameter.detach().to(plan.device, dtype)
+                moved[id(parameter)] = nn.Parameter(value, parameter.requires_grad)
+            setattr(module, name, moved[id(parameter)])
+        for name, buffer in module.named_buffers(recurse=False):
+            kind = dtype if buffer.is_floating_point() else buffer.dtype
+            setattr(module, name, buffer.to(plan.device, kind))
+
+
+def _model_losses(task: LearningTask, batch: Tensors, model: nn.Module) -> Tensor:
+    return task.losses(model, batch)
