@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from secateur.influence.bindings import Binding, Bindings
-from secateur.influence.captures import Capture, LookupCapture, OuterCapture
+from secateur.influence.captures import Capture, LookupCapture, OuterCapture, widen
 from secateur.influence.coordinate_basis import CoordinateBasis, share_coefficients
 from secateur.influence.kronecker_basis import KroneckerBasis
 from secateur.influence.moments import LARGEST_SIDE, Moment, SketchedMoment
@@ -31,7 +31,7 @@ class MomentFit:
     def __init__(self, bindings: Bindings, rank: int) -> None:
         self._blocks = bindings.blocks
         self._rank = rank
-        self._places = _trained_places(bindings)
+        self._places = _TrainedPlaces(bindings)
         like = _like(bindings)
         self._left = [_moment(b.rows, like, rank, 2 * i) for i, b in enumerate(self._blocks)]
         self._right = [_moment(b.cols, like, rank, 2 * i + 1) for i, b in enumerate(self._blocks)]
@@ -45,19 +45,19 @@ class MomentFit:
         """Add the contributions of one call of a layer."""
         left = self._left[binding.block_index]
         right = self._right[binding.block_index]
-        places = self._places[binding.module_name]
+        places = self._places.of(binding)
         if places is None:
-            right.add(_vectors(capture), None)
+            right.add(widen(_vectors(capture)), None)
         else:
             trained, columns = places
-            right.add(_vectors(capture)[:, trained], columns)
+            right.add(widen(_vectors(capture)[:, trained]), columns)
         if isinstance(capture, LookupCapture):
             # Each one-hot vector is weighted by its right factor's energy.
-            energy = capture.right.flatten(0, 1).square().sum(1)
+            energy = widen(capture.right.flatten(0, 1)).square().sum(1)
             counts = energy.new_zeros(capture.rows)
             left.add_diagonal(counts.index_add_(0, capture.ids.flatten(), energy))
         elif isinstance(capture, OuterCapture):
-            left.add(capture.left.flatten(0, 1), None)
+            left.add(widen(capture.left.flatten(0, 1)), None)
         else:
             left.add(capture.dense().transpose(1, 2).flatten(0, 1), None)
 
@@ -81,7 +81,7 @@ class EnergyFit:
 
     def __init__(self, bindings: Bindings) -> None:
         self._blocks = bindings.blocks
-        self._places = _trained_places(bindings)
+        self._places = _TrainedPlaces(bindings)
         like = _like(bindings)
         self._energy = [like.new_zeros(b.rows, b.cols) for b in bindings.blocks]
 
@@ -93,7 +93,7 @@ class EnergyFit:
     def add(self, binding: Binding, capture: Capture) -> None:
         """Add the contributions of one call of a layer."""
         total = self._energy[binding.block_index]
-        places = self._places[binding.module_name]
+        places = self._places.of(binding)
         if places is None:
             total += capture.energy()
         else:
@@ -132,7 +132,7 @@ def largest_entries(values: Float[Tensor, " n"], count: int) -> Int[Tensor, " co
 
 def _like(bindings: Bindings) -> Tensor:
     """A tensor of the sums' device and dtype: float32, or the parameters' if that is more."""
-    parameter = bindings.parameters()[0].detach()
+    parameter = next(iter(bindings.parameters().values())).detach()
     dtype = torch.promote_types(parameter.dtype, torch.float32)
     return parameter.new_empty(0, dtype=dtype)
 
@@ -143,23 +143,29 @@ def _moment(side: int, like: Tensor, rank: int, seed: int) -> Moment | SketchedM
     return SketchedMoment(side, like.dtype, like.device, rank, seed)
 
 
-def _trained_places(bindings: Bindings) -> dict[str, tuple[Tensor, Tensor] | None]:
-    """Per layer: its captures' trained columns, and their columns in the block.
+class _TrainedPlaces:
+    """For each binding its captures' trained columns, and their columns in the block."""
 
-    None stands for all columns, in the same order.
-    """
-    places: dict[str, tuple[Tensor, Tensor] | None] = {}
-    device = bindings.parameters()[0].device
-    for binding in bindings.bindings:
-        cols = bindings.blocks[binding.block_index].cols
+    def __init__(self, bindings: Bindings) -> None:
+        self._blocks = bindings.blocks
+        self._device = next(iter(bindings.parameters().values())).device
+        # Those of sites that a trace finds later are added as they come.
+        self._known = {b: self._find(b) for site in bindings.sites for b in site.bindings}
+
+    def of(self, binding: Binding) -> tuple[Tensor, Tensor] | None:
+        """Return them, or None for all columns in the same order."""
+        if binding not in self._known:
+            self._known[binding] = self._find(binding)
+        return self._known[binding]
+
+    def _find(self, binding: Binding) -> tuple[Tensor, Tensor] | None:
+        cols = self._blocks[binding.block_index].cols
         trained = (binding.columns >= 0).nonzero().flatten()
         columns = binding.columns[trained]
         whole = len(trained) == len(binding.columns) == cols
         if whole and torch.equal(columns, torch.arange(cols)):
-            places[binding.module_name] = None
-        else:
-            places[binding.module_name] = (trained.to(device), columns.to(device))
-    return places
+            return None
+        return trained.to(self._device), columns.to(self._device)
 
 
 def _vectors(capture: Capture) -> Float[Tensor, "n cols"]:

@@ -10,21 +10,22 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import SecateurError
 from secateur.influence.basis import Basis
 from secateur.influence.basis_fitting import EnergyFit, MomentFit
 from secateur.influence.bindings import Binding, Bindings
+from secateur.influence.capture.site_hooks import Sink
 from secateur.influence.captures import Capture, LookupCapture
 from secateur.influence.coordinate_basis import CoordinateBasis, share_coefficients
 from secateur.influence.directional_derivatives import LossPart, differentiate_forward, run_pass
-from secateur.influence.hooks import ContributionSum, Sink, capture_hooks, sample_gradients
+from secateur.influence.hooks import ContributionSum, capture_hooks
 from secateur.influence.kronecker_basis import KroneckerBasis
 from secateur.influence.memory_meter import measure_peak, shape_mode
 from secateur.storage.shards import Samples
 from secateur.tasks.data.collate import Tensors, collate
+from secateur.tasks.data.take_samples import DOCUMENTS, take_samples
 from secateur.tasks.plan import CoordinateBasisConfig, KroneckerBasisConfig, Plan
 from secateur.tasks.run import LearningTask, Run
-from secateur.tasks.training.loop import eval_mode
+from secateur.tasks.training.loop import eval_mode, precision
 from secateur.tasks.training.pass_size import largest_rows
 
 
@@ -59,10 +60,10 @@ class PassMemory:
         basis = self._basis()
 
         def run(batch: Tensors, size: int) -> None:
-            like = self.bindings.parameters()[0]
+            like = next(iter(self.bindings.parameters().values()))
             for _ in range(2 if repeat else 1):
-                total = ContributionSum(basis, size, like.dtype, like.device)
-                with capture_hooks(self.bindings, total, total.watch, size):
+                total = ContributionSum(basis, size, like)
+                with capture_hooks(self.bindings, total, size, total.watch, _documents(batch)):
                     self._backward(batch)
 
         return self._measure(run, samples, count)
@@ -75,7 +76,8 @@ class PassMemory:
             fit = MomentFit(self.bindings, config.rank)
 
         def run(batch: Tensors, size: int) -> None:
-            with capture_hooks(self.bindings, _without_values(fit.add)):
+            add = _without_values(fit.add)
+            with capture_hooks(self.bindings, add, size, documents=_documents(batch)):
                 self._backward(batch)
 
         return fit.nbytes + self._measure(run, samples, count)
@@ -85,9 +87,10 @@ class PassMemory:
         basis = self._basis()
 
         def run(batch: Tensors, size: int) -> None:
-            losses = partial(self._task.losses, self.model, batch)
-            with eval_mode(self.model):
-                sample_gradients(losses, size, self.bindings, basis)
+            total = ContributionSum(basis, size, next(iter(self.bindings.parameters().values())))
+            with eval_mode(self.model), capture_hooks(self.bindings, total, size) as hooks:
+                losses = self._losses(batch)
+                torch.autograd.grad(losses.sum(), hooks.outputs, allow_unused=True)
 
         return self._measure(run, samples, count)
 
@@ -96,7 +99,7 @@ class PassMemory:
 
         def run(batch: Tensors, size: int) -> None:
             with eval_mode(self.model):
-                losses = self._task.losses(self.model, batch)
+                losses = self._losses(batch)
             torch.autograd.grad(losses.sum(), list(self._trained().values()), allow_unused=True)
 
         return self._measure(run, samples, count)
@@ -123,10 +126,10 @@ class PassMemory:
         if self.extrapolated is None:
             try:
                 return self._count(run, samples, rows[:count])
-            except SecateurError:
-                raise
             except Exception as error:  # a model or task that needs values fails in its own way
                 self._use_data(error)
+                batch = collate(self._task, samples, rows[:3], self._run.plan.device)
+                self._locate(batch, len(rows[:3]))
         self._count(run, samples, rows[:1])  # what the first pass caches is no part of a pass
         one = self._count(run, samples, rows[:1])
         if count == 1:
@@ -146,6 +149,12 @@ class PassMemory:
             parameter.grad = None
         return size + peak
 
+    def _locate(self, batch: Tensors, count: int) -> None:
+        def losses_of(rows: Tensor) -> Tensor:
+            return self._losses(take_samples(batch, rows))
+
+        self.bindings.locate(losses_of, count)
+
     def _use_data(self, error: Exception) -> None:
         self.extrapolated = str(error).splitlines()[0] if str(error) else type(error).__name__
         self.model = self._run.model()
@@ -157,8 +166,12 @@ class PassMemory:
     def _trained(self) -> dict[str, Tensor]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
+    def _losses(self, batch: Tensors) -> Tensor:
+        with precision(self._run.plan):
+            return self._task.losses(self.model, batch)
+
     def _backward(self, batch: Tensors) -> None:
-        losses = self._task.losses(self.model, batch)
+        losses = self._losses(batch)
         weights = torch.full(losses.shape, 1 / len(losses), dtype=torch.float64)
         (losses * weights.to(losses)).sum().backward()
 
@@ -169,10 +182,11 @@ class PassMemory:
         if isinstance(config, CoordinateBasisConfig):
             sizes = coefficients_per_block(self._run.plan, self.bindings).values()
             basis = CoordinateBasis(blocks, [torch.arange(size) for size in sizes])
-            for binding in self.bindings.bindings:
-                basis.find_entries(binding)
+            for site in self.bindings.sites:
+                for binding in site.bindings:
+                    basis.find_entries(binding)
             return basis
-        dtype = getattr(torch, self._run.plan.dtype)
+        dtype = getattr(torch, self._run.plan.number_type)
         sides = [(block.rows, block.cols) for block in blocks]
         factors = [
             (torch.zeros(r, min(config.rank, r), dtype=dtype), torch.zeros(c, min(config.rank, c)))
@@ -207,6 +221,10 @@ def _without_values(add: Sink) -> Sink:
         add(binding, capture)
 
     return sink
+
+
+def _documents(batch: Tensors) -> Tensor | None:
+    return batch.get(DOCUMENTS)
 
 
 def _move(model: nn.Module, plan: Plan) -> None:

@@ -18,6 +18,7 @@ from secateur.storage.shards import Samples
 from secateur.tasks.data.batches import BatchSchedule
 from secateur.tasks.data.collate import Tensors, collate
 from secateur.tasks.data.take_samples import DOCUMENTS, take_samples
+from secateur.tasks.plan import Plan
 from secateur.tasks.run import LearningTask, Run
 from secateur.tasks.training.checkpoint import capture_state, load_state
 from secateur.tasks.training.optimizers import build_optimizer
@@ -96,10 +97,7 @@ class TrainingLoop:
 
     def precision(self) -> AbstractContextManager[object]:
         """Return the context in which the model runs: autocast, if the plan has it."""
-        plan = self.run.plan
-        if plan.autocast is None:
-            return nullcontext()
-        return torch.autocast(torch.device(plan.device).type, getattr(torch, plan.autocast))
+        return precision(self.run.plan)
 
     def losses_of(self, tensors: Tensors) -> LossesOf:
         """Return a function that runs the samples at some places of a batch, in one row each."""
@@ -200,6 +198,13 @@ class TrainingLoop:
         """Return a recorder of this loop's steps in the run's basis."""
         bindings = self.run.bindings(self.model)
         return Recorder(self.model, self.optimizer, bindings, self.run.basis(bindings))
+
+
+def precision(plan: Plan) -> AbstractContextManager[object]:
+    """Return the context in which a plan's model runs: autocast, if the plan has it."""
+    if plan.autocast is None:
+        return nullcontext()
+    return torch.autocast(torch.device(plan.device).type, getattr(torch, plan.autocast))
 
 
 @contextmanager

@@ -98,7 +98,7 @@ def test_pca_of_a_table_takes_the_rows_of_most_energy() -> None:
     inputs = torch.tensor([[5, 5, 5, 5, 8000, 8000, 77]])
     bindings = bind_layers(table)
     fit = MomentFit(bindings, 2)
-    with capture_hooks(bindings, fit.add):
+    with capture_hooks(bindings, fit.add, 1):
         table(inputs).sum().backward()
     out = fit.basis(torch.float32).tensors()["0.out"]
     assert out.shape == (9000, 2)

@@ -180,6 +180,7 @@ class Training:
         q = tape.groups.start_adjoint(dict(zip(named, gradients, strict=True)), 1)
         weights = torch.full((self.batch,), 1 / self.batch, dtype=torch.float64)
         scores: list[Tensor] = []
+        assert isinstance(tape.steps, list)
         for step in reversed(range(self.steps)):
             parts = [LossPart(partial(self.losses, self.rows(step)), weights)]
             own, q = step_back(model, tape.groups, tape.steps[step], tape.update_rule, parts, q)

@@ -354,6 +354,7 @@ def test_a_wrapped_optimizer_is_followed() -> None:
             batch.losses = losses = model(torch.randn(2, 3)).square().sum(1)
             losses.mean().backward()
         wrapped.step()
+    assert isinstance(tape.steps, list)
     assert len(tape.steps) == 2
     assert recorder.take_segment().length == 2
     assert tape.steps[1].hyper[0]["step"] == 2

@@ -130,6 +130,7 @@ def check_updates(
         optimizer.step()
     assert missing > 20
     rule = tape.update_rule
+    assert isinstance(tape.steps, list)
     for before, after in zip(tape.steps, tape.steps[1:], strict=False):
         for number, group in enumerate(optimizer.param_groups):
             state = before.states[number]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from secateur.influence.capture.kept import KeptTensors
-from secateur.influence.capture.unchanged import random_state
+from secateur.influence.capture.unchanged import random_differs, random_state
 
 _TENSOR = object()  # stands in the place of an argument that is a tensor
 
@@ -55,7 +55,7 @@ class OwnCall:
 
     def end(self) -> None:
         """Note whether the call, which ends now, drew random numbers."""
-        self.is_random = not torch.equal(random_state(self._device), self._random)
+        self.is_random = random_differs(self._random, random_state(self._device))
 
     def arguments(self, tensors: Sequence[Tensor]) -> Any:
         """Return `(args, kwargs)` with other tensors in the places of those kept."""

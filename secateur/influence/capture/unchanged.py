@@ -37,6 +37,12 @@ def unchanged_model(model: nn.Module) -> Iterator[None]:
                 module.training = mode
 
 
+def random_differs(before: Tensor, after: Tensor) -> bool:
+    """Check whether random numbers were drawn between two of torch's random states."""
+    # By their bytes, because where shapes alone are run, tensors cannot be compared.
+    return bool(before.numpy().tobytes() != after.numpy().tobytes())
+
+
 def random_state(device: torch.device) -> Tensor:
     """Return torch's random state for a device."""
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
