@@ -22,7 +22,6 @@ from secateur.tasks.training.pass_size import pass_size
 INDEX_BYTES = {"flat": 4, "fp16": 2, "sq8": 1}
 PRODUCT_ROWS = 4096  # vectors whose products with target gradients are formed at a time
 FRAME_BYTES = 150  # of a row of `scores.parquet`, with its key, in memory
-POLARS_BYTES = 24 << 20  # of polars' own buffers, however small its frames are
 
 
 class PartMemory(BaseModel):
@@ -311,5 +310,5 @@ def _scoring(
     vectors = 3 * rows * sizes.width * sizes.item
     held = gradients * sizes.width * (sizes.item + 2 * 8)
     frame = 2 * max(stage.records for stage in stages) * (FRAME_BYTES + 8 * len(targets))
-    records = vectors + products + held + frame + POLARS_BYTES
+    records = vectors + products + held + frame
     return PartMemory(part="scoring", state=0, passes=0, records=records)
