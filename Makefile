@@ -44,6 +44,7 @@ bench: $(READY)  ## run the benchmarks behind the numbers in the README
 	$(BIN)/python -m benchmarks.windows
 	$(BIN)/python -m benchmarks.selection
 	$(BIN)/python -m benchmarks.kills
+	$(BIN)/python -m benchmarks.ranks
 	$(BIN)/python -m benchmarks.faults
 	$(BIN)/python -m benchmarks.fuzz
 	$(BIN)/python -m benchmarks.rewrite

@@ -82,7 +82,7 @@ def _run_arm(workers: Workers, plan: Plan, name: str, arm: Arm, evaluated: list[
         workers.call(pipeline_tasks.share_outputs, run.url, own.url)
     seconds: dict[int, float] = {}
     for stage, config in enumerate(run.plan.stages):
-        train_stage(workers, run.url, stage)
+        train_stage(workers, run.url, stage, plan.launch)
         workers.call(pipeline_tasks.differentiate_targets, run.url, stage)
         started = time.monotonic()
         if run.plan.needs_scores(stage):

@@ -15,7 +15,7 @@ from secateur.flows.stage import (
     train_stage,
 )
 from secateur.flows.workers import Workers, worker_pool
-from secateur.tasks.plan import Plan
+from secateur.tasks.plan import LaunchConfig, Plan
 from secateur.tasks.reporting.summary import StageSummary, summarize_run
 from secateur.tasks.run import Run
 
@@ -37,15 +37,19 @@ def curate(plan: Plan, dated: bool = False) -> list[StageSummary]:
     """
     run = Run.start(with_scheduled_date(plan) if dated else plan)
     with exclusive_run(run), worker_pool(plan.workers) as workers:
-        curate_stages(workers, run)
+        curate_stages(workers, run, plan.launch)
     events.emit_finished(run.url)
     return summarize_run(Run.open(run.url))
 
 
-def curate_stages(workers: Workers, run: Run) -> None:
-    """Train, score, prune and report every stage of a run."""
+def curate_stages(workers: Workers, run: Run, launch: LaunchConfig | None = None) -> None:
+    """Train, score, prune and report every stage of a run.
+
+    Args:
+        launch: the processes that train; those of the plan that started the run if None.
+    """
     for stage, config in enumerate(run.plan.stages):
-        train_stage(workers, run.url, stage)
+        train_stage(workers, run.url, stage, launch)
         events.emit_trained(run.url, stage)
         score_stage(workers, run.url, stage)
         analyze_stage(workers, run.url, stage)

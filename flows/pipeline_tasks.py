@@ -43,7 +43,7 @@ fit_basis = PipelineTask(
 train = PipelineTask(
     "train",
     training.train_stage,
-    outputs=lambda run, stage: run.folder.stage(stage).trained,
+    outputs=lambda run, stage, launch: run.folder.stage(stage).trained,
     uses_random_numbers=True,
 )
 embed_segment = PipelineTask("embed segment", embed.embed_segment)

@@ -10,7 +10,7 @@ from secateur.flows import events, pipeline_tasks, run_artifacts
 from secateur.flows.workers import Call, Workers
 from secateur.tasks.analysis.retraining import remaining_removals
 from secateur.tasks.engine.ui_artifacts import ProgressArtifact
-from secateur.tasks.plan import Policy
+from secateur.tasks.plan import LaunchConfig, Policy
 from secateur.tasks.pruning.decide import resolve_policy
 from secateur.tasks.pruning.prune import pruning_name
 from secateur.tasks.results.audit_results import AuditResult
@@ -20,13 +20,19 @@ from secateur.tasks.run import Run
 from secateur.tasks.valuation.replay import group_targets
 
 
-def train_stage(workers: Workers, run_url: str, stage: int) -> None:
-    """List a stage's samples, freeze its windows, and train it. Stage 0 also fits the basis."""
+def train_stage(
+    workers: Workers, run_url: str, stage: int, launch: LaunchConfig | None = None
+) -> None:
+    """List a stage's samples, freeze its windows, and train it. Stage 0 also fits the basis.
+
+    Args:
+        launch: the processes that train; those of the plan that started the run if None.
+    """
     workers.call(pipeline_tasks.list_samples, run_url, stage)
     workers.call(pipeline_tasks.freeze_windows, run_url, stage)
     if stage == 0:
         workers.call(pipeline_tasks.fit_basis, run_url)
-    workers.call(pipeline_tasks.train, run_url, stage)
+    workers.call(pipeline_tasks.train, run_url, stage, launch)
 
 
 def score_stage(workers: Workers, run_url: str, stage: int) -> None:

@@ -40,6 +40,8 @@ class RecordingCallback(TrainerCallback):  # type: ignore[misc]
 
     At the end it emits `secateur.stage.trained`, so that Prefect can prune the stage.
 
+    Under `torchrun` or `accelerate launch` each process records the samples that it trains on.
+
     The callback takes the keys out of the batch before the model gets it. It computes each sample's
     loss from logits and labels, label smoothing included, and refuses a loss that is not their
     cross-entropy. Where several samples share a row, each is recorded by itself. TRL's fused head
@@ -238,10 +240,16 @@ def _check_arguments(args: TrainingArguments) -> None:
             f"the Trainer has removed `{KEY}` from the examples; give the callback to the Trainer "
             f"when it is made, or set `remove_unused_columns=False`"
         )
-    if args.world_size > 1 or args.n_gpu > 1:
+    if args.n_gpu > 1:
         raise PlanError(
-            "the Trainer runs on several devices, and recording sees the samples of one process on "
-            "one device; use one process and one GPU (`CUDA_VISIBLE_DEVICES`)"
+            "the Trainer copies the model to several GPUs in one process, where samples cannot be "
+            "told apart; start one process per GPU with `torchrun`, or use one GPU "
+            "(`CUDA_VISIBLE_DEVICES`)"
+        )
+    if args.fsdp or args.deepspeed:
+        raise PlanError(
+            "recording follows the Trainer's processes with DDP only; leave out `fsdp` and "
+            "`deepspeed`, or record FSDP2 with `secateur.Recording` in your own loop"
         )
     if args.fp16:
         raise PlanError("`fp16` skips steps that the ledger counts; use `bf16` or full precision")

@@ -11,11 +11,13 @@ class Recording(StageRecording):
     __doc__ = StageRecording.__doc__
 
     def finish(self) -> TrainingResult:
-        """Commit the remaining steps, and emit `secateur.stage.trained`.
+        """Commit the remaining steps, and emit `secateur.stage.trained`, once for all processes.
 
         Training does not fail if the event cannot be sent.
         """
         result = super().finish()
+        if not self.ranks.is_first:
+            return result
         problem = _server_problem()
         if problem is None:
             from secateur.flows import events

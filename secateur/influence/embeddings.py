@@ -80,8 +80,13 @@ def embed(
             not, every block is computed by itself, which is faster and less exact.
 
     Raises:
-        SecateurError: nothing was recorded.
+        SecateurError: nothing was recorded, or several processes train the model.
     """
+    if recorder.ranks.size > 1:
+        raise SecateurError(
+            "`embed` works in one process; record into a run with `secateur.Recording`, and ask "
+            "that run with `secateur.query`"
+        )
     segment = _take_segment(recorder)
     basis = recorder.basis
     spans = [slice(0, basis.size)] if coupled else list(basis.spans)

@@ -75,9 +75,10 @@ def settings_rows(
         )
     places = {name: place for place, name in enumerate(parameters)}
     if basis.elementwise:
-        # float64 holds every place exactly; a model in half precision would not.
+        # float64 holds every place exactly; a model in half precision would not. FSDP2 divides
+        # parameters among processes, but every process needs all places.
         filled = {
-            name: torch.full_like(p, places[name], dtype=torch.float64)
+            name: torch.full(p.shape, places[name], dtype=torch.float64, device=p.device)
             for name, p in parameters.items()
         }
         return basis.project_tensors(filled).long().cpu()

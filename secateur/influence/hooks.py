@@ -13,7 +13,7 @@ from secateur.influence.basis import Basis
 from secateur.influence.bindings import Binding, Bindings, LossesOf
 from secateur.influence.capture.alone_check import SampleCheck, check_reached
 from secateur.influence.capture.documents import Documents
-from secateur.influence.capture.gradients import parameter_gradients
+from secateur.influence.capture.gradients import gradients_by_backward
 from secateur.influence.capture.site_hooks import Sink, SiteHooks, Watch
 from secateur.influence.captures import Capture
 
@@ -102,7 +102,8 @@ def sample_gradients(
         values = losses_of(torch.arange(batch))
         if hooks.unfollowed:
             # Reentrant checkpointing runs a part of the model again, in `backward` only.
-            parameter_gradients(values.sum(), list(bindings.model.parameters()))
+            trained = [p for p in bindings.model.parameters() if p.requires_grad]
+            gradients_by_backward(values.sum(), trained)
         else:
             torch.autograd.grad(values.sum(), hooks.outputs, allow_unused=True)
     if check:

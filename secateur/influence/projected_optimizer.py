@@ -12,6 +12,8 @@ from secateur.errors import SecateurError
 from secateur.influence.basis import Basis
 from secateur.influence.gradient_check import settings_rows
 from secateur.influence.optimizers import UpdateRule, fetch_numbers
+from secateur.influence.process_group import Ranks
+from secateur.influence.sharded_tensors import check_sharding, is_sharded, own_part
 
 
 class ProjectedOptimizer:
@@ -25,9 +27,11 @@ class ProjectedOptimizer:
         update_rule: its update rule.
         parameters: the captured parameters by name.
         basis: the basis of the coefficients.
+        ranks: the processes that the parameters may be divided among.
 
     Raises:
-        SecateurError: the optimizer lacks a parameter, or the basis cannot follow it.
+        SecateurError: the optimizer lacks a parameter, the basis cannot follow it, or parameters
+            are divided among processes in another way than FSDP2 does.
     """
 
     def __init__(
@@ -36,7 +40,9 @@ class ProjectedOptimizer:
         update_rule: UpdateRule,
         parameters: Mapping[str, nn.Parameter],
         basis: Basis,
+        ranks: Ranks,
     ) -> None:
+        check_sharding(parameters, ranks.size)
         self.groups = settings_rows(optimizer, parameters, basis)
         if not (update_rule.linear or basis.elementwise):
             raise SecateurError(
@@ -48,6 +54,8 @@ class ProjectedOptimizer:
         self._update_rule = update_rule
         self._parameters = parameters
         self._basis = basis
+        self._ranks = ranks
+        self._is_sharded = any(is_sharded(p) for p in parameters.values())
 
     def gradient(self, step: int) -> Float[Tensor, " p"]:
         """Return the gradient that the optimizer is about to use.
@@ -65,13 +73,19 @@ class ProjectedOptimizer:
                 f"parameter {missing[0]} got no gradient at step {step}; leave it "
                 f"out of the model, freeze it, or list it under `uncaptured`"
             )
-        gradient = self._basis.project_tensors(gradients)
+        gradient = self._project(gradients)
         # A fused optimizer divides by the scale of a GradScaler in its own step.
         scale = getattr(self._optimizer, "grad_scale", None)
         return gradient if scale is None else gradient / scale.to(gradient.device)
 
     def has_gradient(self) -> bool:
-        """Check whether any captured parameter has a gradient that is not zero."""
+        """Check whether any captured parameter has a gradient that is not zero.
+
+        FSDP2 may keep gradients out of sight until a step's last micro-batch, so with it the answer
+        is always yes.
+        """
+        if self._is_sharded:
+            return True
         gradients = [p.grad for p in self._parameters.values()]
         return any(grad is not None and bool(grad.any()) for grad in gradients)
 
@@ -90,7 +104,7 @@ class ProjectedOptimizer:
 
     def states(self) -> Float[Tensor, "S p"]:
         """Return theta and the optimizer's slots."""
-        theta = self._basis.project_tensors({n: p.detach() for n, p in self._parameters.items()})
+        theta = self._project({n: p.detach() for n, p in self._parameters.items()})
         return torch.stack([theta, *(self._slot(name) for name in self._update_rule.slots)])
 
     def sensitivity(self, gradient: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
@@ -113,4 +127,16 @@ class ProjectedOptimizer:
         for parameter_name, parameter in self._parameters.items():
             value = self._optimizer.state.get(parameter, {}).get(name)
             tensors[parameter_name] = torch.zeros_like(parameter) if value is None else value
-        return self._basis.project_tensors(tensors)
+        return self._project(tensors)
+
+    def _project(self, tensors: Mapping[str, Tensor]) -> Float[Tensor, " p"]:
+        """Return the coefficients of one tensor per parameter, whole or divided."""
+        if not self._is_sharded:
+            return self._basis.project_tensors(tensors)
+        # A projection is linear, so every process projects its own part, one block at a time.
+        first = self._ranks.is_first
+        coefficients = []
+        for i, block in enumerate(self._basis.blocks):
+            parts = {name: own_part(tensors[name], first) for name in block.parameters}
+            coefficients.append(self._basis.project_block(i, block.parts(parts)))
+        return self._ranks.sum(torch.cat(coefficients))

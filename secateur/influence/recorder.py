@@ -15,12 +15,14 @@ from secateur.influence.capture.alone_check import SampleCheck
 from secateur.influence.gradient_check import gradient_scale
 from secateur.influence.hooks import sample_gradients
 from secateur.influence.optimizers import UpdateRule, find_update_rule, unwrap_optimizer
+from secateur.influence.process_group import current_ranks
 from secateur.influence.projected_optimizer import ProjectedOptimizer
 from secateur.influence.random_basis import default_basis
 from secateur.influence.recorded_batch import RecordedBatch, capture_batch
 from secateur.influence.recorded_step import RecordedStep
 from secateur.influence.segment import Segment
 from secateur.influence.segment_builder import SegmentBuilder
+from secateur.influence.sharded_tensors import unwrap_model
 from secateur.influence.step_hook import hook_before_step
 
 # Relative distances allowed between the contributions' sum and the gradient received.
@@ -50,10 +52,15 @@ class Recorder:
     unscaling) as a scale. A batch whose gradients were cleared without a step (a `GradScaler` that
     met an overflow) is forgotten.
 
+    Under `torchrun`, with the model in `DistributedDataParallel` or after `fully_shard`, every
+    process records its own samples and takes the same steps. Contributions are parts of the mean
+    over the processes, which is the gradient that the optimizers receive.
+
     Attributes:
         update_rule: the optimizer's update rule.
         basis: the basis of the coefficients.
         parameters: the captured parameters by name.
+        ranks: this process among those that train the model.
 
     Args:
         model: the model.
@@ -87,6 +94,8 @@ class Recorder:
         uncaptured: Collection[str] = (),
     ) -> None:
         optimizer = unwrap_optimizer(optimizer)
+        model = unwrap_model(model)
+        self.ranks = current_ranks()
         self.update_rule: UpdateRule = find_update_rule(optimizer)
         self._bindings = bind_layers(model, uncaptured) if bindings is None else bindings
         if basis is None:
@@ -95,7 +104,9 @@ class Recorder:
         self._tolerance = tolerance
         names = {name for block in basis.blocks for name in block.parameters}
         self.parameters = {n: p for n, p in model.named_parameters() if n in names}
-        self._optimizer = ProjectedOptimizer(optimizer, self.update_rule, self.parameters, basis)
+        self._optimizer = ProjectedOptimizer(
+            optimizer, self.update_rule, self.parameters, basis, self.ranks
+        )
         self._coming = RecordedStep()
         self._last_scale = 1.0
         self._checked: set[object] = set()
@@ -183,12 +194,16 @@ class Recorder:
         return self._optimizer.sensitivity(gradient)
 
     def take_segment(self) -> Segment:
-        """Return the segment recorded since the last call, on the CPU, and start the next one."""
+        """Return the segment recorded since the last call, on the CPU, and start the next one.
+
+        With several processes, all call it. The first gets the records of all; the others get a
+        segment without records.
+        """
         builder = self._builder
         self._builder = SegmentBuilder(builder.next_step)
         parameter = next(iter(self.parameters.values()))
         dtype = torch.promote_types(parameter.dtype, torch.float32)
-        return builder.build(self._optimizer.groups, dtype)
+        return builder.build(self._optimizer.groups, dtype, self.ranks)
 
     def start_at(self, step: int) -> None:
         """Number the next step as `step` of its stage, and drop steps not yet taken."""
@@ -218,7 +233,8 @@ class Recorder:
         """Record a step. The gradients are now those that the optimizer will use."""
         received = self._optimizer.gradient(self.next_step)
         scale = self._gradient_scale(received)
-        self._builder.add_step(self._coming, scale, self._optimizer.settings())
+        share = 1 / self.ranks.size
+        self._builder.add_step(self._coming, scale, self._optimizer.settings(), share)
         if not self.update_rule.linear:
             self._builder.add_state(received, self._optimizer.states())
         self._coming = RecordedStep()
@@ -230,7 +246,7 @@ class Recorder:
 
     def _gradient_scale(self, received: Float[Tensor, " p"]) -> float:
         """Return the scale of the coming step; without a batch, that of the step before."""
-        total = self._coming.total()
+        total = self._coming.total(received, self.ranks)
         if total is not None:
             self._last_scale = gradient_scale(
                 total, received, self.basis, self._sum_tolerance(), self.next_step

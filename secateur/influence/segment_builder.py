@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from secateur.influence.gathered_records import gather_records
+from secateur.influence.process_group import Ranks
 from secateur.influence.recorded_batch import RecordedBatch, finish_batch
 from secateur.influence.recorded_step import RecordedStep
 from secateur.influence.segment import Segment
@@ -42,20 +44,24 @@ class SegmentBuilder:
         """The number of the next step."""
         return self.first_step + len(self.strides)
 
-    def add_step(self, step: RecordedStep, scale: float, hyper: list[list[float]]) -> None:
+    def add_step(
+        self, step: RecordedStep, scale: float, hyper: list[list[float]], share: float = 1.0
+    ) -> None:
         """Add the recordings of a step.
 
         Args:
             step: the recordings.
             scale: factor applied to the step's gradient after the backward pass.
             hyper: each parameter group's settings.
+            share: factor of this process's gradient in the mean over all processes.
         """
         for batch in step.batches:
-            finish_batch(batch, scale)
+            finish_batch(batch, scale * share)
         self.batches.append(step.batches)
         self.strides.append(step.stride)
         self.scales.append(scale)
-        self.fisher.append([(rows * scale, weights * scale) for rows, weights in step.fisher])
+        factor = scale * share
+        self.fisher.append([(rows * factor, weights * factor) for rows, weights in step.fisher])
         self.hyper.append(hyper)
 
     def add_state(self, gradient: Float[Tensor, " p"], state: Float[Tensor, "S p"]) -> None:
@@ -63,21 +69,24 @@ class SegmentBuilder:
         self.gradients.append(gradient)
         self.states.append(state)
 
-    def build(self, groups: Int[Tensor, " p"], dtype: torch.dtype) -> Segment:
+    def build(
+        self, groups: Int[Tensor, " p"], dtype: torch.dtype, ranks: Ranks | None = None
+    ) -> Segment:
         """Return the segment on the CPU.
 
         Args:
             groups: row of the settings that each of the p coefficients is updated with.
             dtype: of the contributions.
+            ranks: the processes whose records come together in the first one's segment. The
+                segments of the others have no records.
         """
         empty = torch.empty(0, len(groups), dtype=dtype)
-        return Segment(
-            first_step=self.first_step,
-            groups=groups,
-            **self._record_tensors(empty),
-            **self._step_tensors(empty),
-            **self._curvature_tensors(empty),
-        )
+        records = self._record_tensors(empty)
+        steps = self._step_tensors(empty)
+        curvature = self._curvature_tensors(empty)
+        if ranks is not None and ranks.size > 1:
+            records, steps, curvature = gather_records(records, steps, curvature, ranks)
+        return Segment(first_step=self.first_step, groups=groups, **records, **steps, **curvature)
 
     def _record_tensors(self, empty: Float[Tensor, "0 p"]) -> dict[str, Tensor]:
         """Return the fields of a segment that have one row per record."""

@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from secateur.errors import PlanError
 from secateur.influence.bindings import LossesOf
 from secateur.influence.optimizers import unwrap_optimizer
+from secateur.influence.process_group import current_ranks
 from secateur.influence.recorded_batch import RecordedBatch
 from secateur.influence.recorder import Recorder
+from secateur.influence.sharded_tensors import unwrap_model
 from secateur.storage.attempt import Attempt
 from secateur.storage.ledger import read_checkpoint, write_checkpoint
+from secateur.tasks.data.collate import Tensors
 from secateur.tasks.data.samples import list_stage_samples, read_stage_samples
 from secateur.tasks.engine.progress import print_status
 from secateur.tasks.external.compatibility import (
@@ -52,7 +55,9 @@ from secateur.tasks.training.segments import (
     window_of_step,
 )
 
-RANDOM_STATE = "random"  # torch's random state, in addition to what every checkpoint holds
+# Torch's random state, in addition to what every checkpoint holds. Of several processes, each but
+# the first adds its number to the name.
+RANDOM_STATE = "random"
 
 
 class StageRecording:
@@ -82,9 +87,13 @@ class StageRecording:
     the last committed segment, or of the end of the stage before. If neither exists, the run begins
     with the state that the model has.
 
+    Under `torchrun`, every process makes its own recording, and records the samples that it trains
+    on. The first process writes and commits, and the others wait for it.
+
     Args:
         plan: the plan, or the path of its file.
-        model: has the same state as the plan's model, by the same names.
+        model: has the same state as the plan's model, by the same names. It may be wrapped in
+            `DistributedDataParallel`, or divided with `fully_shard`.
         optimizer: of the plan's kind, over the model's parameters. Its settings are your own.
         steps: optimizer steps that the stage will take. Windows in fractions of them need it.
         by: the trainer's name in the ledger. Only the trainer that began a stage can continue it.
@@ -93,6 +102,7 @@ class StageRecording:
 
     Attributes:
         finished: whether the stage is trained to its end, now or by an earlier recording.
+        ranks: this process among those that train the model.
 
     Raises:
         PlanError, SecateurError, StorageError: the plan, model, optimizer or data cannot be used.
@@ -114,7 +124,8 @@ class StageRecording:
         self.steps = steps
         self.by = by
         self.finished = False
-        self._model = model
+        self.ranks = current_ranks()
+        self._model = unwrap_model(model)
         self._optimizer = unwrap_optimizer(optimizer)
         self._tolerance = tolerance
         self._recorder: Recorder | None = None
@@ -152,7 +163,8 @@ class StageRecording:
     def prepare(self) -> None:
         """Check the arguments, and create the run, its sample list, start and basis if missing."""
         check_plan(self.plan, self.stage)
-        with preserve_rng():
+        # The first process makes what is missing; the others then find it made.
+        with self.ranks.first_goes_first(), preserve_rng():
             self.run = Run.start(self.plan)
             check_model(self.run, self._model)
             check_optimizer(self.plan, self._model, self._optimizer)
@@ -167,8 +179,8 @@ class StageRecording:
             self._windows = resolve_windows(self.run.plan, self.stage, count, self.steps)
             self._folder = self.run.folder.stage(self.stage)
             self._segments = count_segments(self.run, self.stage, self.by)
-            if self.stage == 0:
-                self._create_start()
+        if self.stage == 0:
+            self._create_start()
         self.finished = self._folder.trained.committed
         self._committed_steps = count_committed_steps(self.plan, self.stage)
 
@@ -266,7 +278,6 @@ class StageRecording:
             return read_training_result(self.run, self.stage)
         if self._recorder is not None and self.step > self._committed_steps:
             self._commit()
-        check_recorded(self.run, self.stage)
         result = TrainingResult(
             stage=self.stage,
             samples=len(self._samples),
@@ -274,7 +285,9 @@ class StageRecording:
             segments=self._segments,
             by=self.by,
         )
-        result = commit_training_result(self.run, result)
+        with self.ranks.first_goes_first():
+            check_recorded(self.run, self.stage)
+            result = commit_training_result(self.run, result)
         self.finished = True
         return result
 
@@ -299,27 +312,34 @@ class StageRecording:
     def _create_start(self) -> None:
         """Commit the run's first checkpoint, and fit the basis on a copy of the model."""
         start = self._folder.start
+        if not self.ranks.first_decides(start.committed):
+            state = self._capture_state()
 
-        def write(attempt: Attempt) -> None:
-            state = capture_state(self._model, self._optimizer, self._numbered_like)
-            write_checkpoint(attempt, state)
+            def write(attempt: Attempt) -> None:
+                write_checkpoint(attempt, state)
 
-        start.write_once("checkpoint", {}, write)
-        weights = {
-            name.removeprefix("model."): tensor
-            for name, tensor in read_checkpoint(start).items()
-            if name.startswith("model.")
-        }
-        fit_basis(self.run, weights)
+            if self.ranks.is_first:
+                start.write_once("checkpoint", {}, write)
+        with self.ranks.first_goes_first(), preserve_rng():
+            weights = {
+                name.removeprefix("model."): tensor
+                for name, tensor in read_checkpoint(start).items()
+                if name.startswith("model.")
+            }
+            fit_basis(self.run, weights)
 
     def _load_start(self) -> None:
         if self._segments:
             state = read_checkpoint(self._folder.segment(self._segments - 1))
             load_state(state, self._model, self._optimizer, numbered_like=self._numbered_like)
-            torch.set_rng_state(state[RANDOM_STATE])
-            print_status(
-                f"stage {self.stage} of {self.run.url} continues at step {self._committed_steps}"
-            )
+            # A process that took no part before keeps the random state that it has.
+            if (name := _random_state_name(self.ranks.rank)) in state:
+                torch.set_rng_state(state[name])
+            if self.ranks.is_first:
+                print_status(
+                    f"stage {self.stage} of {self.run.url} continues at step "
+                    f"{self._committed_steps}"
+                )
             return
         carried = self.stage == 0 or self.plan.optimizer.at_stage == "carry"
         state = read_checkpoint(start_checkpoint(self.run, self.stage))
@@ -333,9 +353,13 @@ class StageRecording:
     def _commit(self) -> None:
         assert self._recorder is not None
         segment = self._recorder.take_segment()
-        state = capture_state(self._model, self._optimizer, self._numbered_like)
-        state[RANDOM_STATE] = torch.get_rng_state()
-        if not commit_segment(self.run, self.stage, self._segments, segment, state, self.by):
+        state = self._capture_state()
+        for rank, random_state in enumerate(self.ranks.gather(torch.get_rng_state())):
+            state[_random_state_name(rank)] = random_state
+        is_committed = self.ranks.is_first and commit_segment(
+            self.run, self.stage, self._segments, segment, state, self.by
+        )
+        if not self.ranks.first_decides(is_committed):
             raise PlanError(
                 f"another process has recorded segment {self._segments} of stage {self.stage} of "
                 f"{self.run.url}; let one trainer continue, and give the other a run of another "
@@ -343,6 +367,15 @@ class StageRecording:
             )
         self._segments += 1
         self._committed_steps = self.step
+
+    def _capture_state(self) -> Tensors:
+        """Return what the first process writes into a checkpoint."""
+        keep = self.ranks.is_first
+        return capture_state(self._model, self._optimizer, self._numbered_like, keep)
+
+
+def _random_state_name(rank: int) -> str:
+    return f"{RANDOM_STATE}.{rank}" if rank else RANDOM_STATE
 
 
 def count_committed_steps(plan: Plan | str | Path, stage: int) -> int:

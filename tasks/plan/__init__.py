@@ -6,6 +6,7 @@ from secateur.tasks.plan.base import Config, Fraction, Share
 from secateur.tasks.plan.basis_config import CoordinateBasisConfig, KroneckerBasisConfig
 from secateur.tasks.plan.curvature_config import CURVATURES, CurvatureConfig, register_curvature
 from secateur.tasks.plan.inputs_config import DataConfig, FactoryConfig, TargetConfig, TaskConfig
+from secateur.tasks.plan.launch_config import LaunchConfig
 from secateur.tasks.plan.optimizer_config import (
     OPTIMIZERS,
     OptimizerConfig,
@@ -45,6 +46,7 @@ __all__ = [
     "FactoryConfig",
     "Fraction",
     "KroneckerBasisConfig",
+    "LaunchConfig",
     "OptimizerConfig",
     "ParameterGroupConfig",
     "Plan",

@@ -12,6 +12,7 @@ from secateur.tasks.plan.base import Config
 from secateur.tasks.plan.basis_config import CoordinateBasisConfig, KroneckerBasisConfig
 from secateur.tasks.plan.curvature_config import CURVATURES, CurvatureConfig
 from secateur.tasks.plan.inputs_config import DataConfig, FactoryConfig, TargetConfig, TaskConfig
+from secateur.tasks.plan.launch_config import LaunchConfig
 from secateur.tasks.plan.optimizer_config import OPTIMIZERS, OptimizerConfig, ScheduleConfig
 from secateur.tasks.plan.score_config import AuditConfig, ReplayConfig, ScoreConfig, TrustConfig
 from secateur.tasks.plan.stage_config import PREVIOUS, SelectionConfig, StageConfig
@@ -94,6 +95,10 @@ class Plan(Config):
     )
     index: Literal["flat", "fp16", "sq8"] = Field(
         "flat", description="how FAISS stores embeddings: unchanged, or smaller"
+    )
+    launch: LaunchConfig = Field(
+        LaunchConfig(),
+        description="the processes that train together; a run may be resumed with others",
     )
     workers: WorkersConfig = Field(
         WorkersConfig(),
@@ -191,6 +196,28 @@ class Plan(Config):
                 raise ValueError(
                     f"audit.stages names stage {stage}; the last is {len(self.stages) - 1}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_launch(self) -> Plan:
+        if self.launch.processes == 1:
+            return self
+        if self.curvature.needs_own_loop:
+            raise ValueError(
+                f"`curvature.kind: {self.curvature.kind}` makes passes that only one process can "
+                f"make; set `empirical_fisher` or `none`, or leave out `launch`"
+            )
+        if self.selections:
+            raise ValueError(
+                "online selection works in one process; leave out the windows' `select`, or leave "
+                "out `launch`"
+            )
+        if ":" in self.device:
+            raise ValueError(
+                f"`device: {self.device}` is one device, and `launch` has {self.launch.processes} "
+                f"processes; set `device: {self.device.partition(':')[0]}`, so that each has its "
+                f"own"
+            )
         return self
 
     @property

@@ -100,6 +100,11 @@ def check_replayable(run: Run, stage: int) -> None:
         )
 
 
+def read_process_counts(folder: StageFolder) -> list[int]:
+    """Return how many processes trained each committed segment of a stage."""
+    return [int(segment.manifest.facts.get("processes", 1)) for segment in folder.segments()]
+
+
 def read_selected_rows(folder: StageFolder) -> dict[int, Int[Tensor, " batch"]]:
     """Return the rows that online selection chose for each step, in the order of training.
 

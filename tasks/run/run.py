@@ -42,7 +42,7 @@ class Run:
     def start(plan: Plan) -> Run:
         """Create the run's folder, or join a run that the same plan has started.
 
-        Only `workers` may differ from the plan that started it.
+        Only `workers` and `launch` may differ from the plan that started it.
 
         Raises:
             PlanError: the folder holds a run of another plan, or the store ignores conditional puts
@@ -146,8 +146,8 @@ def _with_frozen_windows(plan: Plan, folder: RunFolder) -> Plan:
 def _differing_keys(old: Plan, new: Plan) -> list[str]:
     """Top-level keys in which two plans differ.
 
-    `workers` is left out, because workers do not change what a run computes.
+    `workers` and `launch` are left out: they say by how many processes a run is computed.
     """
-    before = json.loads(old.model_dump_json(exclude={"workers"}))
-    after = json.loads(new.model_dump_json(exclude={"workers"}))
+    before = json.loads(old.model_dump_json(exclude={"workers", "launch"}))
+    after = json.loads(new.model_dump_json(exclude={"workers", "launch"}))
     return [key for key in after if before[key] != after[key]]

@@ -121,7 +121,7 @@ class NoCurvatureConfig(CurvatureConfig):
 
 
 def _weighted_loss(loop: TrainingLoop, part: MicroBatch) -> Tensor:
-    losses = loop.losses(part.tensors)
+    losses = loop.part_losses(part, loop.model)
     return (losses * part.weights.to(losses)).sum()
 
 

@@ -11,6 +11,7 @@ from secateur.tasks.data.batches import BatchSchedule
 from secateur.tasks.data.collate import Tensors
 from secateur.tasks.results.training_results import (
     TrainingResult,
+    read_process_counts,
     read_selected_rows,
     read_training_result,
     start_checkpoint,
@@ -72,9 +73,14 @@ def commit_training_result(run: Run, result: TrainingResult) -> TrainingResult:
 
 
 def restore_segment_start(run: Run, loop: TrainingLoop, stage: int, number: int) -> None:
-    """Give the loop the state that a segment starts from, and the rows selected in training."""
+    """Give the loop the state that a segment starts from, and how its batches were made.
+
+    These are the rows selected in training, and the number of processes that divided them.
+    """
     if not loop.selected_rows:
         loop.selected_rows.update(read_selected_rows(run.folder.stage(stage)))
+    if not loop.segment_processes:
+        loop.segment_processes = read_process_counts(run.folder.stage(stage))
     if number:
         loop.load_state(read_checkpoint(run.folder.stage(stage).segment(number - 1)))
     else:

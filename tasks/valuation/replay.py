@@ -153,7 +153,7 @@ def _repeat_segment(
 
 
 def _losses(loop: TrainingLoop, part: MicroBatch, model: nn.Module) -> Tensor:
-    return loop.losses(part.tensors, model)
+    return loop.part_losses(part, model)
 
 
 def _check_reproduced(run: Run, loop: TrainingLoop, number: int) -> None:

@@ -9,10 +9,19 @@ from torch import Tensor, nn
 
 
 def parameter_gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """Return the gradient of a loss for each parameter, zero if it has none.
+    """Return the gradient of a loss for each parameter, zero if it has none."""
+    trained = [p for p in parameters if p.requires_grad]
+    # Under DistributedDataParallel, `backward` would wait for the other processes.
+    found = torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True)
+    if any(g is None for g in found) and not torch.distributed.is_initialized():
+        # Reentrant checkpointing hides its parameters from `grad`.
+        found = gradients_by_backward(loss, trained)
+    by_parameter = {p: g for p, g in zip(trained, found, strict=True) if g is not None}
+    return [by_parameter[p] if p in by_parameter else torch.zeros_like(p) for p in parameters]
 
-    Works under reentrant checkpointing too, which does not take part in `torch.autograd.grad`.
-    """
+
+def gradients_by_backward(loss: Tensor, parameters: Sequence[nn.Parameter]) -> tuple[Tensor, ...]:
+    """The same under reentrant checkpointing, which takes no part in `torch.autograd.grad`."""
     kept = [p.grad for p in parameters]
     try:
         for parameter in parameters:
@@ -22,4 +31,6 @@ def parameter_gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> lis
     finally:
         for parameter, gradient in zip(parameters, kept, strict=True):
             parameter.grad = gradient
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+    return tuple(
+        torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)
+    )

@@ -47,6 +47,22 @@ OPTIMIZER = {"kind": "sgd", "lr": 0.1}
         ),
         ({"zzz": 1}, r"unknown key `zzz`; known keys are audit, autocast, basis"),
         (
+            {"launch": {"shard": "fsdp"}},
+            "`shard: fsdp` divides a model among several processes; set `processes` to 2 or more",
+        ),
+        (
+            {"launch": {"processes": 2}, "curvature": {"kind": "hessian"}},
+            r"`curvature\.kind: hessian` makes passes that only one process can make",
+        ),
+        (
+            {"launch": {"processes": 2}, "device": "cuda:1"},
+            "`device: cuda:1` is one device, and `launch` has 2 processes; set `device: cuda`",
+        ),
+        (
+            {"launch": {"processes": 2}, "stages": [STAGE | {"windows": [{"select": {}}]}]},
+            "online selection works in one process; leave out the windows' `select`",
+        ),
+        (
             {"stages": [STAGE | {"windows": [{"strat": 0.0}]}]},
             r"windows\.0\.strat`; did you mean `start`\?",
         ),
