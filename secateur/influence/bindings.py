@@ -119,11 +119,12 @@ def _place_pieces(blocks: list[Block], rows: int, pieces: list[Piece]) -> None:
     Pieces of a layer that sees a tied parameter as another matrix are left out. Its other
     parameters then get blocks of their own.
     """
+    placed = {name for block in blocks for name in block.parameters}
+    fresh = tuple(p for p in pieces if p.parameter not in placed)
     for index, block in enumerate(blocks):
         shared = [p for p in pieces if p.parameter in block.parameters]
         if shared:
             if block.rows == rows and all(p in block.pieces for p in shared):
-                fresh = tuple(p for p in pieces if p.parameter not in block.parameters)
                 blocks[index] = replace(block, pieces=block.pieces + fresh)
             return
     if pieces:

@@ -210,6 +210,113 @@ class ListedExperts(nn.Module):
         return out.view_as(x)
 
 
+class SortedExperts(nn.Module):
+    """Experts over the tokens of all samples, sorted by expert, as in JetMoe."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(10, 3)
+        self.experts = _ParallelExperts()
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, 1)
+        shares, best = self.gate(flat).softmax(1).max(1)
+        order = best.argsort(stable=True)
+        out = self.experts(flat[order], best.bincount(minlength=3).tolist())
+        return (out[order.argsort()] * shares[:, None]).view_as(x)
+
+
+class _ParallelExperts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.randn(3, 10, 10) / 3)
+
+    def forward(self, x: Tensor, counts: list[int]) -> Tensor:
+        parts = zip(x.split(counts), self.weights, strict=True)
+        return torch.cat([part @ weight for part, weight in parts])
+
+
+class Routed(nn.Module):
+    """A router that returns logits and the scores computed from them, and one of them twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = _Router()
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits, scores, same = self.router(x)
+        return scores.cumsum(1) + 0.1 * logits * same
+
+
+class _Router(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 10))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = x @ self.weight.T
+        return logits, logits.softmax(-1), logits
+
+
+class KeepsState(nn.Module):
+    """A recurrence that keeps a state for every sample of the last batch, as in RecurrentGemma."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(10))
+        self.state: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.state is not None
+        if len(x) != len(self.state):
+            raise RuntimeError("another number of samples")
+        out = (x.cumsum(1) * self.weight).tanh() + 0 * self.state[:, None]
+        self.state = out[:, -1].detach()
+        return out
+
+
+class Stateful(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = KeepsState()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.inner.state = torch.zeros_like(x[:, 0])
+        return self.inner(x)
+
+
+class TiedHead(nn.Module):
+    """BERT's head: its weight is the table's, and its bias belongs to the module around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, 6)
+        self.bias = nn.Parameter(torch.randn(7))
+        self.head = nn.Linear(6, 7)
+        self.head.weight = self.table.weight
+        self.head.bias = self.bias
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.table(ids).cumsum(1).tanh())
+
+
+class PositionsByShape(Positions):
+    """Blenderbot's positions: the table is called with a shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = _ShapeTable(9, 6)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        places = self.places(ids.shape, places=None)
+        return self.head((self.words(ids) + places).tanh().cumsum(1))
+
+
+class _ShapeTable(nn.Embedding):
+    def forward(self, shape: torch.Size, places: Tensor | None) -> Tensor:
+        return super().forward(torch.arange(shape[1]) if places is None else places)
+
+
 class Frames(nn.Module):
     """Frames of a film that pass through a convolution as if each were a sample."""
 
@@ -277,6 +384,11 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "prototypes": (Prototypes, vector),
     "experts in one tensor": (Experts, sequence),
     "experts in a list": (ListedExperts, sequence),
+    "experts over sorted tokens": (SortedExperts, sequence),
+    "outputs computed from one another": (Routed, sequence),
+    "a state with the batch's shape": (Stateful, sequence),
+    "a tied head with a bias from elsewhere": (TiedHead, words),
+    "positions by shape": (PositionsByShape, words),
     "frames": (Frames, sequence),
     "a shared bare parameter": (Twice, sequence),
 }
@@ -316,6 +428,11 @@ def test_contributions_are_autograds(name: str) -> None:
     x = inputs()
     for limit in (1e-12, 1e-12):  # the second time the way of differentiating is known
         assert relative(captured(model, squares, x), one_by_one(model, squares, x)) < limit
+
+
+def test_a_tied_bias_is_in_one_block() -> None:
+    blocks = bind_layers(TiedHead()).blocks
+    assert sorted(name for block in blocks for name in block.parameters) == ["bias", "table.weight"]
 
 
 @pytest.mark.parametrize("length", [4, 5])

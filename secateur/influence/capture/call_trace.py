@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from secateur.influence.capture.unchanged import random_state
+
 
 @dataclass
 class Call:
@@ -20,7 +22,7 @@ class Call:
     Attributes:
         module: the module.
         parent: the call within which this one was made.
-        inputs: shapes of the tensors among its arguments.
+        inputs: the tensors among its arguments.
         outputs: the tensors that it returned.
         reads: names of the parameters that its own forward read, outside calls of submodules.
         silent_reads: the same, where autograd did not follow.
@@ -28,7 +30,7 @@ class Call:
 
     module: nn.Module
     parent: Call | None
-    inputs: list[torch.Size]
+    inputs: list[Tensor]
     outputs: list[Tensor] = field(default_factory=list)
     reads: set[str] = field(default_factory=set)
     silent_reads: set[str] = field(default_factory=set)
@@ -40,10 +42,17 @@ class Call:
 
 @dataclass
 class Trace:
-    """The calls of a forward pass in order, and the parameters that were read outside all calls."""
+    """The calls of a forward pass in order.
+
+    Attributes:
+        calls: the calls.
+        outside: names of the parameters that were read outside all calls.
+        is_random: whether random numbers were drawn.
+    """
 
     calls: list[Call] = field(default_factory=list)
     outside: set[str] = field(default_factory=set)
+    is_random: bool = False
 
 
 def trace_calls(
@@ -62,7 +71,7 @@ def trace_calls(
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
         parent = stack[-1] if stack else None
-        stack.append(Call(module, parent, tensor_shapes((args, kwargs))))
+        stack.append(Call(module, parent, [x.detach() for x in tensors_of((args, kwargs))]))
         trace.calls.append(stack[-1])
 
     def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -76,8 +85,11 @@ def trace_calls(
         else:
             trace.outside.add(name)
 
+    device = next(model.parameters()).device
+    random = random_state(device)
     with _hooks_on_all(model, enter, leave), _ReadMode(names, read), torch.enable_grad():
         forward()
+    trace.is_random = not torch.equal(random, random_state(device))
     _count_silent_reads(trace)
     return trace
 
@@ -95,11 +107,6 @@ def _count_silent_reads(trace: Trace) -> None:
 def tensors_of(tree: Any) -> list[Tensor]:
     """Return the tensors among nested arguments or outputs, in order."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def tensor_shapes(tree: Any) -> list[torch.Size]:
-    """Return the shapes of the tensors among nested arguments or outputs, in order."""
-    return [tensor.shape for tensor in tensors_of(tree)]
 
 
 @contextmanager

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from secateur.errors import SecateurError
 from secateur.influence.blocks import Block
 from secateur.influence.capture.call_trace import Call, Trace, trace_calls
-from secateur.influence.capture.layouts import SHARED, UNKNOWN, compare_shapes
+from secateur.influence.capture.layouts import SHARED, UNKNOWN, compare_shapes, is_in_order
 from secateur.influence.capture.make_sites import Layouts, SiteMaker, default_owners
 from secateur.influence.capture.repeated import can_repeat
 from secateur.influence.capture.sites import CallLayout, Site
 from secateur.influence.capture.unchanged import unchanged_model
+from secateur.influence.layers import find_layer_family
 
 if TYPE_CHECKING:
     from secateur.influence.bindings import LossesOf
@@ -52,10 +53,13 @@ def find_sites(
 def _sites(model: nn.Module, maker: SiteMaker, chooser: _Chooser) -> list[Site]:
     readers = chooser.readers()
     unread = maker.captured - {name for names in readers.values() for name in names}
-    # A parameter that no call read may be read later: the expert of a rare word.
+    # A parameter that no call read may be read later: the expert of a rare word. What is captured
+    # around the other experts captures it too.
     for module, names in default_owners(model, maker).items():
-        if rest := [name for name in names if name in unread]:
-            readers.setdefault(module, []).extend(rest)
+        for name in unread.intersection(names):
+            around = _modules_around(model, maker.module_names[module])
+            reader = next((m for m in around if m in readers), module)
+            readers.setdefault(reader, []).append(name)
     return [
         site
         for module, names in readers.items()
@@ -63,6 +67,13 @@ def _sites(model: nn.Module, maker: SiteMaker, chooser: _Chooser) -> list[Site]:
             module, names, chooser.layouts.get(module, ()), module in chooser.once_for_all
         )
     ]
+
+
+def _modules_around(model: nn.Module, name: str) -> list[nn.Module]:
+    """Return a module and those that hold it, from the innermost to the outermost."""
+    parts = name.split(".") if name else []
+    names = [".".join(parts[:depth]) for depth in range(len(parts), -1, -1)]
+    return [model.get_submodule(n) for n in names]
 
 
 def _trace_two_and_three(
@@ -79,8 +90,8 @@ def _trace_two_and_three(
         return [_trace(model, parameters, losses_of, places) for places in rows]
 
     traces = trace_up_to(samples - 1)
-    shapes = [trace.calls[0].inputs for trace in traces if trace.calls]
-    if len(shapes) == 2 and UNKNOWN in map(compare_shapes, *shapes):
+    inputs = [trace.calls[0].inputs for trace in traces if trace.calls]
+    if len(inputs) == 2 and UNKNOWN in map(_compare, *inputs):
         traces = trace_up_to(0)
     return traces
 
@@ -114,7 +125,7 @@ def _call_layouts(two: Trace, three: Trace) -> dict[nn.Module, Layouts]:
     layouts: dict[nn.Module, Layouts] = {}
     for module, own in calls[1].items():
         pairs = list(zip(calls[0].get(module, []), own, strict=False))
-        found = [_layout(a, b) for a, b in pairs]
+        found = [_layout(a, b, two.is_random or three.is_random) for a, b in pairs]
         suitable = len(calls[0].get(module, [])) == len(own) and None not in found
         known = tuple(layout for layout in found if layout is not None)
         if suitable and len(set(known)) == 1:
@@ -130,20 +141,35 @@ def _by_module(trace: Trace) -> dict[nn.Module, list[Call]]:
     return calls
 
 
-def _layout(two: Call, three: Call) -> CallLayout | None:
+def _layout(two: Call, three: Call, is_random: bool) -> CallLayout | None:
     """Return a call's layout, or None if samples cannot be told apart in its tensors."""
     if len(two.inputs) != len(three.inputs) or len(two.outputs) != len(three.outputs):
         return None
-    inputs = tuple(map(compare_shapes, two.inputs, three.inputs))
-    outputs = tuple(
-        compare_shapes(a.shape, b.shape) for a, b in zip(two.outputs, three.outputs, strict=True)
-    )
+    inputs = tuple(map(_compare, two.inputs, three.inputs))
+    outputs = tuple(map(_compare, two.outputs, three.outputs))
     used = [dim for dim, t in zip(outputs, three.outputs, strict=True) if t.requires_grad]
-    if isinstance(three.module, nn.Embedding) and inputs == outputs == (SHARED,):
+    if _is_table(three.module) and inputs == outputs == (SHARED,):
         return ONCE_FOR_ALL
     if UNKNOWN in inputs or not any(dim >= 0 for dim in inputs) or any(dim < 0 for dim in used):
         return None
+    # Only tensors of several places per sample are in another order within a model that is right.
+    several = [
+        (a, b, dim)
+        for a, b, dim in zip(two.inputs, three.inputs, inputs, strict=True)
+        if dim >= 0 and a.shape[dim] > 2
+    ]
+    if not is_random and not all(is_in_order(a, b, dim) for a, b, dim in several):
+        return None
     return CallLayout(inputs, outputs)
+
+
+def _compare(two: Tensor, three: Tensor) -> int:
+    return compare_shapes(two.shape, three.shape)
+
+
+def _is_table(module: nn.Module) -> bool:
+    """Check whether a module looks up its one argument, and does nothing else."""
+    return isinstance(module, nn.Embedding) and find_layer_family(module) is not None
 
 
 class _Chooser:

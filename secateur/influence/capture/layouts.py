@@ -8,6 +8,7 @@ from torch import Tensor
 from secateur.errors import SecateurError
 
 SHARED = -1  # the tensor does not depend on the number of samples
+ORDER_TOLERANCE = 0.1  # relative distance between the same places of a sample in two batches
 UNKNOWN = -2  # it depends on it in another way than by the length of one dimension
 
 
@@ -26,6 +27,26 @@ def compare_shapes(two: torch.Size, three: torch.Size) -> int:
         return SHARED
     dim = differing[0]
     return dim if len(differing) == 1 and two[dim] * 3 == three[dim] * 2 else UNKNOWN
+
+
+def is_in_order(two: Tensor, three: Tensor, dim: int) -> bool:
+    """Check that places of two and of three samples lie sample after sample.
+
+    The first and the last sample are the same in both. Tokens that are sorted by expert are not in
+    the order of the samples, though there are as many.
+
+    Args:
+        two: a tensor of two samples.
+        three: the same of three.
+        dim: the dimension of the samples.
+    """
+    places = two.shape[dim] // 2
+    for start in (0, -places):
+        a, b = (x.narrow(dim, start % x.shape[dim], places).double() for x in (two, three))
+        # Not exactly, because rounding depends on the number of samples.
+        if (a - b).norm() > ORDER_TOLERANCE * a.norm():
+            return False
+    return True
 
 
 def assume_layout(shape: torch.Size, samples: int) -> int:

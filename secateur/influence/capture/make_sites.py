@@ -105,11 +105,14 @@ class SiteMaker:
         assert family is not None
         _, local = family.pieces(module)
         pieces = [replace(p, parameter=self.names[id(getattr(module, p.parameter))]) for p in local]
-        index = self._places[next(iter(parameters))][0]
-        columns = _block_columns(self._blocks[index], pieces, parameters)
         name = self.module_names[module]
-        binding = Binding(name, index, columns)
-        return FamilySite(name, module, (binding,), layouts, family, repeated)
+        # A tied bias may be in another block than the weight.
+        bindings = []
+        for index in sorted({self._places[parameter][0] for parameter in parameters}):
+            block = self._blocks[index]
+            columns = _block_columns(block, pieces, parameters.intersection(block.parameters))
+            bindings.append(Binding(name, index, columns))
+        return FamilySite(name, module, tuple(bindings), layouts, family, repeated)
 
     def _own_forward_site(
         self, module: nn.Module, parameters: Sequence[str], layouts: Layouts

@@ -1,8 +1,8 @@
 """Contributions of a module of no known layer family, by differentiating its own forward.
 
 Three ways, each for what the one before cannot do: all samples at once by `torch.func`; one sample
-after the other; and, if the forward draws random numbers (dropout), the whole batch again with the
-same numbers, with one backward pass per sample.
+after the other; and, if the forward draws random numbers (dropout) or takes no single sample, the
+whole batch again with the same numbers, with one backward pass per sample.
 """
 
 from __future__ import annotations
@@ -69,7 +69,15 @@ class OwnForward:
         entries = sum(p.numel() for p in self._parameters.values())
         self._at_once = max(1, CHUNK_ENTRIES // entries)
         # Recurrent layers hold their weights in a second place, which `torch.func` does not reach.
+        self._whole = False  # whether only the whole batch can be run
         self._by_func = not any(hasattr(m, "_flat_weights") for m in module.modules())
+
+    @property
+    def way(self) -> str:
+        """How samples are told apart where no random numbers are drawn, as far as is known."""
+        if self._whole:
+            return "by masks"
+        return "at once" if self._by_func else "one by one"
 
     def gradients(
         self,
@@ -88,7 +96,7 @@ class OwnForward:
         """
         count = received.samples
         slices = split_samples(received.value, received.dim, count, self._name)
-        if call.is_random:
+        if call.is_random or self._whole:
             yield from self._by_masks(call, tensors, received, slices)
             return
         inputs = [
@@ -98,7 +106,14 @@ class OwnForward:
         for start in range(0, count, self._at_once):
             rows = slice(start, min(start + self._at_once, count))
             part = [x if d == SHARED else x[rows] for x, d in zip(inputs, dims, strict=True)]
-            yield start, self._of_part(call, dims, part, received.output, slices[rows])
+            try:
+                found = self._of_part(call, dims, part, received.output, slices[rows])
+            except (RuntimeError, ValueError, IndexError):
+                # It does not take one sample: a state that it keeps has the batch's shape.
+                self._whole = True
+                yield from self._by_masks(call, tensors, received, slices, start)
+                return
+            yield start, found
 
     def _of_part(
         self,
@@ -141,12 +156,17 @@ class OwnForward:
         return list(per_sample(parameters, inputs, slices).values())
 
     def _by_masks(
-        self, call: OwnCall, tensors: Sequence[Tensor], received: OutputGradient, slices: Tensor
+        self,
+        call: OwnCall,
+        tensors: Sequence[Tensor],
+        received: OutputGradient,
+        slices: Tensor,
+        start: int = 0,
     ) -> Iterator[SampleGradients]:
         result = self._outputs(call, tensors)[received.output]
-        for i, own in enumerate(slices):
+        for i in range(start, len(slices)):
             masked = torch.zeros_like(result)
-            split_samples(masked, received.dim, received.samples, self._name)[i] = own
+            split_samples(masked, received.dim, received.samples, self._name)[i] = slices[i]
             yield i, [g[None] for g in self._differentiate(result, masked, True)]
 
     def _outputs(self, call: OwnCall, tensors: Sequence[Tensor]) -> list[Tensor]:

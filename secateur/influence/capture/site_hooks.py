@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._pytree import tree_map
 
 from secateur.errors import SecateurError
 from secateur.influence.capture.call_trace import tensors_of
@@ -88,8 +89,10 @@ class SiteHooks:
                 moved = iter(self._arrange(site, kept.take(), dims))
                 arguments = tuple(next(moved) if isinstance(x, Tensor) else x for x in inputs)
                 found = site.family.capture(module, arguments, rows)
-                same = found.batch == self._samples
-                self._sink(site.bindings[0], found if same else found.fold(self._samples))
+                if found.batch != self._samples:
+                    found = found.fold(self._samples)
+                for binding in site.bindings:
+                    self._sink(binding, found)
 
             self._listen(output, capture)
 
@@ -107,17 +110,19 @@ class SiteHooks:
             if not self._resting:
                 open_calls.append(OwnCall.begin(module, (args, kwargs)))
 
-        def after(module: nn.Module, args: Any, output: Any) -> None:
+        def after(module: nn.Module, args: Any, output: Any) -> Any:
             if self._resting:
-                return
+                return output
             self.unfollowed |= not torch.is_grad_enabled()
             call = open_calls.pop()
             call.end()
+            output = _keep_apart(output)
             outputs = tensors_of(output)
             layout = self._layout(site, call.shapes, outputs)
             for number, tensor in enumerate(outputs):
                 if tensor.requires_grad:
                     self._listen(tensor, self._own_capture(site, call, layout, number))
+            return output
 
         module = site.module
         handles.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
@@ -212,3 +217,14 @@ def _in_computed_precision(inputs: list[Tensor], site: FamilySite) -> list[Tenso
         return inputs
     dtype = torch.get_autocast_dtype(device)
     return [x.to(dtype) if x.is_floating_point() else x for x in inputs]
+
+
+def _keep_apart(output: Any) -> Any:
+    """Return what a call returned with copies of its tensors, if several are differentiated.
+
+    One may be computed from another, as a router's scores are from its logits, or be the same. The
+    gradient with respect to a copy holds nothing that comes through another.
+    """
+    if sum(tensor.requires_grad for tensor in tensors_of(output)) < 2:
+        return output
+    return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, output)
