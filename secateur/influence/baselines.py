@@ -37,7 +37,8 @@ def tracin_scores(
         before: gradient of each target's mean loss at the segment's start.
         after: the same at its end.
     """
-    rates = segment.hyper[:, :, update_rule.hyper.index("lr")][:, segment.groups]
+    # A parameter that a step left as it was has no settings.
+    rates = segment.hyper[:, :, update_rule.hyper.index("lr")][:, segment.groups].nan_to_num(0.0)
     place = segment.steps - segment.first_step
     weighted = segment.contributions.double() * rates[place]
     nearer_start = (2 * place <= segment.length)[:, None]

@@ -82,7 +82,10 @@ def _hessian_products(
         )
 
     try:
-        return differentiate(directions, True)
+        products = differentiate(directions, True)
+        # Where the gradient does not depend on a parameter, the zeros have one row for all.
+        each_shape = [(len(directions), *p.shape) for p in parameters]
+        return tuple(x.expand(shape) for x, shape in zip(products, each_shape, strict=True))
     except RuntimeError:
         # The second derivative of some kernels, such as GroupNorm's, takes no batches.
         each = [differentiate(direction, False) for direction in directions]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 
 import torch
 from jaxtyping import Float
@@ -58,25 +59,48 @@ class ProjectedOptimizer:
         self._is_sharded = any(is_sharded(p) for p in parameters.values())
 
     def gradient(self, step: int) -> Float[Tensor, " p"]:
-        """Return the gradient that the optimizer is about to use.
+        """Return the gradient that the optimizer is about to use, zero where there is none.
 
         Args:
             step: the step, for the error message.
 
         Raises:
-            SecateurError: a captured parameter has none.
+            SecateurError: no captured parameter has one.
         """
         gradients = {n: p.grad for n, p in self._parameters.items() if p.grad is not None}
-        missing = [name for name in self._parameters if name not in gradients]
-        if missing:
+        if not gradients:
             raise SecateurError(
-                f"parameter {missing[0]} got no gradient at step {step}; leave it "
-                f"out of the model, freeze it, or list it under `uncaptured`"
+                f"no captured parameter has a gradient at step {step}; call the optimizer's step "
+                f"after the backward pass, and clear gradients after the step"
             )
-        gradient = self._project(gradients)
+        zeros = {n: torch.zeros_like(p) for n, p in self._parameters.items() if n not in gradients}
+        gradient = self._project(gradients | zeros)
         # A fused optimizer divides by the scale of a GradScaler in its own step.
         scale = getattr(self._optimizer, "grad_scale", None)
         return gradient if scale is None else gradient / scale.to(gradient.device)
+
+    def skipped(self, step: int) -> set[str]:
+        """Return the parameters that the coming step leaves as they are: they have no gradient.
+
+        That of a mixture's expert to which no token was sent, say. The optimizer changes neither
+        them nor their state.
+
+        Args:
+            step: the step, for the error message.
+
+        Raises:
+            SecateurError: the basis mixes one with a parameter that the step does change.
+        """
+        names = {n for n, p in self._parameters.items() if p.grad is None}
+        for block in () if self._basis.elementwise else self._basis.blocks:
+            own = names.intersection(block.parameters)
+            if own and own != set(block.parameters):
+                raise SecateurError(
+                    f"parameter {min(own)} got no gradient at step {step}, and a kronecker basis "
+                    f"mixes it with others of its layer, which did; use a basis of coordinates (in "
+                    f"a plan `basis: {{kind: coordinates}}`), or list it under `uncaptured`"
+                )
+        return names
 
     def has_gradient(self) -> bool:
         """Check whether any captured parameter has a gradient that is not zero.
@@ -89,17 +113,25 @@ class ProjectedOptimizer:
         gradients = [p.grad for p in self._parameters.values()]
         return any(grad is not None and bool(grad.any()) for grad in gradients)
 
-    def settings(self) -> list[list[float]]:
-        """Return each captured parameter's settings, as the update rule's `hyper` names them."""
+    def settings(self, skipped: Collection[str] = ()) -> list[list[float]]:
+        """Return each captured parameter's settings, as the update rule's `hyper` names them.
+
+        Args:
+            skipped: parameters that the step leaves as they are. Their settings are not-a-number.
+        """
         # The groups are looked up anew, because loading a state replaces them.
         groups = self._optimizer.param_groups
         parameters = self._parameters.values()
         states = [self._optimizer.state.get(p, {}) for p in parameters]
         numbers = fetch_numbers([*groups, *states])
         rows = {id(p): row for row, group in enumerate(groups) for p in group["params"]}
-        return [
+        settings = [
             self._update_rule.settings(numbers[rows[id(p)]], state)
             for p, state in zip(parameters, numbers[len(groups) :], strict=True)
+        ]
+        return [
+            [math.nan] * len(row) if name in skipped else row
+            for name, row in zip(self._parameters, settings, strict=True)
         ]
 
     def states(self) -> Float[Tensor, "S p"]:

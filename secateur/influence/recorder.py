@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -108,6 +109,7 @@ class Recorder:
             optimizer, self.update_rule, self.parameters, basis, self.ranks
         )
         self._coming = RecordedStep()
+        self._began = False
         self._last_scale = 1.0
         self._checked: set[object] = set()
         self._builder = SegmentBuilder(first_step=0)
@@ -233,8 +235,12 @@ class Recorder:
         """Record a step. The gradients are now those that the optimizer will use."""
         received = self._optimizer.gradient(self.next_step)
         scale = self._gradient_scale(received)
+        skipped = self._optimizer.skipped(self.next_step)
+        if skipped and not self._began:
+            _warn_skipped(skipped)
+        self._began = True
         share = 1 / self.ranks.size
-        self._builder.add_step(self._coming, scale, self._optimizer.settings(), share)
+        self._builder.add_step(self._coming, scale, self._optimizer.settings(skipped), share)
         if not self.update_rule.linear:
             self._builder.add_state(received, self._optimizer.states())
         self._coming = RecordedStep()
@@ -252,3 +258,13 @@ class Recorder:
                 total, received, self.basis, self._sum_tolerance(), self.next_step
             )
         return self._last_scale
+
+
+def _warn_skipped(names: Collection[str]) -> None:
+    """Warn of parameters without a gradient at the first step, which may have been forgotten."""
+    warnings.warn(
+        f"parameter {min(names)} got no gradient at the first step ({len(names)} parameters did "
+        f"not); it is recorded as one that the step leaves as it is. If it never takes part in the "
+        f"loss, freeze it or list it under `uncaptured`",
+        stacklevel=2,
+    )

@@ -37,7 +37,8 @@ class Segment:
             recorded.
         scales: factor between the loss's gradient and the one that the optimizer received (clipping
             by norm).
-        hyper: each parameter group's settings; the update rule's `hyper` names the columns.
+        hyper: each parameter's settings; the update rule's `hyper` names the columns. They are
+            not-a-number where the parameter had no gradient, so that the step left it as it was.
         gradients: the gradient received; empty `0 p` if the optimizer's Jacobian does not depend on
             it.
         states: theta and the optimizer's slots before the step; empty if the Jacobian does not

@@ -86,7 +86,8 @@ class UpdateRule(ABC):
     ) -> tuple[Float[Tensor, "steps S S p"], Float[Tensor, "steps S p"]]:
         """Return the diagonals of `dF/ds` and `dF/dg` of every step, in float64.
 
-        The gradient's own dependence on theta is not included. Entry `[t, i, j]` is the derivative
+        The gradient's own dependence on theta is not included. A step changes nothing where its
+        settings are not-a-number. Entry `[t, i, j]` is the derivative
         of slot i after step t with respect to slot j before it.
 
         Raises:
@@ -106,7 +107,10 @@ class UpdateRule(ABC):
         else:
             state = segment.states.double().transpose(0, 1)
             grad = segment.gradients.double()
-        h = dict(zip(self.hyper, segment.hyper.double()[:, segment.groups].unbind(-1), strict=True))
+        hyper = segment.hyper.double()[:, segment.groups]
+        # Such a parameter had no gradient, so the step left it and its slots as they were.
+        skipped = hyper.isnan().any(-1)
+        h = dict(zip(self.hyper, hyper.nan_to_num(0.0).unbind(-1), strict=True))
         rows = []
         for slot in range(count):
             # The update works element by element, so the gradient of a slot's sum holds the
@@ -114,6 +118,8 @@ class UpdateRule(ABC):
             direction = torch.zeros_like(state)
             direction[slot] = 1
             by_state, by_grad = self.vjp(direction, state, grad, h)
+            by_state = torch.where(skipped, direction, by_state)
+            by_grad = torch.where(skipped, 0.0, by_grad)
             rows.append(torch.cat([by_state, by_grad[None]]))
         whole = torch.stack(rows)
         return whole[:, :-1].permute(2, 0, 1, 3), whole[:, -1].transpose(0, 1)
