@@ -136,6 +136,18 @@ class PositionsInFront(Positions):
         return self.head((self.words(ids) + places).tanh().cumsum(1))
 
 
+class TokenAndPositions(Positions):
+    """CLIP's images: a class token, and positions that are looked up once for all samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(6))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = torch.cat([self.token.expand(len(ids), 1, -1), self.words(ids)], 1)
+        return self.head((x + self.places(torch.arange(x.shape[1])[None])).tanh().cumsum(1))
+
+
 class TimeFirst(nn.Module):
     """Layers work on `time batch features`, as is the default of torch's sequence models."""
 
@@ -313,7 +325,9 @@ class PositionsByShape(Positions):
 
 
 class _ShapeTable(nn.Embedding):
-    def forward(self, shape: torch.Size, places: Tensor | None) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, shape: torch.Size, places: Tensor | None
+    ) -> Tensor:
         return super().forward(torch.arange(shape[1]) if places is None else places)
 
 
@@ -380,6 +394,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "head by a function": (FunctionalHead, words),
     "positions once for all": (Positions, words),
     "positions with a first dimension": (PositionsInFront, words),
+    "a class token beside positions": (TokenAndPositions, words),
     "time first": (TimeFirst, words),
     "prototypes": (Prototypes, vector),
     "experts in one tensor": (Experts, sequence),

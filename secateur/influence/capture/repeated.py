@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,12 +16,18 @@ if TYPE_CHECKING:
 
 
 def repeat_argument(
-    table: nn.Module, samples: int, only_batch_of_one: bool = False
+    table: nn.Module,
+    samples: int,
+    only_batch_of_one: bool = False,
+    is_resting: Callable[[], bool] = lambda: False,
 ) -> RemovableHandle:
-    """Make an embedding look up its argument once for each sample, from now on."""
+    """Make an embedding look up its argument once for each sample, from now on.
+
+    Not while `is_resting` says so: a module around it is run for single samples then.
+    """
 
     def repeat(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if not args:
+        if not args or is_resting():
             return None
         ids = args[0]
         if ids.dim() > 1 and len(ids) == 1:

@@ -99,7 +99,9 @@ class SiteHooks:
         # Without a trace it is not known, but a batch of one that is not one is a sure sign.
         unknown = isinstance(site.module, nn.Embedding) and not site.layouts and self._samples > 1
         if site.repeated or unknown:
-            repeat = repeat_argument(site.module, self._samples, not site.repeated)
+            repeat = repeat_argument(
+                site.module, self._samples, not site.repeated, lambda: self._resting
+            )
             handles.callback(repeat.remove)
         handles.callback(site.module.register_forward_hook(after, with_kwargs=True).remove)
 
