@@ -16,6 +16,7 @@ from secateur.errors import SecateurError
 from secateur.influence.bindings import bind_layers
 from secateur.influence.layers import LayerFamily, register_layer, registry
 from secateur.influence.layers.linear import LinearFamily
+from secateur.influence.layers.norm import HuggingFaceRMSNormFamily
 from tests.influence.oracle import captured, one_by_one, relative
 
 LIMIT = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -141,6 +142,41 @@ def test_batch_norm_in_train_mode_is_refused() -> None:
 def test_embedding_settings_that_mix_samples_are_refused() -> None:
     with pytest.raises(SecateurError, match="scale_grad_by_freq"):
         bind_layers(nn.Embedding(5, 3, scale_grad_by_freq=True))
+
+
+class CopiedNorm(nn.Module):
+    """A copy of LlamaRMSNorm, as most models of transformers have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5))
+        self.variance_epsilon = 0.1
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        input_dtype = hidden_states.dtype
+        hidden_states = hidden_states.to(torch.float32)
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+        return self.weight * hidden_states.to(input_dtype)
+
+
+class AlteredNorm(CopiedNorm):
+    """The same with another constant."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        input_dtype = hidden_states.dtype
+        hidden_states = hidden_states.to(torch.float32)
+        variance = hidden_states.pow(3).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+        return self.weight * hidden_states.to(input_dtype)
+
+
+def test_a_copy_of_a_forward_has_its_family() -> None:
+    assert isinstance(registry.find_layer_family(CopiedNorm()), HuggingFaceRMSNormFamily)
+    assert registry.find_layer_family(AlteredNorm()) is None
+    model = nn.Sequential(CopiedNorm(), nn.Linear(5, 3))
+    x = torch.randn(4, 6, 5)
+    assert relative(captured(model, squares, x), one_by_one(model, squares, x)) < 1e-5
 
 
 def test_a_user_registers_a_layer() -> None:

@@ -27,10 +27,12 @@ family must be imported before the model's layers are bound.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -74,6 +76,7 @@ class LayerFamily(ABC):
 Family = TypeVar("Family", bound=LayerFamily)
 
 _families: dict[type[nn.Module] | str, LayerFamily] = {}
+_forwards: dict[tuple[Any, ...], LayerFamily] = {}  # by what a forward does
 
 
 def register_layer(*kinds: type[nn.Module] | str) -> Callable[[type[Family]], type[Family]]:
@@ -91,10 +94,38 @@ def register_layer(*kinds: type[nn.Module] | str) -> Callable[[type[Family]], ty
     return register
 
 
+def register_copies(forward: Callable[..., Any]) -> Callable[[type[Family]], type[Family]]:
+    """Register a family for every class whose `forward` is a copy of a function.
+
+    A copy has the same bytecode, constants and names, and means the same `torch`.
+
+    Args:
+        forward: the function.
+    """
+
+    def register(family: type[Family]) -> type[Family]:
+        _forwards[_code(forward)] = family()
+        return family
+
+    return register
+
+
+def _code(forward: Callable[..., Any]) -> tuple[Any, ...]:
+    """Return what a function does, or nothing if it is not written in Python."""
+    forward = inspect.unwrap(forward)
+    code = getattr(forward, "__code__", None)
+    if code is None:
+        return ()
+    globals_: dict[str, Any] = getattr(forward, "__globals__", {})
+    same_torch = globals_.get("torch") is torch
+    return code.co_code, code.co_consts, code.co_names, code.co_freevars, same_torch
+
+
 def find_layer_family(module: nn.Module) -> LayerFamily | None:
     """Return the family of a layer's class or nearest base class, or None if there is none.
 
-    A class that overrides the `forward` of its base class is not taken for it, and neither is a
+    A class whose forward is a copy of another's (`register_copies`) has that one's family. One that
+    overrides the `forward` of its base class is not taken for it, and neither is a
     layer whose weight is computed from other parameters (`parametrize`, or the old `weight_norm`,
     which leaves the result among the attributes).
     """
@@ -104,6 +135,8 @@ def find_layer_family(module: nn.Module) -> LayerFamily | None:
         return None
     for kind in type(module).__mro__:
         family = _families.get(kind) or _families.get(f"{kind.__module__}.{kind.__qualname__}")
+        if family and type(module).forward is getattr(kind, "forward", None):
+            return family
         if family:
-            return family if type(module).forward is getattr(kind, "forward", None) else None
-    return None
+            break
+    return _forwards.get(_code(type(module).forward))
