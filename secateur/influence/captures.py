@@ -56,11 +56,13 @@ class OuterCapture:
         # repeat every position for every entry.
         if self.left.shape[1] > 1 and len(rows) * 4 > height * width:
             return self.dense()[:, rows, cols]
-        left = widen(self.left[..., rows])
-        right = widen(self._padded_right()[..., cols])
-        if left.shape[1] == 1:
-            return left[:, 0] * right[:, 0]
-        return torch.einsum("bsk,bsk->bk", left, right)
+        left = widen(_gather_features(self.left, rows))
+        if self.ones:
+            right = widen(_gather_features(self.right, cols.clamp(max=width - 2)))
+            right.masked_fill_(cols == width - 1, 1.0)
+        else:
+            right = widen(_gather_features(self.right, cols))
+        return (left * right).sum(1)
 
     def dense(self) -> Float[Tensor, "batch rows cols"]:
         """Return `C_i` itself."""
@@ -117,9 +119,8 @@ class LookupCapture:
         # the whole matrix costs less.
         if len(rows) * 4 > self.rows:
             return self.dense()[:, rows, cols]
-        right = widen(self.right[..., cols])
-        hits = (self.ids[..., None] == rows).to(right.dtype)
-        return torch.einsum("bsk,bsk->bk", hits, right)
+        right = widen(_gather_features(self.right, cols))
+        return (right * (self.ids[..., None] == rows)).sum(1)
 
     def dense(self) -> Float[Tensor, "batch rows cols"]:
         """Return `C_i` itself."""
@@ -204,6 +205,15 @@ def _fold_places(
     tensor: Shaped[Tensor, "batch positions *features"], samples: int
 ) -> Shaped[Tensor, "samples places *features"]:
     return tensor.reshape(samples, -1, *tensor.shape[2:])
+
+
+def _gather_features(
+    tensor: Float[Tensor, "batch positions features"], places: Int[Tensor, " k"]
+) -> Float[Tensor, "batch positions k"]:
+    """Return `tensor[..., places]`, as a new tensor."""
+    # With two dimensions this is about four times as fast as that indexing.
+    gathered = tensor.flatten(0, 1).index_select(1, places)
+    return gathered.view(*tensor.shape[:2], len(places))
 
 
 def _sum_of_products(

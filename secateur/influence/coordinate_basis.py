@@ -23,6 +23,7 @@ class CoordinateBasis(Basis):
         super().__init__(blocks, [len(e) for e in entries])
         self.entries = list(entries)
         self._layer_entries: dict[Binding, tuple[Tensor, Tensor, Tensor]] = {}
+        self._piece_entries: dict[tuple[int, ...], tuple[list[tuple[Tensor, Tensor]], Tensor]] = {}
 
     def find_entries(self, binding: Binding) -> None:
         """Find which entries are among a layer's captures. It is done once per layer."""
@@ -61,8 +62,36 @@ class CoordinateBasis(Basis):
     def project_block(
         self, block: int, parts: Sequence[Float[Tensor, "rows _"]]
     ) -> Float[Tensor, " b"]:
-        matrix = parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
-        return widen(matrix.reshape(-1)[self.entries[block]])
+        widths = [part.shape[1] for part in parts]
+        key = (block, *widths)
+        if key not in self._piece_entries:
+            self._piece_entries[key] = self._entries_of_pieces(block, widths)
+        places, order = self._piece_entries[key]
+        # The pieces are not joined first, because that would copy every weight at every step.
+        values = [part[own] for part, own in zip(parts, places, strict=True)]
+        return widen(values[0] if len(values) == 1 else torch.cat(values)[order])
+
+    def _entries_of_pieces(
+        self, block: int, widths: Sequence[int]
+    ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        """Return rows and columns of the basis' entries in each piece of a block, and their order.
+
+        Args:
+            block: the block's index.
+            widths: columns of each piece.
+        """
+        entries = self.entries[block]
+        rows = entries // self.blocks[block].cols
+        cols = entries % self.blocks[block].cols
+        places = []
+        found = []
+        start = 0
+        for width in widths:
+            own = ((cols >= start) & (cols < start + width)).nonzero().flatten()
+            places.append((rows[own], cols[own] - start))
+            found.append(own)
+            start += width
+        return places, torch.cat(found).argsort()
 
     def lift_block(
         self, block: int, coefficients: Float[Tensor, " b"]

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 
+_ANCHOR = torch.empty(0, requires_grad=True)  # autograd makes a node only for what needs gradients
+
+
 class _Keep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)
-        return anchor.clone()
+        return torch.empty(0)
 
 
 class KeptTensors:
@@ -24,9 +27,8 @@ class KeptTensors:
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        anchor = torch.empty(0, requires_grad=True)
         keep: Any = _Keep.apply
-        self._node = keep(anchor, *tensors).grad_fn
+        self._node = keep(_ANCHOR, *tensors).grad_fn
 
     def take(self) -> list[Tensor]:
         """Return the tensors, detached. Within a backward pass only."""
