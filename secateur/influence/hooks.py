@@ -43,6 +43,9 @@ def capture_hooks(
     packed = None if documents is None else Documents.from_numbers(documents, samples)
     hooks = SiteHooks(sink, watch, samples, packed)
     with ExitStack() as handles, torch.compiler.set_stance("force_eager"):
+        # The graph holds the hooks and these edges hold the graph, a cycle that the garbage
+        # collector does not see. Without this every step's activations would stay in memory.
+        handles.callback(hooks.outputs.clear)
         for site in bindings.sites:
             hooks.install(site, handles)
         yield hooks

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 _ANCHOR = torch.empty(0, requires_grad=True)  # autograd makes a node only for what needs gradients
 
 
@@ -30,6 +29,14 @@ class KeptTensors:
         keep: Any = _Keep.apply
         self._node = keep(_ANCHOR, *tensors).grad_fn
 
-    def take(self) -> list[Tensor]:
-        """Return the tensors, detached. Within a backward pass only."""
-        return [tensor.detach() for tensor in self._node.saved_tensors]
+    def take(self, last: bool = False) -> list[Tensor]:
+        """Return the tensors, detached. Within a backward pass only.
+
+        Args:
+            last: whether this backward pass needs them no more. They are then let go, as autograd
+                lets go of its own, unless it retains the graph.
+        """
+        tensors = [tensor.detach() for tensor in self._node.saved_tensors]
+        if last and not torch._C._autograd._get_current_graph_task_keep_graph():
+            self._node = None
+        return tensors

@@ -86,7 +86,7 @@ class SiteHooks:
 
             def capture(gradient: Tensor) -> None:
                 rows = self._see(site, gradient, layout.outputs[0])
-                moved = iter(self._arrange(site, kept.take(), dims))
+                moved = iter(self._arrange(site, kept.take(last=True), dims))
                 arguments = tuple(next(moved) if isinstance(x, Tensor) else x for x in inputs)
                 found = site.family.capture(module, arguments, rows)
                 if found.batch != self._samples:
