@@ -15,6 +15,7 @@ from secateur.flows.trainers.sample_losses import (
     fits,
     sum_by_sample,
 )
+from secateur.flows.trainers.token_losses import find_token_losses
 from secateur.influence.recorded_batch import RecordedBatch
 from secateur.tasks.data.take_samples import take_samples
 
@@ -90,9 +91,12 @@ class RecordedForward:
 
             scores.register_hook(weigh_scores)
             return
-        losses = self._sum(self.rule.label_losses(output["logits"].detach(), self.labels))
-        batch.losses = losses / counts.clamp(min=1)
         loss = output.get("loss")
+        found = None if loss is None else find_token_losses(loss, self.rule.align(self.labels))
+        if found is None:
+            found = self.rule.label_losses(output["logits"].detach(), self.labels)
+        losses = self._sum(found)
+        batch.losses = losses / counts.clamp(min=1)
         items = self.inputs.get("num_items_in_batch")
         if loss is None:
             output["logits"].register_hook(lambda g: self._weigh_logits(output["logits"], g, batch))

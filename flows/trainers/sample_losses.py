@@ -24,11 +24,16 @@ class LossRule:
     shifted: bool
     smoothing: float = 0.0
 
+    def align(self, labels: Tensor) -> Tensor:
+        """Return the label that each position's logits are compared with."""
+        # The labels are shifted, not the logits, because a slice of these would be copied.
+        return (
+            functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL) if self.shifted else labels
+        )
+
     def label_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return each label's loss, zero for ignored ones, in the shape of the labels."""
-        if self.shifted:
-            # The labels are shifted, not the logits, because a slice of these would be copied.
-            labels = functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+        labels = self.align(labels)
         losses = functional.cross_entropy(
             logits.flatten(0, -2).float(),
             labels.flatten(),
@@ -40,9 +45,7 @@ class LossRule:
 
     def counted(self, labels: Tensor) -> Tensor:
         """Return which labels count, in the same order as `label_losses`."""
-        if self.shifted:
-            labels = functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
-        return labels != IGNORED_LABEL
+        return self.align(labels) != IGNORED_LABEL
 
 
 def sum_by_sample(values: Tensor, samples: int, documents: Tensor | None) -> Tensor:

@@ -44,7 +44,7 @@ class Network(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         mark = Activation()
         self.mark = weakref.ref(mark)
-        hidden: Any = Marked.apply(self.first(x), mark)  # type: ignore[no-untyped-call]
+        hidden: Any = Marked.apply(self.first(x), mark)
         return self.scale(self.second(self.norm(hidden)))
 
 
