@@ -103,8 +103,7 @@ class Recorder:
             basis = default_basis(self._bindings, self.update_rule.linear, coefficients, seed)
         self.basis = basis
         self._tolerance = tolerance
-        names = {name for block in basis.blocks for name in block.parameters}
-        self.parameters = {n: p for n, p in model.named_parameters() if n in names}
+        self.parameters = self._bindings.parameters()
         self._optimizer = ProjectedOptimizer(
             optimizer, self.update_rule, self.parameters, basis, self.ranks
         )

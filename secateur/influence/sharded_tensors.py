@@ -15,14 +15,16 @@ if TYPE_CHECKING:
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
-    """Return the model inside a `DistributedDataParallel`, or the model itself.
+    """Return the model inside a compiled one and a `DistributedDataParallel`, or the model itself.
 
     FSDP2's `fully_shard` keeps the model and the names of its parameters.
 
     Raises:
         SecateurError: the first version of FSDP wraps a part of it.
     """
-    wrapped = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    wrapped = getattr(model, "_orig_mod", model)
+    if isinstance(wrapped, nn.parallel.DistributedDataParallel):
+        wrapped = getattr(wrapped.module, "_orig_mod", wrapped.module)
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in wrapped.modules()):
         raise SecateurError(
             "`FullyShardedDataParallel` flattens parameters, so that samples' contributions to "
