@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from secateur.errors import PlanError
+from secateur.flows.trainers.lightning_losses import make_losses_of
 from secateur.flows.trainers.recording import Recording
 from secateur.influence.recorded_batch import RecordedBatch
+from secateur.tasks.engine.progress import print_status
 from secateur.tasks.external.recording_checks import Keys
 from secateur.tasks.plan import Plan
 
@@ -28,6 +30,9 @@ class RecordingCallback(Callback):
         trainer.fit(module, batches)  # each batch holds its samples' keys under "__key__"
 
     At the end it emits `secateur.stage.trained`, so that Prefect can prune the stage.
+
+    A few samples are run alone by `training_step`, to check that contributions are those of the
+    samples they are recorded for. It logs nothing then.
 
     If `training_step` leaves one loss per sample in `self.sample_losses`, with its graph, the
     samples' losses and weights are read from there. Otherwise all samples have the same weight, and
@@ -83,7 +88,14 @@ class RecordingCallback(Callback):
         assert self.recording is not None
         if self.recording.reach(trainer.global_step):
             keys = self._keys(batch)
-            self._batch = self._open_batch.enter_context(self.recording.batch(keys))
+            losses_of = make_losses_of(trainer, pl_module, batch, batch_idx, len(keys))
+            if losses_of is None and trainer.global_step == 0:
+                print_status(
+                    "no tensor of the batch has one entry per sample, so it is not checked that "
+                    "contributions are those of the samples they are recorded for"
+                )
+            recording = self.recording.batch(keys, losses_of=losses_of)
+            self._batch = self._open_batch.enter_context(recording)
             share = 1 / (len(keys) * trainer.accumulate_grad_batches)
             self._batch.weights = torch.full((len(keys),), share, dtype=torch.float64)
 
@@ -113,7 +125,9 @@ class RecordingCallback(Callback):
     ) -> None:
         """Remove the hooks from model and optimizer."""
         if self.recording is not None:
-            self._open_batch.close()
+            # With the exception, because what it interrupted is not to be checked.
+            with suppress(type(exception)):
+                self._open_batch.__exit__(type(exception), exception, exception.__traceback__)
             self.recording.close()
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
-from secateur.errors import PlanError
+from secateur.errors import PlanError, SecateurError
 from secateur.flows.trainers.lightning import RecordingCallback
 from secateur.storage.ledger import read_checkpoint, read_ledger
 from secateur.storage.outputs import Output
@@ -222,4 +222,23 @@ def test_manual_optimization_is_refused(folder: Path) -> None:
     callback = RecordingCallback(plan, 0, model="net")
     trainer = Trainer(max_steps=1, callbacks=[callback], default_root_dir=plan.root, **QUIET)
     with pytest.raises(PlanError, match="one optimizer under automatic optimization"):
+        trainer.fit(module, DataLoader(Numbers(range(12)), batch_size=6, collate_fn=collate))
+
+
+class Centered(Module):
+    """A module whose loss depends on the other samples of the batch."""
+
+    def training_step(self, batch: dict[str, Any], _: int) -> Tensor:
+        logits = self.net(batch["x"])
+        loss = functional.cross_entropy(logits - logits.mean(0), batch["y"])
+        self.log("loss", loss)
+        return loss
+
+
+def test_mixed_samples_are_refused(folder: Path) -> None:
+    plan = make_plan(folder, run="mixed")
+    module = Centered(Run.of_plan(plan).model(), False)
+    callback = RecordingCallback(plan, 0, model="net")
+    trainer = Trainer(max_steps=1, callbacks=[callback], default_root_dir=plan.root, **QUIET)
+    with pytest.raises(SecateurError, match="mixes a batch's samples"):
         trainer.fit(module, DataLoader(Numbers(range(12)), batch_size=6, collate_fn=collate))
