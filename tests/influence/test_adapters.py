@@ -59,7 +59,8 @@ def token_losses(model: nn.Module, ids: Tensor) -> Tensor:
     ).sum(1)
 
 
-@pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension")  # BOFT's
+@pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension")  # BOFT's, and the next
+@pytest.mark.filterwarnings("ignore:Setting boft_n_butterfly_factor")
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_contributions_to_adapters_are_autograds(name: str) -> None:
     torch.manual_seed(0)
