@@ -148,6 +148,33 @@ class TokenAndPositions(Positions):
         return self.head((x + self.places(torch.arange(x.shape[1])[None])).tanh().cumsum(1))
 
 
+class InPlace(nn.Module):
+    """Outputs that are views (a linear map's over positions is one), changed in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(10, 6)
+        self.second = _Transposed()
+        self.third = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.first(x)
+        out += out.detach().tanh()
+        out = self.second(out)
+        out *= 2.0
+        out = self.third(out)
+        return torch.relu_(out)
+
+
+class _Transposed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 5, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.permute(2, 1, 0) * self.weight).permute(2, 1, 0)
+
+
 class TimeFirst(nn.Module):
     """Layers work on `time batch features`, as is the default of torch's sequence models."""
 
@@ -395,6 +422,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "positions once for all": (Positions, words),
     "positions with a first dimension": (PositionsInFront, words),
     "a class token beside positions": (TokenAndPositions, words),
+    "views changed in place": (InPlace, sequence),
     "time first": (TimeFirst, words),
     "prototypes": (Prototypes, vector),
     "experts in one tensor": (Experts, sequence),

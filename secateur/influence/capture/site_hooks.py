@@ -74,12 +74,13 @@ class SiteHooks:
             self._install_own_forward(site, handles)
 
     def _install_family(self, site: FamilySite, handles: ExitStack) -> None:
-        def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> None:
+        def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor:
             self.unfollowed |= not torch.is_grad_enabled()
             if self._resting or not output.requires_grad:
-                return
+                return output
             inputs = args or tuple(kwargs.values())
             given = tensors_of(inputs)
+            output = output if _can_follow(output, given) else output.clone()
             layout = self._layout(site, [x.shape for x in given], [output])
             dims = layout.inputs
             kept = KeptTensors(_in_computed_precision(given, site))
@@ -95,6 +96,7 @@ class SiteHooks:
                     self._sink(binding, found)
 
             self._listen(output, capture)
+            return output
 
         # Without a trace it is not known, but a batch of one that is not one is a sure sign.
         unknown = isinstance(site.module, nn.Embedding) and not site.layouts and self._samples > 1
@@ -175,14 +177,18 @@ class SiteHooks:
 
     def _listen(self, output: Tensor, capture: Callable[[Tensor], None]) -> None:
         """Call `capture` with the gradient with respect to an output, when it is known."""
+        shape = output.shape
 
         def backward_hook(gradient: Tensor) -> None:
             with torch.no_grad():
-                capture(gradient)
+                capture(gradient.reshape(shape))
 
-        output.register_hook(backward_hook)
+        # What changes a view in place replaces its node in the graph, and leaves its base's.
+        base = output._base
+        followed = base if base is not None and _is_same_data(base, output) else output
+        followed.register_hook(backward_hook)
         # The edge is taken now, because an activation may overwrite the output in place.
-        self.outputs.append(get_gradient_edge(output))
+        self.outputs.append(get_gradient_edge(followed))
 
     def _arrange(self, site: Site, tensors: Sequence[Tensor], dims: Sequence[int]) -> list[Tensor]:
         """Return a call's arguments with the samples first."""
@@ -212,6 +218,12 @@ class SiteHooks:
         return rows
 
 
+def _is_same_data(base: Tensor, view: Tensor) -> bool:
+    """Check whether a view has all of its base's entries, in the same order."""
+    whole = base.is_contiguous() and view.is_contiguous()
+    return whole and base.numel() == view.numel() and base.requires_grad
+
+
 def _in_computed_precision(inputs: list[Tensor], site: FamilySite) -> list[Tensor]:
     """Return a layer's inputs as autocast casts them, which is less to keep, and what is used."""
     device = inputs[0].device.type
@@ -221,12 +233,27 @@ def _in_computed_precision(inputs: list[Tensor], site: FamilySite) -> list[Tenso
     return [x.to(dtype) if x.is_floating_point() else x for x in inputs]
 
 
-def _keep_apart(output: Any) -> Any:
-    """Return what a call returned with copies of its tensors, if several are differentiated.
+def _can_follow(output: Tensor, inputs: list[Tensor]) -> bool:
+    """Check whether an output is no view, or only another shape of a tensor made in the call.
 
-    One may be computed from another, as a router's scores are from its logits, or be the same. The
-    gradient with respect to a copy holds nothing that comes through another.
+    A linear map of three dimensions returns such a view.
     """
-    if sum(tensor.requires_grad for tensor in tensors_of(output)) < 2:
+    base = output._base
+    if base is None:
+        return True
+    is_input = any(base is x or base is x._base for x in inputs)
+    reshaped = base.is_contiguous() and output.is_contiguous() and base.numel() == output.numel()
+    return reshaped and base.requires_grad and not is_input
+
+
+def _keep_apart(output: Any) -> Any:
+    """Return what a call returned, with copies of its tensors if that is needed to follow them.
+
+    If several are differentiated, one may be computed from another, as a router's scores are from
+    its logits, or be the same. The gradient with respect to a copy holds nothing that comes through
+    another. And what changes a view in place takes it out of the graph.
+    """
+    followed = [tensor for tensor in tensors_of(output) if tensor.requires_grad]
+    if len(followed) < 2 and all(tensor._base is None for tensor in followed):
         return output
     return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, output)
