@@ -42,7 +42,8 @@ def learning_rates(run: Run, stage: int) -> pl.DataFrame:
     frames = []
     for segment in run.folder.stage(stage).segments():
         tensors, first = read_ledger(segment)
-        rates = tensors["hyper"][:, tensors["groups"].long(), column].double().mean(1).numpy()
+        hyper = tensors["hyper"][:, tensors["groups"].long(), column].double()
+        rates = hyper.nanmean(1).numpy()  # a parameter without gradient has no settings
         steps = np.arange(first, first + len(rates), dtype=np.uint32)
         frames.append(pl.DataFrame({"step": steps, "rate": rates}))
     return pl.concat(frames)
