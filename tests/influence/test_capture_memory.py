@@ -5,8 +5,10 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from secateur.influence.bindings import bind_layers
 from secateur.influence.hooks import sample_gradients
@@ -89,3 +91,26 @@ def test_a_graph_that_is_retained_can_be_differentiated_twice() -> None:
         loss.backward()
     optimizer.step()
     torch.testing.assert_close(recorder.take_segment().contributions, once * 2 / 6)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("last", [nn.Linear(4, 3), nn.PReLU()], ids=["linear", "own forward"])
+def test_checkpointed_layers_are_recomputed_while_hooks_look_on(
+    reentrant: bool, last: nn.Module
+) -> None:
+    """A regression: torch missed tensors if the checkpointed part ended with a captured layer."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 4), last)
+    bindings = bind_layers(model)
+    x = torch.randn(6, 5)
+
+    def losses(rows: Tensor, checkpointed: bool) -> Tensor:
+        inputs = x[rows].requires_grad_()
+        if checkpointed:
+            return checkpoint(model, inputs, use_reentrant=reentrant).square().sum(1)
+        return model(inputs).square().sum(1)
+
+    basis = everything(bindings)
+    expected, _ = sample_gradients(lambda rows: losses(rows, False), 6, bindings, basis)
+    found, _ = sample_gradients(lambda rows: losses(rows, True), 6, bindings, basis)
+    torch.testing.assert_close(found, expected)

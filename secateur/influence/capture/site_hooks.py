@@ -187,8 +187,10 @@ class SiteHooks:
         base = output._base
         followed = base if base is not None and _is_same_data(base, output) else output
         followed.register_hook(backward_hook)
-        # The edge is taken now, because an activation may overwrite the output in place.
-        self.outputs.append(get_gradient_edge(followed))
+        # A graph that checkpointing builds within the backward pass must not be held.
+        if torch._C._current_graph_task_id() == -1:
+            # The edge is taken now, because an activation may overwrite the output in place.
+            self.outputs.append(get_gradient_edge(followed))
 
     def _arrange(self, site: Site, tensors: Sequence[Tensor], dims: Sequence[int]) -> list[Tensor]:
         """Return a call's arguments with the samples first."""
