@@ -29,6 +29,8 @@ from secateur.influence.capture.sites import (
 )
 from secateur.influence.captures import Capture, DenseCapture, widen
 
+_TENSOR = object()  # stands in the place of an argument that is a tensor
+
 Sink = Callable[[Binding, Capture], None]
 Watch = Callable[[Tensor], None]
 
@@ -84,11 +86,13 @@ class SiteHooks:
             layout = self._layout(site, [x.shape for x in given], [output])
             dims = layout.inputs
             kept = KeptTensors(_in_computed_precision(given, site))
+            # The hook below must not hold the tensors themselves: checkpointing drops them.
+            others = [_TENSOR if isinstance(x, Tensor) else x for x in inputs]
 
             def capture(gradient: Tensor) -> None:
                 rows = self._see(site, gradient, layout.outputs[0])
                 moved = iter(self._arrange(site, kept.take(last=True), dims))
-                arguments = tuple(next(moved) if isinstance(x, Tensor) else x for x in inputs)
+                arguments = tuple(next(moved) if x is _TENSOR else x for x in others)
                 found = site.family.capture(module, arguments, rows)
                 if found.batch != self._samples:
                     found = found.fold(self._samples)
