@@ -1,0 +1,120 @@
+"""Contributions in bfloat16 against autograd in float32, one sample at a time, in every basis."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from secateur.influence.basis import Basis
+from secateur.influence.basis_fitting import EnergyFit, MomentFit
+from secateur.influence.bindings import Bindings, bind_layers
+from secateur.influence.hooks import capture_hooks, sample_gradients
+from secateur.influence.random_basis import random_coordinates, random_kronecker_basis
+from secateur.influence.recorder import Recorder
+from tests.influence.oracle import everything, one_by_one, relative
+
+IDS = torch.randint(11, (6, 7), generator=torch.Generator().manual_seed(0))
+ROWS = torch.arange(6)
+HALF = pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "weights"])
+
+
+class Sequence(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, 8)
+        self.norm = nn.LayerNorm(8)
+        self.inner = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 11)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.inner(self.norm(self.table(ids)))).cumsum(1))
+
+
+def make(autocast: bool) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    torch.manual_seed(0)
+    model = Sequence() if autocast else Sequence().bfloat16()
+
+    def losses(rows: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return next_losses(model, rows)
+
+    return model, losses
+
+
+def next_losses(model: nn.Module, rows: Tensor) -> Tensor:
+    logits = model(IDS[rows])[:, :-1].transpose(1, 2).float()
+    return functional.cross_entropy(logits, IDS[rows, 1:], reduction="none").mean(1)
+
+
+def fitted(kind: str, bindings: Bindings, losses: Callable[[Tensor], Tensor]) -> Basis:
+    if kind == "random kronecker":
+        return random_kronecker_basis(bindings, 4, 0, torch.float32)
+    if kind == "random coordinates":
+        return random_coordinates(bindings, 64, 0)
+    if kind == "all coordinates":
+        return everything(bindings)
+    fit = MomentFit(bindings) if kind == "pca" else EnergyFit(bindings)
+    with capture_hooks(bindings, fit.add, len(ROWS)):
+        losses(ROWS).mean().backward()
+    bindings.model.zero_grad()
+    return fit.basis(4, torch.float32) if isinstance(fit, MomentFit) else fit.basis(64)
+
+
+@HALF
+def test_contributions_are_those_of_single_precision(autocast: bool) -> None:
+    model, losses = make(autocast)
+    bindings = bind_layers(model)
+    found, _ = sample_gradients(losses, 6, bindings, everything(bindings), check=True)
+    single = copy.deepcopy(model).float()
+    expected = one_by_one(single, next_losses, ROWS)
+    for own, wanted in zip(found, expected, strict=True):
+        assert relative(own, wanted) < 2e-2
+
+
+@HALF
+@pytest.mark.parametrize(
+    "kind", ["random kronecker", "pca", "random coordinates", "energy", "all coordinates"]
+)
+def test_every_basis_records_without_a_tolerance(kind: str, autocast: bool) -> None:
+    model, losses = make(autocast)
+    bindings = bind_layers(model)
+    basis = fitted(kind, bindings, losses)
+    linear = kind in ("random kronecker", "pca")
+    optimizer: torch.optim.Optimizer = (
+        torch.optim.SGD(model.parameters(), 0.1)
+        if linear
+        else torch.optim.AdamW(model.parameters(), 0.01)
+    )
+    recorder = Recorder(model, optimizer, bindings, basis)
+    for _ in range(5):
+        optimizer.zero_grad()
+        with recorder.batch(ROWS, losses_of=losses) as batch:
+            batch.losses = own = losses(ROWS)
+            own.mean().backward()
+        optimizer.step()
+    assert recorder.take_segment().contributions.isfinite().all()
+
+
+def test_a_grad_scaler_in_half_precision() -> None:
+    """Contributions are those of the unscaled loss."""
+    torch.manual_seed(0)
+    model = Sequence()
+    bindings = bind_layers(model)
+    basis = everything(bindings)
+    expected = one_by_one(model, next_losses, ROWS)
+    model.zero_grad()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    recorder = Recorder(model, optimizer, bindings, basis)
+    with recorder.batch(ROWS) as batch:
+        with torch.autocast("cpu", torch.float16):
+            batch.losses = losses = next_losses(model, ROWS)
+        scaler.scale(losses.mean()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert relative(recorder.take_segment().contributions, expected / 6) < 2e-2
