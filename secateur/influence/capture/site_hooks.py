@@ -43,7 +43,7 @@ class SiteHooks:
             to these alone calls every sink, and forms no weight's gradient.
         shapes: shapes of the arguments of each site's first call.
         unfollowed: whether a site was called without autograd, as reentrant checkpointing does.
-        half: whether a gradient in half precision was captured.
+        half: whether a gradient in half precision was captured, or autocast was on.
 
     Args:
         sink: gets each binding and capture.
@@ -175,6 +175,7 @@ class SiteHooks:
 
     def _layout(self, site: Site, inputs: list[torch.Size], outputs: list[Tensor]) -> CallLayout:
         self.shapes.setdefault(site.module_name, inputs)
+        self.half |= any(torch.is_autocast_enabled(x.device.type) for x in outputs[:1])
         number = self._calls[site]
         self._calls[site] += 1
         return site.layout(number, inputs, [tensor.shape for tensor in outputs], self._samples)
