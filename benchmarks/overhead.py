@@ -156,7 +156,7 @@ class TrainerPair:
                         "prune": {"policy": "top", "keep": 0.5},
                     }
                 ],
-                "segment_steps": self._steps,
+                "segment_steps": self._steps + 1,  # so that no timed step commits a segment
                 "basis": {"kind": "coordinates", "numbers": COORDINATES, "fit_steps": 1},
             }
         )
