@@ -58,11 +58,11 @@ def fitted(kind: str, bindings: Bindings, losses: Callable[[Tensor], Tensor]) ->
         return random_coordinates(bindings, 64, 0)
     if kind == "all coordinates":
         return everything(bindings)
-    fit = MomentFit(bindings) if kind == "pca" else EnergyFit(bindings)
+    fit = MomentFit(bindings, 4) if kind == "pca" else EnergyFit(bindings)
     with capture_hooks(bindings, fit.add, len(ROWS)):
         losses(ROWS).mean().backward()
     bindings.model.zero_grad()
-    return fit.basis(4, torch.float32) if isinstance(fit, MomentFit) else fit.basis(64)
+    return fit.basis(torch.float32) if isinstance(fit, MomentFit) else fit.basis(64)
 
 
 @HALF
