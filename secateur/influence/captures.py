@@ -18,9 +18,12 @@ from torch import Tensor
 CHUNK_ENTRIES = 1 << 24
 
 
+HALF_TYPES = (torch.bfloat16, torch.float16)
+
+
 def widen(tensor: Tensor) -> Tensor:
     """Return the tensor in float32 if it is in half precision, because sums of it follow."""
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+    return tensor.float() if tensor.dtype in HALF_TYPES else tensor
 
 
 @dataclass(frozen=True)

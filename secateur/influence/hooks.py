@@ -15,7 +15,7 @@ from secateur.influence.capture.alone_check import SampleCheck, check_reached
 from secateur.influence.capture.documents import Documents
 from secateur.influence.capture.gradients import gradients_by_backward
 from secateur.influence.capture.site_hooks import Sink, SiteHooks, Watch
-from secateur.influence.captures import Capture
+from secateur.influence.captures import HALF_TYPES, Capture
 
 
 @contextmanager
@@ -42,6 +42,8 @@ def capture_hooks(
     """
     packed = None if documents is None else Documents.from_numbers(documents, samples)
     hooks = SiteHooks(sink, watch, samples, packed)
+    # A frozen part in half precision rounds what reaches adapters in float32.
+    hooks.half = any(p.dtype in HALF_TYPES for p in bindings.model.parameters())
     with ExitStack() as handles, torch.compiler.set_stance("force_eager"):
         # The graph holds the hooks and these edges hold the graph, a cycle that the garbage
         # collector does not see. Without this every step's activations would stay in memory.

@@ -196,3 +196,27 @@ def test_gradients_under_checkpointing(reentrant: bool) -> None:
     )
     torch.testing.assert_close(actual, expected)
     assert all(p.grad is None for p in model.parameters())
+
+
+class Exchanged(nn.Module):
+    """Exchanges the first and the last sample for a layer, and back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = torch.arange(len(x))
+        order[[0, -1]] = order[[-1, 0]]
+        return self.inner(x[order])[order]
+
+
+def test_small_samples_that_are_exchanged_beside_a_large_one_are_refused() -> None:
+    """A regression: distances were measured against the largest sample run alone."""
+
+    def losses(model: nn.Module, rows: Tensor) -> Tensor:
+        scale = torch.where(rows == B // 2, 1e4, 1.0).double()
+        return cross_entropy(model, rows) * scale
+
+    with pytest.raises(SecateurError, match="mixes a batch's samples"):
+        record(network(Exchanged()), losses)

@@ -27,7 +27,7 @@ from secateur.influence.capture.sites import (
     OwnForwardSite,
     Site,
 )
-from secateur.influence.captures import Capture, DenseCapture, widen
+from secateur.influence.captures import HALF_TYPES, Capture, DenseCapture, widen
 
 _TENSOR = object()  # stands in the place of an argument that is a tensor
 
@@ -43,7 +43,7 @@ class SiteHooks:
             to these alone calls every sink, and forms no weight's gradient.
         shapes: shapes of the arguments of each site's first call.
         unfollowed: whether a site was called without autograd, as reentrant checkpointing does.
-        half: whether a gradient in half precision was captured, or autocast was on.
+        half: whether a gradient or a weight was in half precision, or autocast was on.
 
     Args:
         sink: gets each binding and capture.
@@ -213,7 +213,7 @@ class SiteHooks:
         Raises:
             SecateurError: it has no dimension of the samples, or another number of them.
         """
-        self.half |= gradient.dtype in (torch.bfloat16, torch.float16)
+        self.half |= gradient.dtype in HALF_TYPES
         rows = move_samples_first(gradient, max(dim, 0))
         if self._documents is not None and dim >= 0:
             rows = self._documents.gather_gradient(rows, site.module_name)
