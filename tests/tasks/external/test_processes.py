@@ -13,7 +13,6 @@ from secateur.tasks.run import Run
 from tests.tasks.ranks import ledger_distance, torchrun
 from tests.tasks.small import curate_small, make_data, small_plan
 
-pytestmark = pytest.mark.slow
 LOOP = "tests.tasks.external.own_loop"
 
 SGD: dict[str, Any] = {"kind": "sgd", "lr": 0.2, "momentum": 0.5, "weight_decay": 0.01}
@@ -53,6 +52,7 @@ def write(plan: Plan, folder: Path) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_two_processes_record_what_one_records(folder: Path) -> None:
     """Under DDP, with and without accumulation, and under FSDP2, for SGD and AdamW."""
     cases, expected = [], {}
@@ -69,6 +69,7 @@ def test_two_processes_record_what_one_records(folder: Path) -> None:
         assert ledger_distance(one, other) < 1e-9, name
 
 
+@pytest.mark.server
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3)])
 def test_a_stage_continues_with_another_number_of_processes(
     folder: Path, before: int, after: int

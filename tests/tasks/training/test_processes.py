@@ -27,8 +27,6 @@ from tests.tasks.external.test_processes import ADAMW, SGD, plan_of
 from tests.tasks.ranks import find_processes, kill_a_process, ledger_distance
 from tests.tasks.small import INLINE, curate_small, make_data, sample
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -37,6 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard", ["none", "fsdp"])
 @pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=["sgd", "adamw"])
 def test_two_processes_decide_what_one_decides(
@@ -58,6 +57,7 @@ def test_two_processes_decide_what_one_decides(
     assert read_decisions(one, 0)["keep"].equals(read_decisions(two, 0)["keep"])
 
 
+@pytest.mark.server
 @pytest.mark.parametrize("shard", ["none", "fsdp"])
 def test_a_process_may_have_no_sample_of_a_batch(folder: Path, shard: str) -> None:
     """The last batch of an epoch has 2 samples for 3 processes."""
@@ -83,6 +83,7 @@ def slow_plan(folder: Path, name: str, launch: dict[str, Any], **changes: Any) -
     )
 
 
+@pytest.mark.server
 @pytest.mark.parametrize(
     ("rank", "segments", "then"),
     [(0, 1, {"processes": 3}), (1, 2, {"processes": 1}), (1, 0, {"processes": 2, "shard": "fsdp"})],
@@ -109,6 +110,7 @@ def test_a_killed_process_ends_the_stage_and_others_continue_it(
     assert read_decisions(whole, 0)["keep"].equals(read_decisions(run, 0)["keep"])
 
 
+@pytest.mark.server
 def test_an_error_in_one_process_is_the_error_of_the_stage(folder: Path) -> None:
     data = folder / "nan"
     data.mkdir()
@@ -119,6 +121,7 @@ def test_an_error_in_one_process_is_the_error_of_the_stage(folder: Path) -> None
     assert find_processes(run) == []
 
 
+@pytest.mark.server
 def test_an_interruption_ends_every_process(folder: Path) -> None:
     run = Run.start(slow_plan(folder, "interrupted", {"processes": 2}))
     list_samples_and_basis(run)
@@ -130,6 +133,7 @@ def test_an_interruption_ends_every_process(folder: Path) -> None:
     assert find_stray_files(run.folder.root) == []
 
 
+@pytest.mark.server
 def test_a_killed_starter_leaves_no_process(folder: Path) -> None:
     run = Run.start(slow_plan(folder, "orphans", {"processes": 2}))
     list_samples_and_basis(run)
@@ -146,6 +150,7 @@ def test_a_killed_starter_leaves_no_process(folder: Path) -> None:
     assert find_processes(run) == []
 
 
+@pytest.mark.server
 def test_replay_repeats_the_random_draws_of_every_process(folder: Path) -> None:
     """Dropout draws other masks in each process; a replay in one process draws the same ones."""
     plan = plan_of(
@@ -179,6 +184,7 @@ def list_samples_and_basis(run: Run) -> None:
     fit_basis(run)
 
 
+@pytest.mark.server
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("shard", ["none", "fsdp"])
 def test_two_gpus_decide_what_one_decides(folder: Path, shard: str) -> None:
