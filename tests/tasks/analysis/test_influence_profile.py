@@ -97,11 +97,7 @@ def effect(run: Run, view: int, stage: int, step: int, place: int | None = None)
     return (less - more) / (2 * EPS)
 
 
-# An open fault: since the update rules were joined, one mean of "reset" is off by 0.6%.
-OFF = pytest.mark.xfail(strict=True, reason="one mean is off by 0.6% after a reset of AdamW")
-
-
-@pytest.mark.parametrize("name", ["sgd", "adamw", pytest.param("reset", marks=OFF)])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_profiles_equal_training_again_from_every_later_stage(folder: Path, name: str) -> None:
     run = curate_small(tiny(folder, name))
     write_profile(run, 2)
