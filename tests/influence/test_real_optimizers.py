@@ -274,3 +274,30 @@ def test_radam_begins_with_plain_momentum_for_elements_without_gradient_too() ->
     state = torch.zeros(3, 2, dtype=torch.float64)
     _, by_gradient = rule.vjp(later, state, torch.zeros(2, dtype=torch.float64), h)
     torch.testing.assert_close(by_gradient, torch.full((2,), -0.1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        torch.optim.Adam,
+        torch.optim.AdamW,
+        torch.optim.NAdam,
+        torch.optim.RAdam,
+        torch.optim.Adagrad,
+        torch.optim.RMSprop,
+    ],
+)
+def test_theta_goes_through_where_the_state_has_stayed_zero(
+    kind: type[torch.optim.Optimizer],
+) -> None:
+    """A regression: its derivative was lost beside that of the gradient, which is infinite."""
+    parameter = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = kind([parameter], lr=0.1, weight_decay=0.0)  # type: ignore[call-arg]
+    rule = find_update_rule(optimizer)
+    row = rule.settings(optimizer.param_groups[0], {})
+    h = {n: torch.tensor(v, dtype=torch.float64) for n, v in zip(rule.hyper, row, strict=True)}
+    state = torch.zeros(rule.state_tensors, 3, dtype=torch.float64)
+    later = torch.zeros_like(state)
+    later[0] = 1
+    by_state, _ = rule.vjp(later, state, torch.zeros(3, dtype=torch.float64), h)
+    assert by_state[0].tolist() == [1.0, 1.0, 1.0]

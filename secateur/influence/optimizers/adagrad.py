@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from secateur.influence.optimizers.registry import register_update_rule
-from secateur.influence.optimizers.update_rule import Hyperparameters, UpdateRule
+from secateur.influence.optimizers.update_rule import Hyperparameters, UpdateRule, add_weight_decay
 
 
 @register_update_rule(torch.optim.Adagrad)
@@ -29,7 +29,7 @@ class AdagradUpdate(UpdateRule):
 
     def update(self, state: Tensor, grad: Tensor, h: Hyperparameters) -> Tensor:
         theta, total = state
-        grad = grad * (1 - 2 * h["maximize"]) + h["weight_decay"] * theta
+        grad = add_weight_decay(theta, grad * (1 - 2 * h["maximize"]), h)
         total = total + grad.square()
         rate = h["lr"] / (1 + (h["step"] - 1) * h["lr_decay"])
         return torch.stack([theta - rate * grad / (total.sqrt() + h["eps"]), total])

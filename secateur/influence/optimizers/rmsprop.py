@@ -10,6 +10,7 @@ from secateur.influence.optimizers.update_rule import (
     Hyperparameters,
     ParameterGroups,
     UpdateRule,
+    add_weight_decay,
 )
 
 
@@ -37,7 +38,7 @@ class RMSpropUpdate(UpdateRule):
 
     def update(self, state: Tensor, grad: Tensor, h: Hyperparameters) -> Tensor:
         slots = dict(zip(self.slots, state[1:], strict=True))
-        grad = grad * (1 - 2 * h["maximize"]) + h["weight_decay"] * state[0]
+        grad = add_weight_decay(state[0], grad * (1 - 2 * h["maximize"]), h)
         square = h["alpha"] * slots["square_avg"] + (1 - h["alpha"]) * grad.square()
         slots["square_avg"] = square
         if "grad_avg" in slots:

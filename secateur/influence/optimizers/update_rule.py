@@ -159,10 +159,14 @@ def apply_weight_decay(theta: Tensor, grad: Tensor, h: Hyperparameters) -> tuple
     """
     decoupled = h["decoupled_weight_decay"]
     decayed = theta * (1 - decoupled * h["lr"] * h["weight_decay"])
+    return decayed, torch.where(decoupled == 0, add_weight_decay(theta, grad, h), grad)
+
+
+def add_weight_decay(theta: Tensor, grad: Tensor, h: Hyperparameters) -> Tensor:
+    """Return the gradient after weight decay that is added to it."""
     # A product with zero would not do: where the gradient's own derivative is infinite, at a slot
     # that has stayed zero, that of the product is not a number, and hides that of theta.
-    is_added = (decoupled == 0) & (h["weight_decay"] != 0)
-    return decayed, torch.where(is_added, grad + h["weight_decay"] * theta, grad)
+    return torch.where(h["weight_decay"] == 0, grad, grad + h["weight_decay"] * theta)
 
 
 def refuse_option(groups: ParameterGroups, option: str) -> None:
