@@ -147,11 +147,10 @@ def run_part(plan: Plan, part: str) -> None:
     run = Run.start(plan)
     warm_up(run)
     gc.collect()
-    # The imports' own peak is forgotten: the kernel counts anew from here.
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _resident_set("VmRSS")
+    forget_peak()
+    before = resident_set("VmRSS")
     PARTS[part](run)
-    print((_resident_set("VmHWM") - before) / MEBIBYTE)
+    print((resident_set("VmHWM") - before) / MEBIBYTE)
 
 
 def warm_up(run: Run) -> None:
@@ -167,8 +166,13 @@ def warm_up(run: Run) -> None:
     torch.linalg.eigh(torch.eye(64, dtype=torch.float64))
 
 
-def _resident_set(name: str) -> int:
-    """The size of this process's memory (`VmRSS`) or its peak (`VmHWM`) in bytes."""
+def forget_peak() -> None:
+    """Let the kernel count this process's peak anew, without that of the imports."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident_set(name: str) -> int:
+    """Return the size of this process's memory (`VmRSS`) or its peak (`VmHWM`) in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
