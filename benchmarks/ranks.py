@@ -4,7 +4,8 @@
 
 The first stage of the image example is trained, scored and pruned in float32: in one process, in
 two with DDP, and in two with FSDP2, for SGD and for AdamW. The distance of two ledgers is the
-largest distance of two of their tensors, relative to the norm of the tensor.
+largest distance of two of their tensors, relative to the norm of the tensor. The limit is what
+rounding alone does: one process, with the samples of each step in another order.
 
 Then DDP runs are killed: -9 at a random moment for one of the two processes. The run is resumed
 with two processes, one or three, with DDP or FSDP2, in turns, and compared with an uninterrupted
@@ -21,21 +22,25 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import yaml
+from torch import Tensor
 
 from examples.images.make_shards import make
 from secateur.errors import SecateurError
 from secateur.flows.stage import prune_stage, score_stage, train_stage
 from secateur.flows.workers import InlineWorkers
 from secateur.storage.ledger import read_ledger
+from secateur.tasks.data.batches import BatchSchedule
 from secateur.tasks.plan import LaunchConfig, Plan
 from secateur.tasks.results.pruning_results import read_decisions
 from secateur.tasks.run import Run
 from tests.tasks.ranks import find_processes, kill_a_process, ledger_distance
 
 SEED = 14
+ORDERS = 5  # of the samples of a step
 INLINE = InlineWorkers()
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "SGD": {"kind": "sgd", "lr": 0.1, "momentum": 0.9, "clip_norm": 1.0},
@@ -74,6 +79,7 @@ def main() -> None:
 def _compare(folder: Path, optimizer: str, device: str) -> None:
     one, seconds = _finish(_plan(folder, "one", optimizer, LaunchConfig(), device))
     print(f"{optimizer}, one process: {seconds:.1f} s to train", flush=True)
+    _compare_orders(folder, one, optimizer, device)
     for shard in ("none", "fsdp"):
         launch = LaunchConfig(processes=2, shard=shard)
         two, seconds = _finish(_plan(folder, shard, optimizer, launch, device))
@@ -85,6 +91,31 @@ def _compare(folder: Path, optimizer: str, device: str) -> None:
             f"{differing} of {len(read_decisions(one, 0))} decisions differ",
             flush=True,
         )
+
+
+def _compare_orders(folder: Path, one: Run, optimizer: str, device: str) -> None:
+    """Print how far apart runs of one process are that differ in the order within each step."""
+    batch = BatchSchedule.batch
+    first, whole, differing = [], [], []
+    for number in range(ORDERS):
+
+        def reordered(schedule: BatchSchedule, step: int, number: int = number) -> Tensor:
+            rows = batch(schedule, step)
+            generator = torch.Generator().manual_seed(step * ORDERS + number)
+            return rows[torch.randperm(len(rows), generator=generator)]
+
+        with patch.object(BatchSchedule, "batch", reordered):
+            plan = _plan(folder, f"order-{number}", optimizer, LaunchConfig(), device)
+            other, _ = _finish(plan)
+        first.append(ledger_distance(one, other, first=1, in_order=False))
+        whole.append(ledger_distance(one, other, in_order=False))
+        differing.append(_differing_decisions(one, other))
+    print(
+        f"{optimizer}, one process, samples of each step in {ORDERS} other orders: ledgers "
+        f"{min(first):.1e} to {max(first):.1e} apart in the first segment and {min(whole):.1e} to "
+        f"{max(whole):.1e} in any, at most {max(differing)} decisions differ",
+        flush=True,
+    )
 
 
 def _kill(folder: Path, count: int, device: str) -> None:
