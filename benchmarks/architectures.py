@@ -179,7 +179,7 @@ def next_token_losses(model: nn.Module) -> LossesOf:
     """Return a function of the cross entropies of some samples' next tokens."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(4, VOCABULARY, (SAMPLES, TOKENS), generator=generator)
-    books = getattr(model.config, "num_codebooks", 1)  # of music, which is told as several rows
+    books = getattr(model.config, "num_codebooks", 1)  # music has a row of tokens for each codebook
 
     def losses(places: Tensor) -> Tensor:
         tokens = ids[places].repeat_interleave(books, 0)
