@@ -64,19 +64,33 @@ class EmpiricalFisher:
 
 
 class Fisher:
-    """`fisher`: the same sum over contributions with labels sampled from the model."""
+    """`fisher`: the mean over the segment's steps of `sum_i f_i g_i g_i^T`.
+
+    `g_i` is a sample's gradient with labels drawn from the model, or with a random sign at every
+    output position, and `f_i` its weight times the number of positions that its loss is the mean
+    of. Each such gradient estimates a matrix of the rank of the positions by one of rank one. The
+    error would grow from step to step, so the estimates of a segment's steps are averaged; the
+    curvature changes slowly.
+    """
 
     def __init__(self, segment: Segment, spans: Sequence[slice]) -> None:
-        self._segment = segment
+        steps = (segment.fisher_steps - segment.first_step).long()
+        strides = segment.strides[steps] / max(segment.length, 1)
+        self._gradients = segment.fisher
+        self._inverse = (strides / segment.fisher_weights).to(segment.fisher.dtype)
+        self._matrices: dict[int, Tensor] = {}
 
     def product(self, step: int, span: slice, a: Tensor, e: Tensor) -> Tensor | None:
-        rows = self._segment.fisher_rows(step)
-        if rows.start == rows.stop:
+        if not len(self._gradients):
             return None
-        stride = float(self._segment.strides[step - self._segment.first_step])
-        sampled = self._segment.fisher[rows, span].to(a.dtype)
-        inverse = stride / self._segment.fisher_weights[rows].to(a.dtype)
-        return (a @ sampled.T * inverse) @ sampled
+        if 2 * len(self._gradients) < span.stop - span.start:
+            gradients = self._gradients[:, span].to(a.dtype)
+            return (a @ gradients.T * self._inverse.to(a.dtype)) @ gradients
+        if span.start not in self._matrices:
+            gradients = self._gradients[:, span].to(a.dtype)
+            weighted = gradients * self._inverse.to(a.dtype)[:, None]
+            self._matrices[span.start] = gradients.T @ weighted
+        return a @ self._matrices[span.start]
 
 
 class Hessian:

@@ -170,17 +170,25 @@ class Recorder:
         self._coming.batches.append(batch)
         self._coming.stride = stride
 
-    def record_fisher(self, losses_of: LossesOf, weights: Float[Tensor, " batch"]) -> None:
-        """Record the coming step's contributions under labels sampled from the model.
-
-        The curvature `Fisher` needs them.
+    def record_fisher(
+        self,
+        losses_of: LossesOf,
+        weights: Float[Tensor, " batch"],
+        factors: Float[Tensor, " batch"] | None = None,
+    ) -> None:
+        """Record gradients whose outer products estimate the coming step's curvature, for `Fisher`.
 
         Args:
-            losses_of: as in `batch`, with sampled labels.
+            losses_of: as in `batch`, with labels drawn from the model, or with a random sign at
+                every output position.
             weights: as in `batch`.
+            factors: by how much each outer product is multiplied; 1 if None. It is the number of
+                output positions that the sample's loss is the mean of, times the samples of the
+                step that this one stands for.
         """
         gradients, _ = sample_gradients(losses_of, len(weights), self._bindings, self.basis)
-        self._coming.fisher.append((gradients * weights.to(gradients)[:, None], weights))
+        divided = weights if factors is None else weights / factors.to(weights)
+        self._coming.fisher.append((gradients * weights.to(gradients)[:, None], divided))
 
     def record_hessian(self, flattened: Float[Tensor, " entries"]) -> None:
         """Record the Hessian before the coming step, as `compute_hessian` returns it."""

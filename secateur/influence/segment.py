@@ -44,10 +44,10 @@ class Segment:
         states: theta and the optimizer's slots before the step; empty if the Jacobian does not
             depend on them.
         groups: row of `hyper` that each of the p coefficients is updated with.
-        fisher: contributions with labels sampled from the model (`curvature: fisher`); empty
-            otherwise.
+        fisher: contributions with labels drawn from the model, or with random signs, whose outer
+            products estimate the curvature (see `curvature.Fisher`); empty otherwise.
         fisher_steps: the step of each of these.
-        fisher_weights: the weight of each of these.
+        fisher_weights: the weight of each of these, divided by the factor of its outer product.
         hessian: evaluations of the Hessian (`curvature: hessian`), the spans' matrices flattened
             and concatenated; empty otherwise.
         hessian_steps: the step before which each of these was made.
@@ -93,10 +93,6 @@ class Segment:
         """Return the records of a step, which is counted within the stage."""
         return self._record_slices[step - self.first_step]
 
-    def fisher_rows(self, step: int) -> slice:
-        """Return the Fisher records of a step, which is counted within the stage."""
-        return self._fisher_slices[step - self.first_step]
-
     def tensors(self) -> dict[str, Tensor]:
         """Return every tensor field by name. With `first_step` they are the whole segment."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "first_step"}
@@ -104,10 +100,6 @@ class Segment:
     @cached_property
     def _record_slices(self) -> list[slice]:
         return self._slices_by_step(self.steps)
-
-    @cached_property
-    def _fisher_slices(self) -> list[slice]:
-        return self._slices_by_step(self.fisher_steps)
 
     def _slices_by_step(self, steps: Int[Tensor, " n"]) -> list[slice]:
         """Return the slice of the sorted `steps` that belongs to each step of the segment."""

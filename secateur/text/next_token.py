@@ -109,6 +109,18 @@ class NextToken:
         labels[:, 1:] = drawn[:, :-1].where(labels[:, 1:] != IGNORE_INDEX, IGNORE_INDEX)
         return batch | {"labels": labels}
 
+    def signed_losses(
+        self, model: nn.Module, batch: dict[str, Tensor]
+    ) -> Float[Tensor, " samples"]:
+        """Return the losses with a random sign at every token, for the empirical Fisher.
+
+        The signs make the gradients of a sample's tokens independent, so that the outer product of
+        their mean estimates the mean of their outer products, divided by their number.
+        """
+        labels = _next_labels(batch)
+        signs = torch.randint(2, labels.shape, device=labels.device).mul_(2).sub_(1)
+        return _sample_losses(self._logits(model, batch), batch, signs)
+
     def metrics(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return each sample's `token_accuracy` and `perplexity`.
 
@@ -138,14 +150,17 @@ def _check_places(
         raise PlanError("`prompt` and `mask` both say what the loss counts; give one of them")
 
 
-def _sample_losses(logits: Tensor, batch: dict[str, Tensor]) -> Float[Tensor, " samples"]:
+def _sample_losses(
+    logits: Tensor, batch: dict[str, Tensor], signs: Int[Tensor, "rows positions"] | None = None
+) -> Float[Tensor, " samples"]:
     # In float32 at least, and flat: with classes in the second dimension it is much slower.
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     labels = _next_labels(batch)
     losses = functional.cross_entropy(
         wide.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
     )
-    return _mean_per_sample(losses.view_as(labels), batch)
+    losses = losses.view_as(labels)
+    return _mean_per_sample(losses if signs is None else losses * signs, batch)
 
 
 def _next_labels(batch: dict[str, Tensor]) -> Int[Tensor, "rows positions"]:

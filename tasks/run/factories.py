@@ -14,12 +14,15 @@ from secateur.tasks.plan import FactoryConfig
 class LearningTask(Protocol):
     """How samples become tensors and losses. The plan's `task` factory makes it.
 
-    Three methods are optional:
+    Four methods are optional:
 
     - `metrics(model, batch) -> dict[str, Tensor]`: numbers per sample, reported for targets;
-    - `sizes(batch) -> Tensor`: tokens per sample, which `reduction: token_mean` needs;
+    - `sizes(batch) -> Tensor`: the number of output positions (tokens) that each sample's loss is
+      the mean of, which `reduction: token_mean` needs, and the curvatures if it is not 1;
     - `sampled(model, batch) -> dict[str, Tensor]`: the batch with labels sampled from the model,
-      which `curvature: {kind: fisher}` needs.
+      which `curvature: {kind: fisher}` needs;
+    - `signed_losses(model, batch) -> Tensor`: one loss per sample, in which every position's term
+      has a random sign. `curvature: {kind: empirical_fisher}` needs it if there are several.
     """
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:

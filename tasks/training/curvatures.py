@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any, ClassVar, Literal
 
 import torch
+from jaxtyping import Float
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from secateur.errors import PlanError
+from secateur.influence.bindings import LossesOf
 from secateur.influence.curvature import (
     Curvature,
     EmpiricalFisher,
@@ -21,24 +24,83 @@ from secateur.influence.curvature import (
 from secateur.influence.hessian import compute_hessian
 from secateur.influence.recorder import Recorder
 from secateur.influence.segment import Segment
+from secateur.tasks.data.collate import Tensors
 from secateur.tasks.data.seeds import seed_for
+from secateur.tasks.data.take_samples import take_samples
 from secateur.tasks.plan import CurvatureConfig, register_curvature
 from secateur.tasks.training.loop import MicroBatch, TrainingLoop
 
 
+class _DrawnConfig(CurvatureConfig):
+    """A curvature estimated from gradients with random labels or signs, averaged over a segment."""
+
+    draws: PositiveInt | None = Field(
+        None, description="such gradients per recorded step; null means one for each sample"
+    )
+    rows: PositiveInt = Field(
+        1024, description="at most so many of them per segment, so that a step may have fewer"
+    )
+
+    def _record(
+        self,
+        recorder: Recorder,
+        loop: TrainingLoop,
+        segment: range,
+        step: int,
+        draw: Callable[[Tensors], LossesOf],
+    ) -> None:
+        """Record gradients of a step. `draw` returns the losses of some samples, drawn at random.
+
+        The step's random draws do not depend on whether they are recorded.
+        """
+        torch.manual_seed(seed_for(loop.schedule.seed(step), self.kind))
+        parts = loop.micro_batches(step)
+        samples = sum(len(part.rows) for part in parts)
+        wanted = min(self.draws or samples, max(1, self.rows // len(segment)))
+        for part, count in zip(parts, _share(wanted, [len(p.rows) for p in parts]), strict=True):
+            total = len(part.rows)
+            whole = [torch.arange(total)] * (count // total)
+            chosen = torch.cat([*whole, torch.randperm(total)[: count % total].sort().values])
+            for places in chosen.split(total):
+                tensors = take_samples(part.tensors, places)
+                factors = _positions(loop, tensors, len(places)) * (total / count)
+                recorder.record_fisher(draw(tensors), part.weights[places], factors)
+
+
 @register_curvature
-class EmpiricalFisherConfig(CurvatureConfig):
-    """Computed from the recorded contributions; it needs no extra passes."""
+class EmpiricalFisherConfig(_DrawnConfig):
+    """Computed from the recorded contributions, if each sample's loss has one output position.
+
+    If it is a mean over several, the task's method `signed_losses(model, batch)` gives each of them
+    a random sign, and one more pass per recorded step gives the gradients.
+    """
 
     kind: Literal["empirical_fisher"] = "empirical_fisher"
 
     def build(self, segment: Segment, spans: Sequence[slice]) -> Curvature:
-        return EmpiricalFisher(segment, spans)
+        return Fisher(segment, spans) if len(segment.fisher) else EmpiricalFisher(segment, spans)
+
+    def record_step(
+        self, recorder: Recorder, loop: TrainingLoop, segment: range, step: int, recorded: bool
+    ) -> None:
+        signed_losses = getattr(loop.task, "signed_losses", None)
+        if not recorded or signed_losses is None:
+            return
+
+        def draw(tensors: Tensors) -> LossesOf:
+            def losses_of(rows: Tensor) -> Tensor:
+                with loop.precision():
+                    losses: Tensor = signed_losses(loop.model, take_samples(tensors, rows))
+                return losses
+
+            return losses_of
+
+        self._record(recorder, loop, segment, step, draw)
 
 
 @register_curvature
-class FisherConfig(CurvatureConfig):
-    """Computed from labels sampled from the model, with one more pass per recorded step.
+class FisherConfig(_DrawnConfig):
+    """Computed from labels drawn from the model, with one more pass per recorded step.
 
     The task needs a method `sampled(model, batch)`.
     """
@@ -55,11 +117,13 @@ class FisherConfig(CurvatureConfig):
         if not recorded:
             return
         sample_labels = _label_sampler(loop)
-        torch.manual_seed(seed_for(loop.schedule.seed(step), "fisher"))
-        for part in loop.micro_batches(step):
+
+        def draw(tensors: Tensors) -> LossesOf:
             with torch.no_grad(), loop.precision():
-                relabelled = sample_labels(loop.model, part.tensors)
-            recorder.record_fisher(loop.losses_of(relabelled), part.weights)
+                relabelled = sample_labels(loop.model, tensors)
+            return loop.losses_of(relabelled)
+
+        self._record(recorder, loop, segment, step, draw)
 
 
 @register_curvature
@@ -123,6 +187,20 @@ class NoCurvatureConfig(CurvatureConfig):
 def _weighted_loss(loop: TrainingLoop, part: MicroBatch) -> Tensor:
     losses = loop.part_losses(part, loop.model)
     return (losses * part.weights.to(losses)).sum()
+
+
+def _share(wanted: int, sizes: Sequence[int]) -> list[int]:
+    """Return how many of `wanted` draws each micro-batch gets, by its size."""
+    ends = [wanted * end // sum(sizes) for end in accumulate([0, *sizes])]
+    return [end - start for start, end in pairwise(ends)]
+
+
+def _positions(loop: TrainingLoop, tensors: Tensors, count: int) -> Float[Tensor, " batch"]:
+    """The number of output positions that each sample's loss is the mean of."""
+    if not hasattr(loop.task, "sizes"):
+        return torch.ones(count, dtype=torch.float64)
+    sizes: Tensor = loop.task.sizes(tensors)
+    return sizes.double().cpu().clamp(min=1)
 
 
 def _label_sampler(loop: TrainingLoop) -> Callable[..., dict[str, Any]]:

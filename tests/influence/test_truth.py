@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -80,7 +81,9 @@ def _clips(make: Make, clip: float) -> list[float]:
     return segment.scales.tolist()
 
 
-def record(make: Make, clip: float | None = None, fisher: bool = False) -> tuple[Segment, Recorder]:
+def record(
+    make: Make, clip: float | None = None, fisher: Tensor | None = None
+) -> tuple[Segment, Recorder]:
     model = network()
     x, y = data()
     optimizer = make(model.parameters())
@@ -90,9 +93,10 @@ def record(make: Make, clip: float | None = None, fisher: bool = False) -> tuple
     for step in range(STEPS):
         loss = lambda step=step: functional.cross_entropy(model(x[step]), y[step])  # noqa: E731
         recorder.record_hessian(compute_hessian([loss], model, basis, [slice(0, basis.size)]))
-        if fisher:
+        if fisher is not None:
             weights = torch.full((BATCH,), 1 / BATCH, dtype=torch.float64)
-            recorder.record_fisher(partial(sampled_losses, model, x[step], y[step]), weights)
+            losses_of = partial(sampled_losses, model, x[step], y[step])
+            recorder.record_fisher(losses_of, weights, fisher)
         optimizer.zero_grad()
         with recorder.batch(torch.arange(BATCH)):
             loss().backward()
@@ -189,21 +193,41 @@ def test_the_hessian_is_autograds(family: str) -> None:
     torch.testing.assert_close(blocks, torch.cat([expected[s, s].flatten() for s in basis.spans]))
 
 
-def test_the_sampled_fisher_is_the_sum_of_outer_products() -> None:
-    segment, recorder = record(OPTIMIZERS["sgd"], clip=0.5, fisher=True)
-    a = torch.randn(4, segment.size, dtype=torch.float64)
+def test_the_fisher_is_the_mean_over_steps_of_weighted_outer_products() -> None:
+    factors = torch.arange(1.0, BATCH + 1, dtype=torch.float64)
+    segment, recorder = record(OPTIMIZERS["sgd"], clip=0.5, fisher=factors)
     model = network()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
     x, y = data()
     expected = torch.zeros(segment.size, segment.size, dtype=torch.float64)
-    for place in range(BATCH):  # at step 0, where the weights are the initial ones
+    for step in range(STEPS):
+        for place in range(BATCH):
+            model.zero_grad()
+            rows = slice(place, place + 1)
+            functional.cross_entropy(model(x[step, rows]), (y[step, rows] + 1) % 3).backward()
+            row = recorder.basis.project_tensors(
+                {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+            )
+            share = factors[place] / BATCH * segment.scales[step] / STEPS
+            expected += torch.outer(row, row) * share
         model.zero_grad()
-        functional.cross_entropy(
-            model(x[0, place : place + 1]), (y[0, place : place + 1] + 1) % 3
-        ).backward()
-        row = recorder.basis.project_tensors(
-            {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-        )
-        expected += torch.outer(row, row) / BATCH * segment.scales[0]
-    spans = [slice(0, segment.size)]
-    actual = Fisher(segment, spans).product(0, spans[0], a, a)
-    torch.testing.assert_close(actual, a @ expected)
+        functional.cross_entropy(model(x[step]), y[step]).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+    a = torch.randn(4, segment.size, dtype=torch.float64)
+    span = slice(0, segment.size)
+    for step in (0, STEPS - 1):
+        actual = Fisher(segment, [span]).product(step, span, a, a)
+        torch.testing.assert_close(actual, a @ expected)
+    # With fewer gradients than coefficients no matrix is formed.
+    first = slice(0, 2)
+    few = replace(
+        segment,
+        fisher=segment.fisher[first],
+        fisher_steps=segment.fisher_steps[first],
+        fisher_weights=segment.fisher_weights[first],
+    )
+    matrix = torch.zeros(segment.size, segment.size, dtype=torch.float64)
+    for row, weight in zip(few.fisher, few.fisher_weights, strict=True):
+        matrix += torch.outer(row, row) / weight / STEPS
+    torch.testing.assert_close(Fisher(few, [span]).product(0, span, a, a), a @ matrix)

@@ -157,6 +157,25 @@ def test_sampled_labels_follow_the_model(pack: bool) -> None:
     assert ((found - shares).abs() <= 4 * errors + 1e-3).all()
 
 
+@pytest.mark.parametrize("pack", [False, True])
+def test_every_token_has_a_sign_of_its_own(pack: bool) -> None:
+    """Of 4,000 draws for three tokens, all eight sums appear equally often, to four errors."""
+    model = llama()
+    task = NextToken(length=8, pack=pack)
+    batch = task.collate(make_samples(["abcd"] * 4000))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        found = task.signed_losses(model, batch)
+        log = model(input_ids=torch.tensor([list(b"abc")])).logits[0].log_softmax(1)
+    losses = -log[range(3), list(b"bcd")]
+    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3).to(losses)
+    sums = signs @ losses / 3
+    distances = (found[:, None] - sums).abs()
+    assert float(distances.amin(1).max()) < 1e-6
+    counts = torch.bincount(distances.argmin(1), minlength=8)
+    assert int((counts - 500).abs().max()) <= 4 * math.sqrt(4000 / 8 * 7 / 8)
+
+
 class Successor(nn.Module):
     """Predicts after each byte the next one, with nine tenths of the probability."""
 

@@ -115,6 +115,9 @@ def test_contributions_and_scores_equal_autograd_one_sample_at_a_time(
     assert segment.steps.unique().tolist() == [3]
     sizes = loop.task.sizes(loop.batch(segment.samples))  # type: ignore[attr-defined]
     torch.testing.assert_close(segment.weights, (sizes / sizes.sum()).to(segment.weights))
+    # By default the curvature has a gradient with random signs for each sample.
+    torch.testing.assert_close(segment.fisher_weights, segment.weights / sizes)
+    assert float((segment.fisher - segment.contributions).norm()) > 0
     basis = run.basis(run.bindings(loop.model))
     if task["args"].get("pack"):
         assert len(loop.batch(segment.samples)["documents"]) < len(segment.samples)
