@@ -188,7 +188,9 @@ class Recorder:
         """
         gradients, _ = sample_gradients(losses_of, len(weights), self._bindings, self.basis)
         divided = weights if factors is None else weights / factors.to(weights)
-        self._coming.fisher.append((gradients * weights.to(gradients)[:, None], divided))
+        counted = weights > 0  # a sample of an idle process weighs nothing
+        rows = gradients * weights.to(gradients)[:, None]
+        self._coming.fisher.append((rows[counted.to(rows.device)], divided[counted]))
 
     def record_hessian(self, flattened: Float[Tensor, " entries"]) -> None:
         """Record the Hessian before the coming step, as `compute_hessian` returns it."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import accumulate, pairwise
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -28,6 +27,7 @@ from secateur.tasks.data.collate import Tensors
 from secateur.tasks.data.seeds import seed_for
 from secateur.tasks.data.take_samples import take_samples
 from secateur.tasks.plan import CurvatureConfig, register_curvature
+from secateur.tasks.training.division import process_seed
 from secateur.tasks.training.loop import MicroBatch, TrainingLoop
 
 
@@ -51,20 +51,22 @@ class _DrawnConfig(CurvatureConfig):
     ) -> None:
         """Record gradients of a step. `draw` returns the losses of some samples, drawn at random.
 
-        The step's random draws do not depend on whether they are recorded.
+        Several processes make as many passes each, because they may hold the model together.
         """
-        torch.manual_seed(seed_for(loop.schedule.seed(step), self.kind))
+        ranks = loop.ranks
+        torch.manual_seed(seed_for(process_seed(loop.schedule.seed(step), ranks.rank), self.kind))
         parts = loop.micro_batches(step)
-        samples = sum(len(part.rows) for part in parts)
+        own = sum(len(part.rows) for part in parts)
+        samples = int(ranks.sum(torch.tensor(float(own))))
         wanted = min(self.draws or samples, max(1, self.rows // len(segment)))
-        for part, count in zip(parts, _share(wanted, [len(p.rows) for p in parts]), strict=True):
+        for part in parts:
             total = len(part.rows)
+            count = max(1, round(wanted * total / samples))
             whole = [torch.arange(total)] * (count // total)
             chosen = torch.cat([*whole, torch.randperm(total)[: count % total].sort().values])
-            for places in chosen.split(total):
-                tensors = take_samples(part.tensors, places)
-                factors = _positions(loop, tensors, len(places)) * (total / count)
-                recorder.record_fisher(draw(tensors), part.weights[places], factors)
+            tensors = take_samples(part.tensors, chosen)
+            factors = _positions(loop, tensors, count) * (total / count)
+            recorder.record_fisher(draw(tensors), part.weights[chosen] * ranks.size, factors)
 
 
 @register_curvature
@@ -187,12 +189,6 @@ class NoCurvatureConfig(CurvatureConfig):
 def _weighted_loss(loop: TrainingLoop, part: MicroBatch) -> Tensor:
     losses = loop.part_losses(part, loop.model)
     return (losses * part.weights.to(losses)).sum()
-
-
-def _share(wanted: int, sizes: Sequence[int]) -> list[int]:
-    """Return how many of `wanted` draws each micro-batch gets, by its size."""
-    ends = [wanted * end // sum(sizes) for end in accumulate([0, *sizes])]
-    return [end - start for start, end in pairwise(ends)]
 
 
 def _positions(loop: TrainingLoop, tensors: Tensors, count: int) -> Float[Tensor, " batch"]:

@@ -73,6 +73,13 @@ def _sorted(ledger: dict[str, Tensor]) -> dict[str, Tensor]:
     return ledger | {name: ledger[name][order] for name in RECORD_COLUMNS}
 
 
+class NegatedDigits(Digits):
+    """Its sign of every output is negative, so that any number of processes draw the same."""
+
+    def signed_losses(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return -self.losses(model, batch)
+
+
 class SlowDigits(Digits):
     """The digits with a pause in every step, so that a process can be killed during one."""
 

@@ -23,6 +23,7 @@ from secateur.tasks.training.fit_basis import fit_basis
 from secateur.tasks.training.launch import train_in_processes
 from secateur.tasks.training.loop import TrainingLoop
 from secateur.tasks.training.segments import restore_segment_start, segment_bounds
+from secateur.tasks.valuation.dynamics import read_segment
 from tests.tasks.external.test_processes import ADAMW, SGD, plan_of
 from tests.tasks.ranks import find_processes, kill_a_process, ledger_distance
 from tests.tasks.small import INLINE, curate_small, make_data, sample
@@ -60,9 +61,10 @@ def test_two_processes_decide_what_one_decides(
 @pytest.mark.server
 @pytest.mark.parametrize("shard", ["none", "fsdp"])
 def test_a_process_may_have_no_sample_of_a_batch(folder: Path, shard: str) -> None:
-    """The last batch of an epoch has 2 samples for 3 processes."""
+    """The last batch of an epoch has 2 samples for 3 processes. Curvature is compared too."""
     launch = LaunchConfig(processes=3, shard=shard)
-    plan = plan_of(folder, f"few-{shard}", ADAMW)
+    task = {"factory": "tests.tasks.ranks:NegatedDigits"}
+    plan = plan_of(folder, f"few-{shard}", ADAMW, task=task)
     stages = [plan.stages[0].model_copy(update={"batch_size": 23})]
     plan = plan.model_copy(update={"stages": stages})
     one = Run.start(plan.model_copy(update={"run": f"one-for-{plan.run}"}))
@@ -70,6 +72,8 @@ def test_a_process_may_have_no_sample_of_a_batch(folder: Path, shard: str) -> No
     train_stage(INLINE, one.url, 0)
     train_stage(INLINE, three.url, 0, launch)
     assert ledger_distance(one, three) < 1e-9
+    segment = read_segment(three.folder.stage(0).segment(0))
+    torch.testing.assert_close(segment.fisher, -segment.contributions)
 
 
 def slow_plan(folder: Path, name: str, launch: dict[str, Any], **changes: Any) -> Plan:
