@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from secateur.influence.basis import Basis
 from secateur.influence.bindings import Bindings, LossesOf, bind_layers
 from secateur.influence.capture.alone_check import SampleCheck
-from secateur.influence.gradient_check import gradient_scale
+from secateur.influence.gradient_check import coarse_blocks, gradient_scale
 from secateur.influence.hooks import sample_gradients
 from secateur.influence.optimizers import UpdateRule, find_update_rule, unwrap_optimizer
 from secateur.influence.process_group import current_ranks
@@ -29,6 +29,9 @@ from secateur.influence.step_hook import hook_before_step
 # Relative distances allowed between the contributions' sum and the gradient received.
 TOLERANCE = 1e-3
 HALF_TOLERANCE = 2e-2  # if anything is computed in half precision
+# A factor between the two that differs from 1 by less is rounding, and no clipping.
+ROUNDING = 1e-4
+HALF_ROUNDING = 5e-3
 # In so many shapes of a batch are samples run alone. Texts of all lengths have hundreds.
 CHECKED_SHAPES = 8
 
@@ -107,6 +110,7 @@ class Recorder:
         self._optimizer = ProjectedOptimizer(
             optimizer, self.update_rule, self.parameters, basis, self.ranks
         )
+        self._coarse = coarse_blocks(model, basis)
         self._coming = RecordedStep()
         self._began = False
         self._last_scale = 1.0
@@ -254,17 +258,20 @@ class Recorder:
             self._builder.add_state(received, self._optimizer.states())
         self._coming = RecordedStep()
 
-    def _sum_tolerance(self) -> float:
-        if self._tolerance is not None:
-            return self._tolerance
-        return HALF_TOLERANCE if any(b.half for b in self._coming.batches) else TOLERANCE
-
     def _gradient_scale(self, received: Float[Tensor, " p"]) -> float:
         """Return the scale of the coming step; without a batch, that of the step before."""
         total = self._coming.total(received, self.ranks)
         if total is not None:
+            half = any(batch.half for batch in self._coming.batches)
+            tolerance = HALF_TOLERANCE if half else TOLERANCE
             self._last_scale = gradient_scale(
-                total, received, self.basis, self._sum_tolerance(), self.next_step
+                total,
+                received,
+                self.basis,
+                tolerance if self._tolerance is None else self._tolerance,
+                HALF_ROUNDING if half else ROUNDING,
+                self.next_step,
+                self._coarse,
             )
         return self._last_scale
 

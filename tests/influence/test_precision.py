@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from secateur.errors import SecateurError
 from secateur.influence.basis import Basis
 from secateur.influence.basis_fitting import EnergyFit, MomentFit
 from secateur.influence.bindings import Bindings, bind_layers
@@ -118,3 +119,47 @@ def test_a_grad_scaler_in_half_precision() -> None:
     scaler.step(optimizer)
     scaler.update()
     assert relative(recorder.take_segment().contributions, expected / 6) < 2e-2
+
+
+def record_frequent(rows: int, length: int, factor: float) -> Tensor:
+    """Record one step in bfloat16 of texts that are mostly one token, and return the weights.
+
+    Args:
+        factor: what the gradient is multiplied by before the optimizer's step.
+    """
+    torch.manual_seed(0)
+    model = Sequence().bfloat16()
+    ids = torch.randint(11, (rows, length))
+    ids[torch.rand(rows, length) < 0.8] = 3
+
+    def losses(places: Tensor) -> Tensor:
+        logits = model.head(model.table(ids[places])).transpose(1, 2).float()
+        return functional.cross_entropy(logits, ids[places], reduction="none").mean(1)
+
+    for parameter in (*model.norm.parameters(), *model.inner.parameters()):
+        parameter.requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    bindings = bind_layers(model)
+    recorder = Recorder(model, optimizer, bindings, everything(bindings))
+    places = torch.arange(rows)
+    with recorder.batch(places, losses_of=losses) as batch:
+        batch.losses = own = losses(places)
+        own.mean().backward()
+    for parameter in bindings.parameters().values():
+        assert parameter.grad is not None
+        parameter.grad *= factor
+    optimizer.step()
+    return recorder.take_segment().weights
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_coarse_sums_of_an_embedding_are_no_factor(factor: float) -> None:
+    """A regression: the rounding of frequent tokens was refused, or recorded as clipping by 2%."""
+    weights = record_frequent(64, 12, factor)
+    exact = torch.full_like(weights, factor / 64)
+    torch.testing.assert_close(weights, exact, rtol=0 if factor == 1 else 5e-3, atol=0)
+
+
+def test_an_embedding_that_loses_its_gradient_is_refused_by_its_own_sentence() -> None:
+    with pytest.raises(SecateurError, match=r"gradient of table\.weight .* in half precision"):
+        record_frequent(256, 60, 1.0)
