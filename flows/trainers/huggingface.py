@@ -141,6 +141,8 @@ class RecordingCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Ask for a checkpoint if a segment was committed, and stop if the stage is finished."""
+        if self._is_recorded and self.recording.step < state.global_step:
+            self.recording.skip_step()  # a GradScaler has left it out, and the Trainer counts it
         control.should_training_stop |= self.recording.finished
         if self._is_recorded and self.recording.at_boundary and args.save_strategy != "no":
             control.should_save = True
@@ -251,8 +253,6 @@ def _check_arguments(args: TrainingArguments) -> None:
             "recording follows the Trainer's processes with DDP only; leave out `fsdp` and "
             "`deepspeed`, or record FSDP2 with `secateur.Recording` in your own loop"
         )
-    if args.fp16:
-        raise PlanError("`fp16` skips steps that the ledger counts; use `bf16` or full precision")
     if args.torch_compile:
         raise PlanError(
             "a compiled model does not call its layers one by one; set `torch_compile=False`"

@@ -63,6 +63,7 @@ class RecordingCallback(Callback):
         # Holds the recording of one micro-batch open between two of the callback's methods.
         self._open_batch = ExitStack()
         self._batch: RecordedBatch | None = None
+        self._is_recorded = False
         self.recording: Recording | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -86,7 +87,8 @@ class RecordingCallback(Callback):
     ) -> None:
         """Begin to record a micro-batch, if the ledger does not have its step yet."""
         assert self.recording is not None
-        if self.recording.reach(trainer.global_step):
+        self._is_recorded = self.recording.reach(trainer.global_step)
+        if self._is_recorded:
             keys = self._keys(batch)
             losses_of = make_losses_of(trainer, pl_module, batch, batch_idx, len(keys))
             if losses_of is None and trainer.global_step == 0:
@@ -96,7 +98,7 @@ class RecordingCallback(Callback):
                 )
             recording = self.recording.batch(keys, losses_of=losses_of)
             self._batch = self._open_batch.enter_context(recording)
-            share = 1 / (len(keys) * trainer.accumulate_grad_batches)
+            share = _loss_factor(trainer) / (len(keys) * trainer.accumulate_grad_batches)
             self._batch.weights = torch.full((len(keys),), share, dtype=torch.float64)
 
     def on_before_backward(
@@ -111,6 +113,14 @@ class RecordingCallback(Callback):
         """End the micro-batch after its backward pass, before clipping and the optimizer's step."""
         self._batch = None
         self._open_batch.close()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Record a step that a GradScaler has left out, because the Trainer counts it."""
+        assert self.recording is not None
+        if self._is_recorded and self.recording.step < trainer.global_step:
+            self.recording.skip_step()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Commit the remaining steps, and that the stage is trained."""
@@ -131,6 +141,12 @@ class RecordingCallback(Callback):
             self.recording.close()
 
 
+def _loss_factor(trainer: Trainer) -> float:
+    """Return what `16-mixed` multiplies the loss by before the backward pass."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return 1.0 if scaler is None else float(scaler.get_scale())
+
+
 def _check_trainer(trainer: Trainer, module: LightningModule) -> None:
     """Check that the trainer does nothing that cannot be recorded.
 
@@ -146,8 +162,4 @@ def _check_trainer(trainer: Trainer, module: LightningModule) -> None:
         raise PlanError(
             "recording follows one optimizer under automatic optimization; for another loop use "
             "`secateur.Recording`"
-        )
-    if trainer.precision == "16-mixed":
-        raise PlanError(
-            "`16-mixed` skips steps that the ledger counts; use `bf16-mixed` or full precision"
         )

@@ -83,7 +83,12 @@ class ContributionSum:
 
 
 def sample_gradients(
-    losses_of: LossesOf, batch: int, bindings: Bindings, basis: Basis, check: bool = False
+    losses_of: LossesOf,
+    batch: int,
+    bindings: Bindings,
+    basis: Basis,
+    check: bool = False,
+    weights: Float[Tensor, " batch"] | None = None,
 ) -> tuple[Float[Tensor, "batch p"], Float[Tensor, " batch"]]:
     """Return each sample's own loss gradient in the coefficients of `basis`, and its loss.
 
@@ -96,6 +101,7 @@ def sample_gradients(
         bindings: the captured parameters.
         basis: the basis of the coefficients.
         check: whether to run a few of the samples alone, and compare.
+        weights: of each sample's loss; 1 if None.
 
     Raises:
         SecateurError: a parameter is read where it cannot be captured, or a gradient is not what
@@ -105,19 +111,20 @@ def sample_gradients(
     total = ContributionSum(basis, batch, next(iter(bindings.parameters().values())))
     with capture_hooks(bindings, total, batch) as hooks:
         values = losses_of(torch.arange(batch))
+        weighted = values if weights is None else values * weights.to(values)
         if hooks.unfollowed:
             # Reentrant checkpointing runs a part of the model again, in `backward` only.
             trained = [p for p in bindings.model.parameters() if p.requires_grad]
-            gradients_by_backward(values.sum(), trained)
+            gradients_by_backward(weighted.sum(), trained)
         else:
-            torch.autograd.grad(values.sum(), hooks.outputs, allow_unused=True)
+            torch.autograd.grad(weighted.sum(), hooks.outputs, allow_unused=True)
     if check:
         check_reached(bindings, losses_of)
 
-        def capture() -> Tensor:
-            return sample_gradients(losses_of, batch, bindings, basis)[0]
+        def capture(weights: Tensor) -> Tensor:
+            return sample_gradients(losses_of, batch, bindings, basis, weights=weights)[0]
 
-        weights = torch.ones(batch)
+        weights = torch.ones(batch) if weights is None else weights
         checker = SampleCheck(bindings, basis)
         checker.check(total.coefficients, weights, losses_of, hooks.half, capture)
     return total.coefficients, values.detach()

@@ -208,6 +208,15 @@ class Recorder:
         """
         return self._optimizer.sensitivity(gradient)
 
+    def skip_step(self) -> None:
+        """Record a step that changed nothing, because a `GradScaler` met an overflow.
+
+        Only loops that count such steps need it. The step's batches are forgotten.
+        """
+        self._coming = RecordedStep()
+        theta = self._optimizer.states()[0]
+        self._add_step(torch.zeros_like(theta), 1.0, list(self.parameters))
+
     def take_segment(self) -> Segment:
         """Return the segment recorded since the last call, on the CPU, and start the next one.
 
@@ -230,11 +239,14 @@ class Recorder:
         if shape in self._checked or len(self._checked) == CHECKED_SHAPES:
             return
         assert batch.coefficients is not None
+        if not bool(batch.coefficients.isfinite().all()):
+            return  # a GradScaler skips such a step, and the check of the sum refuses any other
         check = SampleCheck(self._bindings, self.basis)
 
-        def capture() -> Tensor:
+        def capture(weights: Tensor) -> Tensor:
             count = len(batch.samples)
-            return sample_gradients(losses_of, count, self._bindings, self.basis)[0]
+            bindings = self._bindings
+            return sample_gradients(losses_of, count, bindings, self.basis, weights=weights)[0]
 
         check.check(batch.coefficients, batch.weights, losses_of, batch.half, capture)
         self._checked.add(shape)
@@ -252,6 +264,11 @@ class Recorder:
         if skipped and not self._began:
             _warn_skipped(skipped)
         self._began = True
+        self._add_step(received, scale, skipped)
+
+    def _add_step(
+        self, received: Float[Tensor, " p"], scale: float, skipped: Collection[str]
+    ) -> None:
         share = 1 / self.ranks.size
         self._builder.add_step(self._coming, scale, self._optimizer.settings(skipped), share)
         if not self.update_rule.linear:

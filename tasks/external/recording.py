@@ -268,6 +268,15 @@ class StageRecording:
         policy = self.plan.stages[self.stage].prune
         check_losses(batch, policy, self._samples, self.stage, step)
 
+    def skip_step(self) -> None:
+        """Record a step that changed nothing, because a `GradScaler` met an overflow.
+
+        Trainers count such steps. In your own loop they are simply left out.
+        """
+        assert self._recorder is not None
+        self._recorder.skip_step()
+        self._after_step()
+
     def finish(self) -> TrainingResult:
         """Commit the steps since the last segment, and that the stage is trained to its end.
 

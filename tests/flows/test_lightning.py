@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
@@ -20,7 +22,7 @@ from secateur.storage.outputs import Output
 from secateur.tasks.plan import Plan
 from secateur.tasks.run import Run
 from tests.tasks.external.test_recording import assert_equal_ledgers
-from tests.tasks.small import make_data, sample, small_plan
+from tests.tasks.small import make_data, sample, score_small, small_plan
 
 # Lightning itself warns.
 pytestmark = [
@@ -152,25 +154,63 @@ def fit(
     return callback, module
 
 
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "single": {},
+    "mixed": {"precision": "bf16-mixed"},
+    "half": {"precision": "bf16-true"},
+}
+
+
 @pytest.mark.parametrize("gives_losses", [True, False])
-def test_contributions_are_those_of_autograd(folder: Path, gives_losses: bool) -> None:
-    plan = make_plan(folder, run=f"losses{gives_losses}", segment_steps=1)
-    _, module = fit(plan, gives_losses)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_contributions_are_those_of_autograd(
+    folder: Path, precision: str, gives_losses: bool
+) -> None:
+    changes = {"dtype": "bfloat16"} if precision == "half" else {}
+    name = f"losses-{precision}-{gives_losses}"
+    plan = make_plan(folder, run=name, segment_steps=1, **changes)
+    _, module = fit(plan, gives_losses, **PRECISIONS[precision])
     run = Run.of_plan(plan)
     stage = run.folder.stage(0)
     facts = stage.trained.manifest.facts
     counts = [facts[name] for name in ("samples", "steps", "segments", "by")]
     assert counts == [140, 5, 5, "lightning"]
     for step in range(5):
-        check_segment(run, step, gives_losses)
+        check_segment(run, step, gives_losses, half=precision != "single")
     for name, tensor in module.net.state_dict().items():
         assert torch.equal(tensor, read_checkpoint(stage.segment(4))[f"model.{name}"])
 
 
-def check_segment(run: Run, step: int, gives_losses: bool) -> None:
-    """Compare a recorded step with autograd, one sample at a time."""
+@pytest.mark.parametrize("gives_losses", [True, False])
+def test_a_step_that_a_scaler_skips_is_recorded_as_one_that_changes_nothing(
+    folder: Path, gives_losses: bool
+) -> None:
+    """The loss is multiplied by 2^21 at first, which overflows in float16."""
+    plan = make_plan(folder, run=f"scaled{gives_losses}", segment_steps=1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**21)
+    fit(plan, gives_losses, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    run = Run.of_plan(plan)
     stage = run.folder.stage(0)
-    net = run.model()
+    # The scaler halves its factor at every overflow.
+    skipped = round(math.log2(2**21 / scaler.get_scale()))
+    assert 0 < skipped < 4
+    start = read_checkpoint(stage.start)
+    for step in range(skipped):
+        segment, first = read_ledger(stage.segment(step))
+        assert first == step
+        assert len(segment["samples"]) == 0
+        after = read_checkpoint(stage.segment(step))
+        assert all(torch.equal(after[n], t) for n, t in start.items() if n.startswith("model."))
+    for step in range(skipped, 5):
+        check_segment(run, step, gives_losses, half=True)
+    score_small(run, 0)
+    assert stage.scores.committed
+
+
+def check_segment(run: Run, step: int, gives_losses: bool, half: bool = False) -> None:
+    """Compare a recorded step with autograd in float32, one sample at a time."""
+    stage = run.folder.stage(0)
+    net = run.model().float()
     project = run.basis(run.bindings(net)).project_tensors
     segment, _ = read_ledger(stage.segment(step))
     load_weights(net, stage.segment(step - 1) if step else stage.start)
@@ -189,11 +229,15 @@ def check_segment(run: Run, step: int, gives_losses: bool) -> None:
         weights = torch.linspace(0.1, 0.4, 6).repeat(2) / 2
     gradients = torch.stack(projected)
     weights = weights * min(1.0, 0.5 / float((weights[:, None] * gradients).sum(0).norm()))
-    torch.testing.assert_close(segment["weights"].float(), weights, rtol=1e-4, atol=0)
+    limit = 2e-2 if half else 1e-4
+    torch.testing.assert_close(segment["weights"].float(), weights, rtol=limit, atol=0)
     expected = weights[:, None] * gradients
-    torch.testing.assert_close(segment["contributions"], expected, rtol=1e-4, atol=1e-6)
+    distances = (segment["contributions"] - expected).norm(dim=1) / expected.norm(dim=1)
+    assert float(distances.max()) < limit
     if gives_losses:
-        torch.testing.assert_close(segment["losses"].float(), torch.tensor(losses))
+        torch.testing.assert_close(
+            segment["losses"].float(), torch.tensor(losses), rtol=limit, atol=1e-5
+        )
     else:
         assert segment["losses"].isnan().all()
 

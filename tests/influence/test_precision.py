@@ -121,6 +121,34 @@ def test_a_grad_scaler_in_half_precision() -> None:
     assert relative(recorder.take_segment().contributions, expected / 6) < 2e-2
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-7], ids=["plain", "small"])
+def test_samples_that_run_alone_are_scaled_too(size: float) -> None:
+    """A regression: overflows were refused, and so were gradients that vanish without a factor."""
+    torch.manual_seed(0)
+    model = Sequence()
+    bindings = bind_layers(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22 / size)
+
+    def losses_of(places: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.float16):
+            return next_losses(model, places) * size
+
+    recorder = Recorder(model, optimizer, bindings, everything(bindings))
+    expected = one_by_one(model, next_losses, ROWS) * size
+    for _ in range(9):
+        optimizer.zero_grad()
+        with recorder.batch(ROWS, losses_of=losses_of) as batch:
+            batch.losses = losses = losses_of(ROWS)
+            scaler.scale(losses.mean()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if recorder.next_step == 1:
+            break
+    assert scaler.get_scale() < 2.0**22 / size
+    assert relative(recorder.take_segment().contributions, expected / 6) < 2e-2
+
+
 def record_frequent(rows: int, length: int, factor: float) -> Tensor:
     """Record one step in bfloat16 of texts that are mostly one token, and return the weights.
 

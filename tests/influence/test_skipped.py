@@ -17,7 +17,7 @@ from torch.nn import functional
 from secateur.errors import SecateurError
 from secateur.influence.baselines import tracin_scores
 from secateur.influence.bindings import bind_layers
-from secateur.influence.curvature import Hessian
+from secateur.influence.curvature import EmpiricalFisher, Hessian
 from secateur.influence.hessian import compute_hessian
 from secateur.influence.kronecker_basis import KroneckerBasis
 from secateur.influence.recorder import Recorder
@@ -82,7 +82,8 @@ def train(make: Make, step: int, place: int, share: float) -> Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def record(make: Make) -> tuple[Segment, Recorder]:
+def record(make: Make, skipped: int | None = None) -> tuple[Segment, Recorder]:
+    """Record the training, with a step more that changes nothing before the step `skipped`."""
     model = network()
     x, y = data()
     optimizer = make(model.parameters())
@@ -99,6 +100,11 @@ def record(make: Make) -> tuple[Segment, Recorder]:
         )
         recorder.record_hessian(hessian)
         optimizer.zero_grad()
+        if t == skipped:
+            with recorder.batch(torch.arange(BATCH), losses_of=losses_of):
+                losses_of(torch.arange(BATCH)).mean().backward()
+            optimizer.zero_grad()
+            recorder.skip_step()
         with recorder.batch(torch.arange(BATCH), losses_of=losses_of):
             losses_of(torch.arange(BATCH)).mean().backward()
         optimizer.step()
@@ -124,6 +130,23 @@ def test_embeddings_are_derivatives_of_training(name: str) -> None:
         up, down = (train(make, step, place, sign * eps) for sign in (1, -1))
         expected = (up - down) / (2 * eps)
         assert (actual - expected).norm() / expected.norm() < 1e-6, (step, place)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_that_changes_nothing_changes_no_embedding(name: str) -> None:
+    """As one that a GradScaler leaves out."""
+    embeddings = []
+    for skipped in (None, 2):
+        with pytest.warns(UserWarning, match="got no gradient"):
+            segment, recorder = record(OPTIMIZERS[name], skipped)
+        assert segment.length == STEPS + (skipped is not None)
+        spans = [slice(0, segment.size)]
+        rule = recorder.update_rule
+        curvature = EmpiricalFisher(segment, spans)
+        dynamics = Dynamics.from_segment(segment, rule, curvature, spans)
+        identity = identity_transition(spans, rule.state_tensors, torch.float64)
+        embeddings.append(walk_segment(dynamics, identity)[0][0])
+    torch.testing.assert_close(embeddings[1], embeddings[0], rtol=1e-12, atol=1e-15)
 
 
 def test_skipped_parameters_count_for_nothing_in_tracin() -> None:

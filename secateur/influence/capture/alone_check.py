@@ -49,7 +49,7 @@ class SampleCheck:
         weights: Float[Tensor, " batch"],
         losses_of: LossesOf,
         half: bool,
-        capture: Callable[[], Float[Tensor, "batch p"]],
+        capture: Callable[[Tensor], Float[Tensor, "batch p"]],
     ) -> None:
         """Check contributions that were captured just now.
 
@@ -58,7 +58,7 @@ class SampleCheck:
             weights: of each sample's loss in the loss that was differentiated.
             losses_of: runs some samples of the batch.
             half: whether anything was computed in half precision.
-            capture: captures the batch's contributions again, with weights of 1.
+            capture: captures the batch's contributions again, with given weights.
 
         Raises:
             SecateurError: a contribution is not what the sample gives alone, or a sample cannot be
@@ -67,13 +67,12 @@ class SampleCheck:
         places = _spread(len(contributions))
         tolerance = HALF_TOLERANCE if half else TOLERANCE
         with unchanged_model(self._bindings.model):
-            own, is_random = self._run_alone(places, losses_of)
+            own, is_random = self._run_alone(places, losses_of, weights)
             captured = contributions[places].to(own)
             if is_random:
                 self._switch_off_dropout()
-                own, is_random = self._run_alone(places, losses_of)
-                captured = capture()[places].to(own)
-                weights = torch.ones_like(weights)
+                own, is_random = self._run_alone(places, losses_of, weights)
+                captured = capture(weights)[places].to(own)
             if is_random:
                 warnings.warn(
                     "the losses are random in eval mode too, so it cannot be checked that the "
@@ -81,19 +80,23 @@ class SampleCheck:
                     stacklevel=2,
                 )
                 return
-        _compare(captured, own * weights[places].to(own)[:, None], places, tolerance)
+        _compare(captured, own, places, tolerance)
 
     def _run_alone(
-        self, places: Sequence[int], losses_of: LossesOf
+        self, places: Sequence[int], losses_of: LossesOf, weights: Float[Tensor, " batch"]
     ) -> tuple[Float[Tensor, "n p"], bool]:
-        """Return the gradients of samples that run alone, and whether random numbers were drawn."""
+        """Return the gradients of samples that run alone, and whether random numbers were drawn.
+
+        Their losses are weighted as in the batch, because without the factor of a `GradScaler`
+        small gradients would vanish in float16.
+        """
         named = self._bindings.parameters()
         device = next(iter(named.values())).device
         before = random_state(device)
         rows = []
         for place in places:
             try:
-                loss = losses_of(torch.tensor([place])).sum()
+                loss = losses_of(torch.tensor([place])).sum() * float(weights[place])
                 parameters = list(self._bindings.model.parameters())
                 found = dict(zip(parameters, parameter_gradients(loss, parameters), strict=True))
             except (RuntimeError, ValueError, IndexError) as error:

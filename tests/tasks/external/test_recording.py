@@ -95,7 +95,8 @@ def assert_equal_ledgers(one: Run, other: Run, stage: int) -> None:
         weights = ledger.pop("weights")
         torch.testing.assert_close(weights, other_ledger.pop("weights"), rtol=1e-6, atol=0)
         for name in ledger:
-            assert torch.equal(ledger[name], other_ledger[name]), name
+            # The settings of a step that a GradScaler skipped are not numbers.
+            assert torch.allclose(ledger[name], other_ledger[name], 0, 0, equal_nan=True), name
         checkpoint = read_checkpoint(a)
         other_checkpoint = read_checkpoint(b)
         checkpoint.pop("random", None)
