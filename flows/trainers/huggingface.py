@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,9 @@ class RecordingCallback(TrainerCallback):  # type: ignore[misc]
         self._forward: RecordedForward | None = None
         self._rule: LossRule | None = None
         self._replaces_head = False
+        # Holds compiled models uncompiled during a recorded step.
+        self._uncompiled = ExitStack()
+        self._is_new = False
         self._is_recorded = False
         self._is_alone = False
         self._drops_columns = False
@@ -112,18 +116,24 @@ class RecordingCallback(TrainerCallback):  # type: ignore[misc]
             tolerance=self._tolerance,
         )
         self._hooks.close()
+        self._uncompiled.close()
         self.recording.prepare()
         self._hooks.callback(self.recording.close)
-        hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        # A compiled model must not be compiled with them, or each batch's keys would be constants.
+        before, after = map(torch.compiler.disable, (self._before_forward, self._after_forward))
+        hook = model.register_forward_pre_hook(before, with_kwargs=True)
         self._hooks.callback(hook.remove)
-        hook = model.register_forward_hook(self._after_forward, with_kwargs=True)
+        hook = model.register_forward_hook(after, with_kwargs=True)
         self._hooks.callback(hook.remove)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Decide whether the step is recorded: it is not if the ledger has it already."""
-        self._is_recorded = self.recording.reach(state.global_step)
+        """Decide whether the step is recorded. It is not if the ledger has it already."""
+        self._is_new = self.recording.reach(state.global_step)
+        self._is_recorded = self._is_new and self.recording.is_next_recorded
+        if self._is_recorded:
+            self._uncompiled.enter_context(_uncompiled())
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -141,10 +151,11 @@ class RecordingCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Ask for a checkpoint if a segment was committed, and stop if the stage is finished."""
-        if self._is_recorded and self.recording.step < state.global_step:
+        self._uncompiled.close()
+        if self._is_new and self.recording.step < state.global_step:
             self.recording.skip_step()  # a GradScaler has left it out, and the Trainer counts it
         control.should_training_stop |= self.recording.finished
-        if self._is_recorded and self.recording.at_boundary and args.save_strategy != "no":
+        if self._is_new and self.recording.at_boundary and args.save_strategy != "no":
             control.should_save = True
 
     def on_train_end(
@@ -211,6 +222,14 @@ class RecordingCallback(TrainerCallback):  # type: ignore[misc]
         self._open_batch.close()
 
 
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Run compiled models uncompiled within the block, because they do not call their layers."""
+    # If training is interrupted, the block ends with the callback that has entered it.
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 def _trains_head(model: Any) -> bool:
     """Whether the weight of the layer that gives the logits is trained."""
     return any(p.requires_grad for p in model.get_output_embeddings().parameters())
@@ -252,8 +271,4 @@ def _check_arguments(args: TrainingArguments) -> None:
         raise PlanError(
             "recording follows the Trainer's processes with DDP only; leave out `fsdp` and "
             "`deepspeed`, or record FSDP2 with `secateur.Recording` in your own loop"
-        )
-    if args.torch_compile:
-        raise PlanError(
-            "a compiled model does not call its layers one by one; set `torch_compile=False`"
         )

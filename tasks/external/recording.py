@@ -160,6 +160,11 @@ class StageRecording:
         recording = self._recorder is not None
         return recording and self._segments > 0 and self.step == self._committed_steps
 
+    @property
+    def is_next_recorded(self) -> bool:
+        """Whether the next step is recorded: it is in a window, or it serves the curvature."""
+        return self._window_of(self.step) is not None
+
     def prepare(self) -> None:
         """Check the arguments, and create the run, its sample list, start and basis if missing."""
         check_plan(self.plan, self.stage)
@@ -255,11 +260,7 @@ class StageRecording:
                 f"stage {self.stage} continues after the {self.steps} steps that it should take; "
                 f"correct `steps`"
             )
-        # Without listed windows, every step is in window 0 and its curvature counts once.
-        place: tuple[int, float] | None = (0, 1.0)
-        if self._windows is not None:
-            stride = self.plan.stages[self.stage].stride
-            place = window_of_step(self._windows, stride, step)
+        place = self._window_of(step)
         if place is None:  # the step is not recorded, but the block sets its losses all the same
             yield RecordedBatch(rows, torch.zeros(len(rows)), -1)
             return
@@ -306,6 +307,12 @@ class StageRecording:
             self._recorder.close()
             self._step_hook.remove()
             self._recorder = None
+
+    def _window_of(self, step: int) -> tuple[int, float] | None:
+        """Return what `window_of_step` does for a step."""
+        if self._windows is None:
+            return 0, 1.0
+        return window_of_step(self._windows, self.plan.stages[self.stage].stride, step)
 
     def _freeze_windows(self) -> None:
         """Freeze the stage's automatic windows, if the plan has any."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+from torch._dynamo.utils import counters
+from torch.nn import functional
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from secateur.errors import PlanError
@@ -136,6 +141,79 @@ def test_contributions_are_those_of_autograd(folder: Path) -> None:
         assert torch.equal(tensor, read_checkpoint(stage.segment(4))[f"model.{name}"])
     score_small(run, 0)
     assert stage.scores.committed
+
+
+class CountGraphs(TrainerCallback):
+    """Keeps how many graphs have been compiled at the end of each step."""
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.counts.append(counters["stats"]["unique_graphs"])
+
+
+def collate_to_one_length(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Pad texts to one length, because another length is another graph."""
+    batch = gpt.collate(examples)
+    width = 40 - batch["input_ids"].shape[1]
+    padded = {name: functional.pad(values, (0, width)) for name, values in batch.items()}
+    return padded | {"labels": functional.pad(batch["labels"], (0, width), value=-100)}
+
+
+# torch.compile's own.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_model_runs_compiled_outside_recorded_steps(folder: Path, backend: str) -> None:
+    """Steps 0, 3 and 4 are recorded. The others use what step 1 has compiled."""
+    stage = {
+        "steps": 7,
+        "batch_size": 8,
+        "windows": [{"start": 3, "stop": 5, "unit": "steps"}],
+        "stride": 7,
+    }
+    compiling: dict[str, Any] = {"torch_compile": True, "torch_compile_backend": backend}
+    runs = []
+    for name, settings in (("plain", {}), ("compiled", compiling)):
+        torch._dynamo.reset()
+        counters.clear()
+        plan = gpt.make_plan(folder, run=f"{name}-{backend}", stages=[stage])
+        callback = RecordingCallback(plan, 0)
+        trainer = make_trainer(plan, callback, max_steps=7, save_strategy="no", **settings)
+        trainer.data_collator = KeepKeys(collate_to_one_length)
+        graphs = CountGraphs()
+        trainer.add_callback(graphs)
+        trainer.train()
+        runs.append(callback.recording.run)
+        compiled = graphs.counts[1]
+        assert graphs.counts == [0, *[compiled] * 6]
+        assert (compiled > 0) == (name == "compiled")
+    keys = callback.recording._samples.keys
+    first_labels = 0 if trainer._loss_shifts_labels else 8
+    for number in (0, 3, 4):
+        check_segment(runs[1], number, keys, first_labels)
+    for number in range(7):
+        plain, compiled_too = (run.folder.stage(0).segment(number) for run in runs)
+        for tensor, expected in zip(
+            read_checkpoint(compiled_too).values(), read_checkpoint(plain).values(), strict=True
+        ):
+            torch.testing.assert_close(tensor, expected)
+
+
+def test_an_interrupted_recording_lets_models_be_compiled_again(folder: Path) -> None:
+    plan = gpt.make_plan(folder, run="interrupted")
+
+    def interrupted() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            make_trainer(plan, RecordingCallback(plan, 0), 1, save_strategy="no").train()
+
+    interrupted()
+    gc.collect()
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    torch.compile(torch.nn.Linear(2, 2), backend=counter)(torch.ones(1, 2))
+    assert counter.frame_count == 1
 
 
 PRECISIONS: dict[str, dict[str, Any]] = {"mixed": {"bf16": True}, "half": {}}

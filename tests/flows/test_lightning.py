@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
@@ -133,11 +134,16 @@ class Stop(Callback):
 
 
 def fit(
-    plan: Plan, gives_losses: bool, *more: Callback, checkpoint: str | None = None, **settings: Any
+    plan: Plan,
+    gives_losses: bool,
+    *more: Callback,
+    checkpoint: str | None = None,
+    compiled: Callable[[nn.Module], Any] = lambda net: net,
+    **settings: Any,
 ) -> tuple[RecordingCallback, Module]:
     """Train with two micro-batches of 6 per step, clipped."""
     callback = RecordingCallback(plan, 0, model="net")
-    module = Module(Run.of_plan(plan).model(), gives_losses)
+    module = Module(compiled(Run.of_plan(plan).model()), gives_losses)
     trainer = Trainer(
         max_steps=5,
         accumulate_grad_batches=2,
@@ -240,6 +246,19 @@ def check_segment(run: Run, step: int, gives_losses: bool, half: bool = False) -
         )
     else:
         assert segment["losses"].isnan().all()
+
+
+def test_a_compiled_model_runs_compiled_outside_recorded_steps(folder: Path) -> None:
+    """Step 0 is recorded for the curvature, and steps 2 and 3 in a window."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    windows = [{"start": 2, "stop": 4, "unit": "steps"}]
+    stage = {"steps": 5, "batch_size": 12, "windows": windows, "stride": 5}
+    plan = make_plan(folder, run="compiled", segment_steps=1, stages=[stage])
+    fit(plan, True, compiled=lambda net: torch.compile(net, backend=counter))
+    assert counter.frame_count == 1
+    for step in (0, 2, 3):
+        check_segment(Run.of_plan(plan), step, True)
 
 
 def test_it_resumes_with_the_trainer(folder: Path) -> None:

@@ -90,6 +90,29 @@ def test_a_model_compiled_before_recording(compile_model: Compile) -> None:
     assert counter.frame_count == 1  # neither recording nor the step after it compiled again
 
 
+@pytest.mark.slow
+# torch.compile's own.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+def test_inductor_before_and_after_recording() -> None:
+    """Real code is generated and compiled, and training is that of a plain model."""
+    torch._dynamo.reset()
+    loop, plain = Loop(), Loop()
+    compiled = torch.compile(loop.model)
+    assert isinstance(compiled, nn.Module)
+    loop.model = compiled
+    loop.train()
+    plain.train()
+    segment, _ = loop.record()
+    expected, _ = plain.record()
+    torch.testing.assert_close(segment.contributions, expected.contributions)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for _ in range(3):
+            loop.train()
+            plain.train()
+    for own, other in zip(loop.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(own, other)
+
+
 @pytest.mark.parametrize("compile_model", [wrap, compile_in_place])
 def test_a_model_compiled_after_recording(compile_model: Compile) -> None:
     torch._dynamo.reset()
