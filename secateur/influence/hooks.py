@@ -13,7 +13,7 @@ from secateur.influence.basis import Basis
 from secateur.influence.bindings import Binding, Bindings, LossesOf
 from secateur.influence.capture.alone_check import SampleCheck, check_reached
 from secateur.influence.capture.documents import Documents
-from secateur.influence.capture.gradients import gradients_by_backward
+from secateur.influence.capture.gradients import gradients_by_backward, is_reentrant
 from secateur.influence.capture.site_hooks import Sink, SiteHooks, Watch
 from secateur.influence.captures import HALF_TYPES, Capture
 
@@ -111,13 +111,13 @@ def sample_gradients(
     total = ContributionSum(basis, batch, next(iter(bindings.parameters().values())))
     with capture_hooks(bindings, total, batch) as hooks:
         values = losses_of(torch.arange(batch))
-        weighted = values if weights is None else values * weights.to(values)
-        if hooks.unfollowed:
+        loss = (values if weights is None else values * weights.to(values)).sum()
+        if hooks.unfollowed or is_reentrant(loss):
             # Reentrant checkpointing runs a part of the model again, in `backward` only.
             trained = [p for p in bindings.model.parameters() if p.requires_grad]
-            gradients_by_backward(weighted.sum(), trained)
+            gradients_by_backward(loss, trained)
         else:
-            torch.autograd.grad(weighted.sum(), hooks.outputs, allow_unused=True)
+            torch.autograd.grad(loss, hooks.outputs, allow_unused=True)
     if check:
         check_reached(bindings, losses_of)
 

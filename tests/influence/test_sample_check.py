@@ -176,21 +176,19 @@ def test_an_adapter_that_is_merged_in_eval_mode_is_refused() -> None:
         )
 
 
-@pytest.mark.parametrize("before", [0, 1])
+@pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_gradients_under_checkpointing(reentrant: bool, before: int) -> None:
-    """Regressions: with reentrant checkpointing, targets' gradients were zero.
-
-    And samples could not be run alone if a layer with parameters is before the checkpointed part.
-    """
+def test_gradients_under_checkpointing(reentrant: bool, first: int) -> None:
+    """A regression: with reentrant checkpointing, targets' gradients were zero, and refused if a
+    trained layer (`first` of them) came before the checkpointed ones."""
     from torch.utils.checkpoint import checkpoint
 
-    model = network(nn.Linear(6, 6))
+    model = network(nn.Tanh())
     assert isinstance(model, nn.Sequential)
 
     def losses(rows: Tensor) -> Tensor:
-        entered = model[:before](X[rows].requires_grad_())
-        hidden = checkpoint(model[before:3], entered, use_reentrant=reentrant)
+        inputs = model[:first](X[rows].requires_grad_())
+        hidden = checkpoint(model[first:3], inputs, use_reentrant=reentrant)
         return functional.cross_entropy(model[3](hidden), Y[rows], reduction="none")
 
     bindings = bind_layers(model)

@@ -11,23 +11,31 @@ from torch import Tensor, nn
 def parameter_gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     """Return the gradient of a loss for each parameter, zero if it has none."""
     trained = [p for p in parameters if p.requires_grad]
-    found = _gradients_by_grad(loss, trained)
     # Under DistributedDataParallel, `backward` would wait for the other processes.
-    if any(g is None for g in found) and not torch.distributed.is_initialized():
+    alone = not torch.distributed.is_initialized()
+    found: Sequence[Tensor | None] = [None]
+    if not (alone and is_reentrant(loss)):
+        found = torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True)
+    if alone and any(g is None for g in found):
+        # Reentrant checkpointing hides its parameters from `grad`, or refuses it.
         found = gradients_by_backward(loss, trained)
     by_parameter = {p: g for p, g in zip(trained, found, strict=True) if g is not None}
     return [by_parameter[p] if p in by_parameter else torch.zeros_like(p) for p in parameters]
 
 
-def _gradients_by_grad(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor | None]:
-    """Return gradients without `backward`; None where reentrant checkpointing may hide them."""
-    try:
-        return torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-    except RuntimeError:
-        # It refuses `grad` if a parameter is read before it.
-        if torch.distributed.is_initialized():
-            raise
-        return [None] * len(parameters)
+def is_reentrant(loss: Tensor) -> bool:
+    """Check whether reentrant checkpointing takes part in a loss. `grad` then refuses it."""
+    waiting = [loss.grad_fn]
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "CheckpointFunctionBackward":
+            return True
+        seen.add(node)
+        waiting += [function for function, _ in node.next_functions]
+    return False
 
 
 def gradients_by_backward(loss: Tensor, parameters: Sequence[nn.Parameter]) -> tuple[Tensor, ...]:
