@@ -28,8 +28,14 @@ class Digits:
 
     def losses(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Return the cross-entropy of each image."""
-        return functional.cross_entropy(model(batch["images"]), batch["labels"], reduction="none")
+        return functional.cross_entropy(_logits(model, batch), batch["labels"], reduction="none")
 
     def metrics(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return whether each image is classified correctly."""
-        return {"accuracy": (model(batch["images"]).argmax(1) == batch["labels"]).float()}
+        return {"accuracy": (_logits(model, batch).argmax(1) == batch["labels"]).float()}
+
+
+def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    # The plan's `dtype` is that of the parameters. A loss in half precision would be too coarse.
+    logits: Tensor = model(batch["images"].to(next(model.parameters()).dtype))
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
