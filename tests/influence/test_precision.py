@@ -21,6 +21,7 @@ from tests.influence.oracle import everything, one_by_one, relative
 
 IDS = torch.randint(11, (6, 7), generator=torch.Generator().manual_seed(0))
 ROWS = torch.arange(6)
+BASES = ("random kronecker", "pca", "random coordinates", "energy", "all coordinates")
 HALF = pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "weights"])
 
 
@@ -52,6 +53,51 @@ def next_losses(model: nn.Module, rows: Tensor) -> Tensor:
     return functional.cross_entropy(logits, IDS[rows, 1:], reduction="none").mean(1)
 
 
+IMAGES = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+LABELS = torch.randint(3, (6,), generator=torch.Generator().manual_seed(3))
+# Without kinks, on whose other side rounding may put an activation.
+IMAGE_MODELS: dict[str, Callable[[], nn.Sequential]] = {
+    "linear": lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 6), nn.Tanh(), nn.Linear(6, 3)),
+    "convolution": lambda: nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Tanh(), nn.Flatten(), nn.Linear(144, 3)
+    ),
+    "depthwise": lambda: nn.Sequential(
+        nn.Conv2d(3, 6, 3, groups=3), nn.Tanh(), nn.Flatten(), nn.Linear(216, 3)
+    ),
+}
+
+
+@HALF
+@pytest.mark.parametrize("name", IMAGE_MODELS)
+def test_convolutions_in_every_basis(name: str, autocast: bool) -> None:
+    """A regression: coordinates of a convolution, fits and targets crashed under autocast."""
+    torch.manual_seed(0)
+    model = IMAGE_MODELS[name]()
+    model = model if autocast else model.bfloat16()
+    single = copy.deepcopy(model).float()
+    rounded = IMAGES if autocast else IMAGES.bfloat16()
+
+    def losses(places: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits = model(rounded[places])
+        return functional.cross_entropy(logits.float(), LABELS[places], reduction="none")
+
+    def single_losses(model: nn.Module, places: Tensor) -> Tensor:
+        logits = model(rounded[places].float())
+        return functional.cross_entropy(logits, LABELS[places], reduction="none")
+
+    expected = one_by_one(single, single_losses, ROWS)
+    bindings = bind_layers(model)
+    whole = everything(bindings)
+    found, _ = sample_gradients(losses, 6, bindings, whole, check=True)
+    assert max(map(relative, found, expected)) < 2e-2
+    for kind in BASES:
+        basis = fitted(kind, bindings, losses)
+        found, _ = sample_gradients(losses, 6, bindings, basis)
+        projected = torch.stack([basis.project_tensors(whole.lift_to_tensors(g)) for g in expected])
+        assert max(map(relative, found, projected)) < 3e-2, kind
+
+
 def fitted(kind: str, bindings: Bindings, losses: Callable[[Tensor], Tensor]) -> Basis:
     if kind == "random kronecker":
         return random_kronecker_basis(bindings, 4, 0, torch.float32)
@@ -78,9 +124,7 @@ def test_contributions_are_those_of_single_precision(autocast: bool) -> None:
 
 
 @HALF
-@pytest.mark.parametrize(
-    "kind", ["random kronecker", "pca", "random coordinates", "energy", "all coordinates"]
-)
+@pytest.mark.parametrize("kind", BASES)
 def test_every_basis_records_without_a_tolerance(kind: str, autocast: bool) -> None:
     model, losses = make(autocast)
     bindings = bind_layers(model)
