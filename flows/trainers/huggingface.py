@@ -103,6 +103,7 @@ class RecordingCallback(TrainerCallback):  # type: ignore[misc]
         _check_arguments(args)
         self._model = model = kwargs["model"]
         self._smoothing = args.label_smoothing_factor
+        self._is_compiled = args.torch_compile or any(map(_has_compiled_call, model.modules()))
         collator = _find_collator(kwargs.get("train_dataloader"))
         if collator is not None and self._drops_columns:
             collator.columns = _model_columns(model, args)
@@ -132,7 +133,7 @@ class RecordingCallback(TrainerCallback):  # type: ignore[misc]
         """Decide whether the step is recorded. It is not if the ledger has it already."""
         self._is_new = self.recording.reach(state.global_step)
         self._is_recorded = self._is_new and self.recording.is_next_recorded
-        if self._is_recorded:
+        if self._is_recorded and self._is_compiled:
             self._uncompiled.enter_context(_uncompiled())
 
     def on_substep_end(
@@ -228,6 +229,10 @@ def _uncompiled() -> Iterator[None]:
     # If training is interrupted, the block ends with the callback that has entered it.
     with torch.compiler.set_stance("force_eager"):
         yield
+
+
+def _has_compiled_call(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
 
 
 def _trains_head(model: Any) -> bool:

@@ -226,8 +226,10 @@ def test_an_interrupted_recording_lets_models_be_compiled_again(folder: Path) ->
     plan = gpt.make_plan(folder, run="interrupted")
 
     def interrupted() -> None:
+        settings: dict[str, Any] = {"torch_compile_backend": "eager", "save_strategy": "no"}
+        trainer = make_trainer(plan, RecordingCallback(plan, 0), 1, torch_compile=True, **settings)
         with pytest.raises(KeyboardInterrupt):
-            make_trainer(plan, RecordingCallback(plan, 0), 1, save_strategy="no").train()
+            trainer.train()
 
     interrupted()
     gc.collect()
