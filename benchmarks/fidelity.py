@@ -183,9 +183,9 @@ def _train_recorded(
 def _target_gradient(workload: Workload, trained: Trained, basis: Basis) -> Tensor:
     """The target's mean gradient at the end, in the basis."""
     model = trained.model
-    count = len(workload.target_losses(model))
+    ids = workload.validation
     gradients, _ = sample_gradients(
-        lambda rows: workload.target_losses(model)[rows], count, bind_layers(model), basis
+        lambda rows: workload.losses(model, ids[rows]), len(ids), bind_layers(model), basis
     )
     return gradients.mean(0)
 

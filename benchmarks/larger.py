@@ -115,7 +115,7 @@ def _make_workload(
         batches,
         rate,
         losses,
-        lambda model: losses(model, validation),
+        validation,
         draw_removals(steps, len(batches[0]), REMOVALS[name], generator),
         data,
     )

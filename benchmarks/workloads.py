@@ -33,7 +33,7 @@ class Workload:
         batches: ids of the samples of each step.
         rate: learning rate of each step.
         losses: one loss per sample, from the model and sample ids.
-        target_losses: one loss per validation sample.
+        validation: ids of the validation samples, whose mean loss is the target.
         removals: the step and the place in its batch of each sample to leave out.
         data: inputs and labels of some samples, or of the validation set if None.
     """
@@ -44,9 +44,13 @@ class Workload:
     batches: list[Tensor]
     rate: Callable[[int], float]
     losses: Losses
-    target_losses: Callable[[nn.Module], Tensor]
+    validation: Tensor
     removals: list[tuple[int, int]]
     data: Data
+
+    def target_losses(self, model: nn.Module) -> Tensor:
+        """Return one loss per validation sample."""
+        return self.losses(model, self.validation)
 
     def train(
         self,
@@ -184,7 +188,7 @@ def make_digits(name: str, seed: int, removals: int = 150) -> Workload:
         batches,
         lambda step: _digits_rate(settings, step, len(batches)),
         losses,
-        lambda model: losses(model, validation),
+        validation,
         draw_removals(len(batches), 64, removals, generator),
         data,
     )
