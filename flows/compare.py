@@ -10,7 +10,13 @@ from prefect import flow
 from secateur.errors import PlanError
 from secateur.flows import pipeline_tasks, run_artifacts
 from secateur.flows.run_lock import exclusive_run
-from secateur.flows.stage import analyze_stage, prune_stage, score_stage, train_stage
+from secateur.flows.stage import (
+    analyze_stage,
+    prune_stage,
+    release_checkpoints,
+    score_stage,
+    train_stage,
+)
 from secateur.flows.workers import Workers, worker_pool
 from secateur.tasks.comparison.arm_runs import (
     comparable_plan,
@@ -18,7 +24,13 @@ from secateur.tasks.comparison.arm_runs import (
     seed_plan,
     start_arm,
 )
-from secateur.tasks.comparison.arms import PLAN, Arm, arm_plan, check_arms
+from secateur.tasks.comparison.arms import (
+    PLAN,
+    Arm,
+    arm_plan,
+    check_arms,
+    check_shared_checkpoints,
+)
 from secateur.tasks.comparison.comparison_report import Comparison, write_comparison
 from secateur.tasks.engine.progress import print_status
 from secateur.tasks.plan import Plan
@@ -55,8 +67,9 @@ def compare(
     spec = comparable_plan(plan, judge)
     # Wrong settings of an arm are found before anything is trained.
     full_shares = dict.fromkeys(range(len(plan.stages)), 1.0)
+    own = arm_plan(spec, PLAN, all_arms[PLAN], full_shares)
     for name, arm in all_arms.items():
-        arm_plan(spec, name, arm, full_shares)
+        check_shared_checkpoints(own, arm_plan(spec, name, arm, full_shares))
     evaluated = held_out_targets(spec, judge)
     chosen = [plan.seed + number for number in range(seeds)]
     urls: list[str] = []
@@ -90,6 +103,7 @@ def _run_arm(workers: Workers, plan: Plan, name: str, arm: Arm, evaluated: list[
             analyze_stage(workers, run.url, stage)
         if config.prune is not None:
             prune_stage(workers, run.url, stage)
+        release_checkpoints(workers, run.url, stage)
         seconds[stage] = time.monotonic() - started
     # The times of an interrupted arm are not complete.
     timed = None if was_started else seconds

@@ -10,6 +10,7 @@ from secateur.flows.run_lock import exclusive_run
 from secateur.flows.stage import (
     analyze_stage,
     prune_stage,
+    release_checkpoints,
     report_stage,
     score_stage,
     train_stage,
@@ -55,4 +56,5 @@ def curate_stages(workers: Workers, run: Run, launch: LaunchConfig | None = None
         analyze_stage(workers, run.url, stage)
         if config.prune is not None:
             prune_stage(workers, run.url, stage)
+        release_checkpoints(workers, run.url, stage)
         report_stage(workers, run.url, stage)

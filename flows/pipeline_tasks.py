@@ -15,6 +15,7 @@ from secateur.tasks.pruning import gates, prune
 from secateur.tasks.reporting import html_report
 from secateur.tasks.results.audit_results import audit_output
 from secateur.tasks.run import Run
+from secateur.tasks.training import checkpoint_removal
 from secateur.tasks.training import fit_basis as basis
 from secateur.tasks.training import train as training
 from secateur.tasks.valuation import embed, index, query, replay, score, target_gradients
@@ -40,6 +41,7 @@ fit_basis = PipelineTask(
     outputs=lambda run, weights: run.folder.basis,
     uses_random_numbers=True,
 )
+remove_checkpoints = PipelineTask("remove checkpoints", checkpoint_removal.remove_checkpoints)
 train = PipelineTask(
     "train",
     training.train_stage,

@@ -7,7 +7,13 @@ from typing import Annotated
 from prefect import flow
 
 from secateur.flows.run_lock import exclusive_run
-from secateur.flows.stage import analyze_stage, prune_stage, report_stage, score_stage
+from secateur.flows.stage import (
+    analyze_stage,
+    prune_stage,
+    release_checkpoints,
+    report_stage,
+    score_stage,
+)
 from secateur.flows.workers import Workers, worker_pool
 from secateur.tasks.plan import POLICIES, Policy
 from secateur.tasks.results.pruning_results import PruneResult, unpruned_before
@@ -41,11 +47,13 @@ def prune(
         for earlier in unpruned_before(opened, stage):
             _score(workers, opened, earlier)
             prune_stage(workers, opened.url, earlier)
+            release_checkpoints(workers, opened.url, earlier)
             report_stage(workers, opened.url, earlier)
         _score(workers, opened, stage)
         result = None
         if policy is not None or opened.plan.stages[stage].prune is not None:
             result = prune_stage(workers, opened.url, stage, policy)
+        release_checkpoints(workers, opened.url, stage)
         if policy is None:
             report_stage(workers, opened.url, stage)
         return result

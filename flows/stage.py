@@ -104,6 +104,12 @@ def prune_stage(
     return result
 
 
+def release_checkpoints(workers: Workers, run_url: str, stage: int) -> None:
+    """Remove the checkpoints within a stage if the plan keeps none and has read them all."""
+    if Run.open(run_url).plan.checkpoints.keep == "stage_ends":
+        workers.call(pipeline_tasks.remove_checkpoints, run_url, stage)
+
+
 def report_stage(workers: Workers, run_url: str, stage: int) -> None:
     """Write a stage's report, and show it in Prefect's UI.
 

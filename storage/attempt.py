@@ -14,6 +14,8 @@ from secateur.storage.hashing_writer import HashingWriter, hash_while_writing
 if TYPE_CHECKING:
     from secateur.storage.outputs import Output
 
+REMOVED = ".removed"  # ends the name of the mark of a file that was removed on purpose
+
 
 @dataclass
 class Attempt:
@@ -23,11 +25,13 @@ class Attempt:
         root: the folder to write the files to.
         files: `size` (bytes) and `sha256` of each written file, by name.
         facts: small figures about the content, for the manifest.
+        removed: those of the files that were removed from the output they are linked from.
     """
 
     root: Folder
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    removed: set[str] = field(default_factory=set)
 
     @contextmanager
     def open(self, name: str) -> Iterator[HashingWriter]:
@@ -42,9 +46,16 @@ class Attempt:
             file.write(data)
 
     def link_files(self, output: Output) -> None:
-        """Add every file of a committed output, without reading it."""
+        """Add every file of a committed output, without reading it.
+
+        Of a file that was removed from there on purpose, the mark is added.
+        """
         for name, entry in output.manifest.files.items():
-            self.root.link_or_copy(output.files(), name)
+            if output.is_removed(name):
+                self.root.create(f"{name}{REMOVED}", b"")
+                self.removed.add(name)
+            else:
+                self.root.link_or_copy(output.files(), name)
             self.files[name] = entry
 
     def check_files(self) -> None:
@@ -56,7 +67,7 @@ class Attempt:
         """
         sizes = self.root.sizes()
         for name, entry in self.files.items():
-            if sizes.get(name) != entry["size"]:
+            if name not in self.removed and sizes.get(name) != entry["size"]:
                 raise StorageError(
                     f"{self.root.url_of(name)} is missing or was truncated before it was committed "
                     f"(does `secateur gc` run at the same time?); run the same command again"

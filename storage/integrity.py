@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from secateur.errors import StorageError
+from secateur.storage.attempt import REMOVED
 from secateur.storage.folder import Folder
 from secateur.storage.manifest import MANIFEST_FILE
 from secateur.storage.outputs import Output, list_outputs
@@ -31,7 +32,7 @@ class Finding:
 def verify_folder(root: Folder) -> Iterator[Finding]:
     """Read every file of every output below a folder, and yield the differences from the manifests.
 
-    Files that are in no manifest are yielded too.
+    Files that are in no manifest are yielded too. Files that were removed on purpose are not.
     """
     for output in list_outputs(root):
         place = _relative_place(root, output)
@@ -41,7 +42,7 @@ def verify_folder(root: Folder) -> Iterator[Finding]:
             yield Finding("damaged", f"{place}/{MANIFEST_FILE}")
             continue
         for name in manifest.files:
-            if problem := check_output_file(output, name):
+            if (problem := check_output_file(output, name)) and not output.is_removed(name):
                 yield Finding(problem, f"{place}/{manifest.attempt}/{name}")
     for name in find_stray_files(root):
         yield Finding("extra", name)
@@ -70,7 +71,8 @@ def find_stray_files(root: Folder) -> list[str]:
         place = _relative_place(root, output)
         listed.add(f"{place}/{MANIFEST_FILE}")
         try:
-            listed |= _committed_files(place, output)
+            committed = _committed_files(place, output)
+            listed |= committed | {f"{name}{REMOVED}" for name in committed}
         except StorageError:
             unknown.append(f"{place}/")
     return [name for name in files if name not in listed and not name.startswith(tuple(unknown))]

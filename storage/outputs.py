@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import StorageError
-from secateur.storage.attempt import Attempt
+from secateur.storage.attempt import REMOVED, Attempt
 from secateur.storage.cache import FileCache
 from secateur.storage.file_check import ContentMismatch, check_file
 from secateur.storage.folder import Folder
@@ -24,7 +24,10 @@ from secateur.storage.manifest import (
 
 
 class Output:
-    """A folder that counts as written once it holds a manifest, and never changes afterwards."""
+    """A folder that counts as written once it holds a manifest, and never changes afterwards.
+
+    Only single files may be removed from it, each of which leaves a mark.
+    """
 
     def __init__(self, root: Folder) -> None:
         self.root = root
@@ -106,6 +109,22 @@ class Output:
         """Return the folder that holds the files."""
         return self.root.child(self.manifest.attempt)
 
+    def remove_file(self, name: str) -> None:
+        """Remove one of the committed files, and leave a mark that this was on purpose.
+
+        The manifest stays as it is. Calling it again finishes a removal that was interrupted.
+        """
+        self._manifest_entry(name)
+        # The mark goes first: a file that is missing without one would be damage.
+        with suppress(FileExistsError):
+            self.files().create(f"{name}{REMOVED}", b"")
+        self.files().remove(name)
+
+    def is_removed(self, name: str) -> bool:
+        """Return whether a committed file was removed on purpose."""
+        self._manifest_entry(name)
+        return self.files().exists(f"{name}{REMOVED}")
+
     def remove(self) -> None:
         """Remove the committed files and the manifest, but no file that an attempt is writing."""
         if not self.committed:
@@ -146,7 +165,7 @@ class Output:
         try:
             yield attempt
             attempt.check_files()
-            attempt.root.fsync(attempt.files)
+            attempt.root.fsync(attempt.files.keys() - attempt.removed)
             manifest = Manifest(kind, name, attempt.files, inputs, attempt.facts)
             data = serialize_manifest(manifest)
         except BaseException:

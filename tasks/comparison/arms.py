@@ -99,6 +99,29 @@ def arm_plan(plan: Plan, name: str, arm: Arm, shares: dict[int, float]) -> Plan:
     return validate_model(Plan, values, f"the arm {name}")
 
 
+def check_shared_checkpoints(own: Plan, arm: Plan) -> None:
+    """Check that an arm finds the checkpoints that it reads in the stages that it shares.
+
+    Args:
+        own: the plan of the comparison's own arm, which trains these stages.
+        arm: the arm's plan.
+
+    Raises:
+        PlanError: own arm has removed them by then.
+    """
+    if own.checkpoints.keep == "segments":
+        return
+    for stage in range((own.first_pruned_stage or 0) + 1):
+        # What the own arm read them for is shared too.
+        own_readers = own.checkpoint_readers(stage)
+        readers = [name for name in arm.checkpoint_readers(stage) if name not in own_readers]
+        if readers:
+            raise PlanError(
+                f"in the arm {arm.run}, {readers[0]} reads the checkpoints within stage {stage}, "
+                f"and the plan's own arm removes them; set `checkpoints: {{keep: segments}}`"
+            )
+
+
 def _read_arms_file(path: str) -> dict[str, Any]:
     try:
         arms = yaml.safe_load(Path(path).read_text(encoding="utf-8"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from secateur.tasks.plan.base import Config, Fraction, Share
 from secateur.tasks.plan.basis_config import CoordinateBasisConfig, KroneckerBasisConfig
+from secateur.tasks.plan.checkpoints_config import CheckpointsConfig
 from secateur.tasks.plan.curvature_config import CURVATURES, CurvatureConfig, register_curvature
 from secateur.tasks.plan.inputs_config import DataConfig, FactoryConfig, TargetConfig, TaskConfig
 from secateur.tasks.plan.launch_config import LaunchConfig
@@ -39,6 +40,7 @@ __all__ = [
     "PREVIOUS",
     "AuditConfig",
     "AutoWindowsConfig",
+    "CheckpointsConfig",
     "Config",
     "CoordinateBasisConfig",
     "CurvatureConfig",

@@ -10,6 +10,7 @@ from pydantic import Field, JsonValue, NonNegativeInt, PositiveInt, field_valida
 from secateur.storage.urls import check_url
 from secateur.tasks.plan.base import Config
 from secateur.tasks.plan.basis_config import CoordinateBasisConfig, KroneckerBasisConfig
+from secateur.tasks.plan.checkpoints_config import CheckpointsConfig
 from secateur.tasks.plan.curvature_config import CURVATURES, CurvatureConfig
 from secateur.tasks.plan.inputs_config import DataConfig, FactoryConfig, TargetConfig, TaskConfig
 from secateur.tasks.plan.launch_config import LaunchConfig
@@ -69,6 +70,7 @@ class Plan(Config):
     segment_steps: PositiveInt = Field(
         50, description="steps between checkpoints; each segment has one ledger file"
     )
+    checkpoints: CheckpointsConfig = CheckpointsConfig()
     basis: (
         Annotated[KroneckerBasisConfig | CoordinateBasisConfig, Field(discriminator="kind")] | None
     ) = Field(None, description="null means kronecker for sgd, coordinates for other optimizers")
@@ -277,6 +279,17 @@ class Plan(Config):
         )
         gated = self.trust.min_fidelity is not None and self.stages[stage].prune is not None
         return listed or gated
+
+    def checkpoint_readers(self, stage: int) -> list[str]:
+        """Return what reads the checkpoints within a stage after its training, by name."""
+        policy = self.stages[stage].prune
+        readers = {
+            "replay": self.estimate == "replay",
+            "the audit": self.audits(stage),
+            f"the policy {policy.policy if policy else None}": policy is not None
+            and policy.reads_checkpoints,
+        }
+        return [name for name, reads in readers.items() if reads]
 
     def pruned_before(self, stage: int) -> int | None:
         """Return the last earlier stage that is pruned, or None."""

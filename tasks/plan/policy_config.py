@@ -32,10 +32,13 @@ class Policy(Config, ABC):
         policy: the name, which a plan gives as `prune: {policy: <name>}`.
         needs_losses: whether it reads the losses before each step; a recording of another training
             loop must then give them.
+        reads_checkpoints: whether it reads the checkpoints at the ends of segments; they are then
+            kept until the stage is pruned.
     """
 
     policy: str
     needs_losses: ClassVar[bool] = False
+    reads_checkpoints: ClassVar[bool] = False
 
     @property
     def keep_fraction(self) -> float | None:

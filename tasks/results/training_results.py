@@ -11,6 +11,7 @@ from torch import Tensor
 from secateur.errors import PlanError
 from secateur.storage.frames import read_frame
 from secateur.storage.layout import StageFolder
+from secateur.storage.ledger import CHECKPOINT
 from secateur.storage.outputs import Output
 from secateur.tasks.run import Run
 
@@ -84,11 +85,27 @@ def end_checkpoint(run: Run, stage: int) -> Output:
     return folder.segment(read_training_result(run, stage).segments - 1)
 
 
+def check_checkpoints(run: Run, stage: int) -> None:
+    """Check that the checkpoints within a stage are still there, which not every plan keeps.
+
+    Raises:
+        PlanError: some were removed.
+    """
+    # The first one is removed first. If it is the stage's end, it is kept.
+    if run.folder.stage(stage).segment(0).is_removed(CHECKPOINT):
+        raise PlanError(
+            f"the checkpoints within stage {stage} of {run.url} are removed already (its plan has "
+            f"`checkpoints: {{keep: stage_ends}}`), and replay, audits and TracIn start from them; "
+            f"run the plan with `keep: segments` and another `run` name"
+        )
+
+
 def check_replayable(run: Run, stage: int) -> None:
     """Check that a stage's training can be repeated, which replay and audits do.
 
     Raises:
-        PlanError: it is not trained to its end, or another trainer's loop trained it.
+        PlanError: it is not trained to its end, another trainer's loop trained it, or the
+            checkpoints that it would start from are removed.
     """
     end_checkpoint(run, stage)
     by = read_training_result(run, stage).by
@@ -98,6 +115,7 @@ def check_replayable(run: Run, stage: int) -> None:
             f"be repeated; replay and audit need a stage that `secateur run` trained, so set "
             f"`score.estimate: embedding` and leave out `audit`"
         )
+    check_checkpoints(run, stage)
 
 
 def read_process_counts(folder: StageFolder) -> list[int]:

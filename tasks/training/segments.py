@@ -17,6 +17,7 @@ from secateur.tasks.results.training_results import (
     start_checkpoint,
 )
 from secateur.tasks.run import Run
+from secateur.tasks.training.checkpoint_removal import remove_checkpoint_before, remove_checkpoints
 from secateur.tasks.training.loop import TrainingLoop
 
 
@@ -38,6 +39,8 @@ def commit_segment(
 ) -> bool:
     """Commit a segment's ledger together with the checkpoint at its end.
 
+    The checkpoint before it is removed if the plan needs it no more.
+
     Args:
         by: whose loop trained it.
         add_facts: adds to the attempt what else that loop records.
@@ -57,17 +60,22 @@ def commit_segment(
             seed=run.plan.seed,
             by=by,
         )
+    remove_checkpoint_before(run, stage, number)
     return output.manifest.attempt == attempt.root.url.rpartition("/")[2]
 
 
 def commit_training_result(run: Run, result: TrainingResult) -> TrainingResult:
-    """Commit that a stage is trained to its end, after its last segment."""
+    """Commit that a stage is trained to its end, after its last segment.
+
+    The checkpoints within the stage that the plan needs no more are gone then.
+    """
     folder = run.folder.stage(result.stage)
     last = folder.segment(result.segments - 1)
 
     def write(attempt: Attempt) -> None:
         attempt.facts.update(result.model_dump())
 
+    remove_checkpoints(run, result.stage)
     folder.trained.write_once("trained", {"segment": last.fingerprint}, write)
     return read_training_result(run, result.stage)
 

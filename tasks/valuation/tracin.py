@@ -14,7 +14,7 @@ from secateur.storage.tensors import read_tensors, write_tensors
 from secateur.tasks.data.held_out import scoring_rows
 from secateur.tasks.data.samples import list_target_samples, read_stage_samples
 from secateur.tasks.engine.progress import track
-from secateur.tasks.results.training_results import start_checkpoint
+from secateur.tasks.results.training_results import check_checkpoints, start_checkpoint
 from secateur.tasks.run import Run
 from secateur.tasks.training.loop import TrainingLoop
 from secateur.tasks.training.optimizers import plan_update_rule
@@ -42,12 +42,17 @@ def stage_tracin_scores(run: Run, stage: int) -> Float[Tensor, "uses targets"]:
 
 
 def differentiate_checkpoints(run: Run, stage: int) -> None:
-    """Store the gradient of each target's mean loss at every segment checkpoint of a stage."""
+    """Store the gradient of each target's mean loss at every segment checkpoint of a stage.
+
+    Raises:
+        PlanError: some of the checkpoints are removed.
+    """
     folder = run.folder.stage(stage)
     segments = folder.segments()
     missing = [n for n in range(len(segments) + 1) if not folder.gradients(n).committed]
     if not missing:
         return
+    check_checkpoints(run, stage)
     loop = TrainingLoop(run, stage, read_stage_samples(run, stage))
     targets = {name: list_target_samples(run, name) for name in run.plan.targets}
     label = f"stage {stage}, targets at checkpoints"

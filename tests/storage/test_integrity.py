@@ -57,6 +57,31 @@ def test_every_kind_of_damage_is_named(root: Folder) -> None:
     assert find_stray_files(root) == ["deep/two/never-committed/a"]
 
 
+def test_a_file_that_was_removed_on_purpose_is_no_damage(
+    root: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A removal that was interrupted after its mark changes nothing, and the next one ends it."""
+    one = files(root, "one")
+    with monkeypatch.context() as patched:
+        patched.setattr(Folder, "remove", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            Output(root.child("one")).remove_file("b/c")
+    assert root.exists(one["b/c"])
+    assert (list(verify_folder(root)), remove_stray_files(root)) == ([], [])
+    for _ in range(2):
+        Output(root.child("one")).remove_file("b/c")
+        assert not root.exists(one["b/c"])
+        assert (list(verify_folder(root)), remove_stray_files(root)) == ([], [])
+    output = Output(root.child("one"))
+    assert output.is_removed("b/c")
+    assert not output.is_removed("a")
+    assert output.read("a") == b"x" * 1000
+    with pytest.raises(StorageError, match="holds no d"):
+        output.remove_file("d")
+    output.remove()
+    assert [name for name in root.files() if name.startswith("one/")] == []
+
+
 def test_files_of_a_damaged_manifest_are_not_stray(root: Folder) -> None:
     write(root, "one/manifest.json", b"{")
     assert list(verify_folder(root)) == [Finding("damaged", "one/manifest.json")]

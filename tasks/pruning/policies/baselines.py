@@ -69,6 +69,7 @@ class TracInPolicy(Policy):
     """
 
     policy: Literal["tracin"] = "tracin"
+    reads_checkpoints: ClassVar[bool] = True
     keep: Fraction
 
     def read_scores(self, context: PruningContext) -> pl.DataFrame:

@@ -17,15 +17,24 @@ from scipy import stats
 from secateur.errors import PlanError
 from secateur.storage.copy_outputs import copy_outputs
 from secateur.storage.folder import Folder
+from secateur.storage.integrity import verify_folder
 from secateur.storage.outputs import Output
 from secateur.tasks.comparison.arm_runs import comparable_plan, held_out_targets
-from secateur.tasks.comparison.arms import PLAN, STANDARD_ARMS, arm_plan, check_arms, read_arms
+from secateur.tasks.comparison.arms import (
+    PLAN,
+    STANDARD_ARMS,
+    arm_plan,
+    check_arms,
+    check_shared_checkpoints,
+    read_arms,
+)
 from secateur.tasks.comparison.comparison_report import ArmResult, summarize_verdict
 from secateur.tasks.comparison.figures import Interval, summarize_figures
 from tests.tasks.small import make_data, small_plan
 
 NOWHERE = Path("/nowhere")
 TRIAL = {"trial": {"steps": 3}}
+EFFECT = {"horizon": "stage", "aggregate": "mean"}
 
 
 def test_arms_are_read_from_options_and_a_file(tmp_path: Path) -> None:
@@ -258,3 +267,44 @@ def test_copied_outputs_equal_the_originals(base: str) -> None:
         assert (one.fingerprint, one.manifest.facts) == (two.fingerprint, two.manifest.facts)
         assert two.read("folder/file.bin") == name.encode() * 1000
     assert not Output(target.child("left", "c")).committed
+
+
+def test_a_copy_of_an_output_lacks_the_files_that_were_removed_on_purpose(base: str) -> None:
+    source = Folder(f"{base}/one")
+    with Output(source.child("a")).attempt("kind", {}) as attempt:
+        attempt.write("kept.bin", b"kept")
+        attempt.write("removed.bin", b"removed")
+    Output(source.child("a")).remove_file("removed.bin")
+    copy_outputs(source, Folder(f"{base}/two"))
+    copied = Output(Folder(f"{base}/two/a"))
+    assert copied.fingerprint == Output(source.child("a")).fingerprint
+    assert copied.read("kept.bin") == b"kept"
+    assert copied.is_removed("removed.bin")
+    assert list(verify_folder(Folder(base))) == []
+
+
+@pytest.mark.parametrize(
+    ("own", "arm", "expected"),
+    [
+        ({}, {}, None),
+        ({}, {"policy": "tracin"}, "the policy tracin"),
+        ({"prune": {"policy": "tracin", "keep": 0.5}}, {"policy": "tracin"}, None),
+        ({"score": EFFECT}, {"policy": "tracin"}, "the policy tracin"),
+        ({"score": EFFECT}, {"policy": "loss"}, None),
+        ({}, EFFECT, "replay"),
+        ({}, {**EFFECT, "estimate": "embedding"}, None),
+    ],
+)
+def test_an_arm_that_reads_removed_checkpoints_is_refused(
+    own: dict[str, Any], arm: dict[str, Any], expected: str | None
+) -> None:
+    stages = small_plan(NOWHERE).model_dump(mode="json", exclude_unset=True)["stages"]
+    stages[0]["prune"] = own.pop("prune", stages[0]["prune"])
+    for keep in ("segments", "stage_ends"):
+        plan = small_plan(NOWHERE, checkpoints={"keep": keep}, stages=stages, **own)
+        other = arm_plan(plan, "other", arm, {0: 0.5})
+        if expected and keep == "stage_ends":
+            with pytest.raises(PlanError, match=f"in the arm other, {expected} reads"):
+                check_shared_checkpoints(plan, other)
+        else:
+            check_shared_checkpoints(plan, other)

@@ -13,11 +13,11 @@ from torch.nn import functional
 
 from secateur.errors import PlanError, SecateurError
 from secateur.flows.trainers import Recording
-from secateur.storage.ledger import read_checkpoint, read_ledger
+from secateur.storage.ledger import CHECKPOINT, read_checkpoint, read_ledger
 from secateur.tasks.data.batches import BatchSchedule
 from secateur.tasks.data.collate import collate
 from secateur.tasks.data.samples import list_stage_samples, read_stage_samples
-from secateur.tasks.plan import Plan
+from secateur.tasks.plan import CheckpointsConfig, Plan
 from secateur.tasks.pruning.prune import write_pruned_stage
 from secateur.tasks.results.pruning_results import read_decisions
 from secateur.tasks.run import Run
@@ -146,6 +146,21 @@ def test_an_interrupted_loop_continues_to_the_same_bytes(
     recording = train(plan, 0, 21)
     assert_equal_ledgers(own_run, recording.run, 0)
     assert train(plan, 0, 21, 0).finished  # the stage is trained, so no step is left
+
+
+def test_a_loop_continues_without_the_checkpoints_that_the_plan_does_not_keep(
+    own_run: Run, folder: Path
+) -> None:
+    changes = {"root": f"{folder}/ends", "checkpoints": CheckpointsConfig(keep="stage_ends")}
+    plan = own_run.plan.model_copy(update=changes)
+    stage = Run.of_plan(plan).folder.stage(0)
+    with pytest.raises(KeyboardInterrupt):
+        train(plan, 0, 21, 14)
+    assert [segment.is_removed(CHECKPOINT) for segment in stage.segments()] == [True, False]
+    train(plan, 0, 21)
+    assert [segment.is_removed(CHECKPOINT) for segment in stage.segments()] == [True] * 3 + [False]
+    last, own_last = (read_checkpoint(run.segment(3)) for run in (stage, own_run.folder.stage(0)))
+    assert all(torch.equal(last[name], tensor) for name, tensor in own_last.items())
 
 
 def test_automatic_windows_are_frozen(folder: Path) -> None:
