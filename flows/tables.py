@@ -142,12 +142,21 @@ def print_estimate(estimate: RunEstimate) -> None:
         print(f"the audit of stage {stage} costs about {trainings:.1f} trainings of that stage")
     for stage, steps in estimate.trials.items():
         print(f"the trial of stage {stage} trains {steps} steps")
+    if estimate.launch:
+        print(estimate.launch)
     print_table(_memory_table(estimate))
     if estimate.extrapolated:
         print(
             f"memory was measured with passes of one and two samples, because shapes alone do not "
             f"give it ({estimate.extrapolated})"
         )
+    together = max(estimate.memory, key=lambda part: part.processes)
+    if together.processes > 1:
+        memory = _format_bytes(together.peak * together.processes)
+        print(f"the {together.processes} processes of {together.part} take up to {memory} together")
+    if estimate.replay_disk_bytes:
+        temporary = _format_bytes(estimate.replay_disk_bytes)
+        print(f"replay takes {temporary} of temporary files in the folder that TMPDIR names")
     disk = _format_bytes(estimate.disk_bytes)
     memory = _format_bytes(max(part.peak for part in estimate.memory))
     print(f"about {disk} on disk and {memory} of memory; nothing was trained")
@@ -193,7 +202,7 @@ def _metric_table(comparison: Comparison, metric: str) -> Table:
 
 
 def _stages_table(estimate: RunEstimate) -> Table:
-    sizes = ("ledger", "embeddings", "index", "checkpoints")
+    sizes = ("ledger", "embeddings", "index", "checkpoints", "replay")
     table = Table("stage", "samples", "steps", "windows", "records", *sizes, title=estimate.run)
     for stage in estimate.stages:
         windows = ", ".join(f"{start} to {stop}" for start, stop in stage.windows)
@@ -207,6 +216,7 @@ def _stages_table(estimate: RunEstimate) -> Table:
             _format_bytes(stage.embedding_bytes),
             _format_bytes(stage.index_bytes),
             _format_bytes(stage.checkpoint_bytes),
+            _format_bytes(stage.replay_bytes),
         )
     return table
 

@@ -62,14 +62,19 @@ class CoordinateBasis(Basis):
     def project_block(
         self, block: int, parts: Sequence[Float[Tensor, "rows _"]]
     ) -> Float[Tensor, " b"]:
-        widths = [part.shape[1] for part in parts]
-        key = (block, *widths)
-        if key not in self._piece_entries:
-            self._piece_entries[key] = self._entries_of_pieces(block, widths)
-        places, order = self._piece_entries[key]
+        places, order = self.find_piece_entries(block, [part.shape[1] for part in parts])
         # The pieces are not joined first, because that would copy every weight at every step.
         values = [part[own] for part, own in zip(parts, places, strict=True)]
         return widen(values[0] if len(values) == 1 else torch.cat(values)[order])
+
+    def find_piece_entries(
+        self, block: int, widths: Sequence[int]
+    ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        """Return what `_entries_of_pieces` does, which is found once."""
+        key = (block, *widths)
+        if key not in self._piece_entries:
+            self._piece_entries[key] = self._entries_of_pieces(block, widths)
+        return self._piece_entries[key]
 
     def _entries_of_pieces(
         self, block: int, widths: Sequence[int]

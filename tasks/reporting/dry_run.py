@@ -16,21 +16,22 @@ from secateur.tasks.data.samples import (
     read_stage_samples,
 )
 from secateur.tasks.plan import Plan
-from secateur.tasks.reporting.memory_forecast import (
-    INDEX_BYTES,
+from secateur.tasks.reporting.disk_forecast import StageEstimate, estimate_stage, largest_disk
+from secateur.tasks.reporting.forecast_sizes import (
     PartMemory,
     RecordedStage,
-    forecast_memory,
+    Sizes,
+    measure_sizes,
 )
+from secateur.tasks.reporting.memory_forecast import forecast_memory
 from secateur.tasks.reporting.pass_memory import PassMemory, coefficients_per_block
+from secateur.tasks.reporting.replay_memory import replay_disk, replays
 from secateur.tasks.results.training_results import check_replayable
 from secateur.tasks.run import Run
-from secateur.tasks.training.optimizers import plan_update_rule
 
 # The time of scoring one sample in online selection, as a multiple of the time of training on one
 # sample. It was measured by benchmarks/selection.py.
 SELECTION_COST = 0.6
-RECORD_BYTES = 56  # of a ledger record, besides its coefficients
 
 
 class SelectionEstimate(BaseModel):
@@ -47,23 +48,6 @@ class SelectionEstimate(BaseModel):
     cost: float
 
 
-class StageEstimate(BaseModel):
-    """One stage's expected size, with its windows in steps.
-
-    Samples of later stages follow from the fractions that the policies keep, if they have one.
-    """
-
-    stage: int
-    samples: int
-    steps: int
-    windows: list[tuple[int, int]]
-    records: int
-    ledger_bytes: int
-    embedding_bytes: int
-    index_bytes: int
-    checkpoint_bytes: int
-
-
 class RunEstimate(BaseModel):
     """What a plan would do.
 
@@ -76,6 +60,8 @@ class RunEstimate(BaseModel):
         audits: cost of each stage's audit, in trainings of the stage.
         trials: steps of each stage's trial.
         disk_bytes: the largest size of all stages' outputs together.
+        replay_disk_bytes: temporary files of one walk of replay, where `TMPDIR` says.
+        launch: how several processes share a step, in a sentence.
         memory: the peak memory of each part of the run.
         extrapolated: why the memory of passes was measured on two samples; None if it was not.
     """
@@ -92,6 +78,8 @@ class RunEstimate(BaseModel):
     audits: dict[int, float]
     trials: dict[int, int]
     disk_bytes: int
+    replay_disk_bytes: int
+    launch: str | None
     memory: list[PartMemory]
     extrapolated: str | None
 
@@ -105,12 +93,12 @@ def estimate_run(plan: Plan) -> RunEstimate:
     run = Run.of_plan(plan)
     passes = PassMemory(run)
     blocks = coefficients_per_block(plan, passes.bindings)
-    width = sum(blocks.values())
+    sizes = measure_sizes(plan, passes)
     parameters = sum(p.numel() for p in passes.model.parameters())
     target_samples = {name: list_target_samples(run, name) for name in plan.targets}
     targets = {name: len(samples) for name, samples in target_samples.items()}
     samples = _list_samples(plan)
-    plan, stages, automatic = _estimate_stages(plan, len(samples), width, parameters)
+    plan, stages, automatic = _estimate_stages(plan, len(samples), sizes)
     audits = {
         stage.stage: expected_audit_cost(plan, BatchSchedule(plan, stage.stage, stage.samples))
         for stage in stages
@@ -123,15 +111,17 @@ def estimate_run(plan: Plan) -> RunEstimate:
         blocks=blocks,
         uncaptured=passes.bindings.uncaptured,
         parameters=parameters,
-        numbers=width,
+        numbers=sizes.width,
         targets=targets,
         stages=stages,
         automatic=automatic,
         selections={stage: one for stage, one in selections.items() if one.steps},
         audits=audits,
         trials=_trial_steps(plan),
-        disk_bytes=sum(map(_stage_bytes, stages)),
-        memory=forecast_memory(plan, passes, records, samples, target_samples),
+        disk_bytes=largest_disk(stages),
+        replay_disk_bytes=replay_disk(sizes, records) if replays(plan) else 0,
+        launch=_describe_launch(plan, records),
+        memory=forecast_memory(plan, sizes, passes, records, samples, target_samples),
         extrapolated=passes.extrapolated,
     )
 
@@ -149,7 +139,7 @@ def _list_samples(plan: Plan) -> Samples:
 
 
 def _estimate_stages(
-    plan: Plan, samples: int, width: int, parameters: int
+    plan: Plan, samples: int, sizes: Sizes
 ) -> tuple[Plan, list[StageEstimate], dict[int, str]]:
     """The plan with windows as far as they are known, its stages, and where windows come from."""
     stages = []
@@ -158,38 +148,11 @@ def _estimate_stages(
         plan, sentence = preview_windows(plan, number, samples)
         if sentence:
             automatic[number] = sentence
-        stages.append(_estimate_stage(plan, number, samples, width, parameters))
+        stages.append(estimate_stage(plan, number, samples, sizes))
         if stage.prune:
             fraction = stage.prune.keep_fraction
             samples = round(samples * (1.0 if fraction is None else fraction))
     return plan, stages, automatic
-
-
-def _estimate_stage(
-    plan: Plan, number: int, samples: int, width: int, parameters: int
-) -> StageEstimate:
-    schedule = BatchSchedule(plan, number, samples)
-    itemsize = _itemsize(plan)
-    windows = schedule.windows()
-    selected_steps = sum(len(window) for window in windows)
-    recorded_steps = selected_steps + (schedule.steps - selected_steps) // schedule.stage.stride
-    batch = min(schedule.stage.batch_size, samples)
-    state = plan_update_rule(plan.optimizer).state_tensors
-    # Embeddings keep the optimizer's slots only if its state crosses the stage's end.
-    slots = state if plan.optimizer.at_stage == "carry" else 1
-    kept = min(width * slots, plan.components or width * slots)
-    checkpoints = -(-schedule.steps // plan.segment_steps)
-    return StageEstimate(
-        stage=number,
-        samples=samples,
-        steps=schedule.steps,
-        windows=[(window.start, window.stop) for window in windows],
-        records=selected_steps * batch,
-        ledger_bytes=recorded_steps * batch * (width * itemsize + RECORD_BYTES),
-        embedding_bytes=selected_steps * batch * kept * itemsize,
-        index_bytes=selected_steps * batch * kept * INDEX_BYTES[plan.index],
-        checkpoint_bytes=checkpoints * parameters * state * itemsize,
-    )
 
 
 def _estimate_selection(
@@ -220,24 +183,30 @@ def _trial_steps(plan: Plan) -> dict[int, int]:
     return dict.fromkeys(pruned, trial.steps * (1 + trial.draws))
 
 
-def _stage_bytes(stage: StageEstimate) -> int:
-    # Embeddings count twice, because each segment's own are on disk until the stage's are composed.
-    return (
-        stage.ledger_bytes + 2 * stage.embedding_bytes + stage.index_bytes + stage.checkpoint_bytes
-    )
-
-
 def _recorded_stage(plan: Plan, estimate: StageEstimate) -> RecordedStage:
     stage = plan.stages[estimate.stage]
     batch = min(stage.batch_size, estimate.samples)
     return RecordedStage(
         batch=batch,
-        micro_batch=-(-batch // stage.accumulate),
+        accumulate=stage.accumulate,
+        processes=plan.launch.processes,
         segment_steps=min(plan.segment_steps, estimate.steps),
         segments=-(-estimate.steps // plan.segment_steps),
         records=estimate.records,
     )
 
 
-def _itemsize(plan: Plan) -> int:
-    return 8 if plan.number_type == "float64" else 4
+def _describe_launch(plan: Plan, stages: list[RecordedStage]) -> str | None:
+    """How the plan's processes divide a step, or None if there is only one."""
+    processes = plan.launch.processes
+    if processes == 1:
+        return None
+    shares = []
+    for number, stage in enumerate(stages):
+        least = stage.batch // processes
+        share = str(least) if stage.share == least else f"{least} or {stage.share}"
+        shares.append(f"{share} of the {stage.batch} samples of a step of stage {number}")
+    idle = " (some have none, so fewer processes would do)" * any(
+        stage.batch < processes for stage in stages
+    )
+    return f"each of {processes} processes trains on {', '.join(shares)}{idle}"

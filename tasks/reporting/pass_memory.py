@@ -17,6 +17,7 @@ from secateur.influence.capture.site_hooks import Sink
 from secateur.influence.captures import Capture, LookupCapture
 from secateur.influence.coordinate_basis import CoordinateBasis, share_coefficients
 from secateur.influence.directional_derivatives import LossPart, differentiate_forward, run_pass
+from secateur.influence.hessian import PRODUCTS_AT_ONCE, compute_hessian
 from secateur.influence.hooks import ContributionSum, capture_hooks
 from secateur.influence.kronecker_basis import KroneckerBasis
 from secateur.influence.memory_meter import measure_peak, shape_mode
@@ -120,6 +121,23 @@ class PassMemory:
 
         return self._measure(run, samples, count)
 
+    def hessian(self, samples: Samples, count: int, spans: list[int]) -> int:
+        """The vector products of the Hessian that are made at one time, in the widest span."""
+        basis = self._basis()
+        # The products before stay until the next ones are there.
+        repeat = 2 if sum(-(-span // PRODUCTS_AT_ONCE) for span in spans) > 1 else 1
+
+        def run(products: int, batch: Tensors, size: int) -> None:
+            losses = [lambda: self._losses(batch).mean()]
+            compute_hessian(losses, self.model, basis, [slice(0, products)] * repeat)
+
+        one = self._measure(partial(run, 1), samples, count)
+        products = min(max(spans), PRODUCTS_AT_ONCE)
+        if products == 1:
+            return one
+        # Each further product takes as much as the second.
+        return one + (products - 1) * (self._measure(partial(run, 2), samples, count) - one)
+
     def _measure(self, run: Callable[[Tensors, int], None], samples: Samples, count: int) -> int:
         """The bytes of a pass with the `count` samples of the most bytes, the batch included."""
         rows = largest_rows(samples, torch.arange(len(samples)))
@@ -185,6 +203,8 @@ class PassMemory:
             for site in self.bindings.sites:
                 for binding in site.bindings:
                     basis.find_entries(binding)
+            for number, block in enumerate(blocks):
+                basis.find_piece_entries(number, [piece.columns for piece in block.pieces])
             return basis
         dtype = getattr(torch, self._run.plan.number_type)
         sides = [(block.rows, block.cols) for block in blocks]

@@ -38,23 +38,23 @@ def delay_exchange(model: nn.Module, is_last: bool) -> AbstractContextManager[An
     return context
 
 
+def outermost_layers(module: nn.Module) -> list[nn.Module]:
+    """Return the elements of a model's outermost lists of modules.
+
+    The lists inside them, such as experts, may be called by some processes only.
+    """
+    layers: list[nn.Module] = []
+    for child in module.children():
+        layers += list(child) if isinstance(child, nn.ModuleList) else outermost_layers(child)
+    return layers
+
+
 def _shard_model(model: nn.Module, ranks: Ranks) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     device = next(model.parameters()).device.type
     mesh = init_device_mesh(torch.device(device).type, (ranks.size,))
-    for layer in _outermost_layers(model):
+    for layer in outermost_layers(model):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-
-
-def _outermost_layers(module: nn.Module) -> list[nn.Module]:
-    """The elements of a model's outermost lists of modules.
-
-    The lists inside them, such as experts, may be called by some processes only.
-    """
-    layers: list[nn.Module] = []
-    for child in module.children():
-        layers += list(child) if isinstance(child, nn.ModuleList) else _outermost_layers(child)
-    return layers

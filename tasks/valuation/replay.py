@@ -27,7 +27,7 @@ from secateur.tasks.training.pass_size import split_by_memory
 from secateur.tasks.training.segments import restore_segment_start, segment_bounds
 from secateur.tasks.valuation.stored_steps import StoredSteps
 
-ADJOINT = "adjoint"
+ADJOINT_FILE = "adjoint.safetensors"
 # Largest relative distance between the end of a repeated segment and its checkpoint.
 REPRODUCED = 1e-3
 
@@ -83,11 +83,19 @@ def last_replay_outputs(run: Run, stage: int, targets: list[str] | None) -> list
 def _commit_replay(
     run: Run, stage: int, number: int, target: str, scores: Tensor, adjoint: Adjoint
 ) -> None:
+    """Commit a segment's scores, and the adjoint at its start, from which the walk goes on.
+
+    The adjoint of the segment after it, which is as large as a checkpoint, is removed.
+    """
     folder = run.folder.stage(stage)
     inputs = {"segment": folder.segment(number).fingerprint}
     with folder.replay(target, number).attempt("replay", inputs) as attempt:
-        tensors = {f"{ADJOINT}/{group:05d}": part for group, part in enumerate(adjoint)}
-        write_tensors(attempt, REPLAY_FILE, {REPLAY_SCORES: scores, **tensors}, {})
+        tensors = {f"{group:05d}": part for group, part in enumerate(adjoint)}
+        write_tensors(attempt, REPLAY_FILE, {REPLAY_SCORES: scores}, {})
+        write_tensors(attempt, ADJOINT_FILE, tensors, {})
+    later = folder.replay(target, number + 1)
+    if later.committed:
+        later.remove_file(ADJOINT_FILE)
 
 
 def _walk_back(
@@ -179,8 +187,8 @@ def _adjoint_after(run: Run, loop: TrainingLoop, stage: int, number: int, target
     """
     folder = run.folder.stage(stage)
     if number < len(folder.segments()) - 1:
-        tensors = read_tensors(folder.replay(target, number + 1), REPLAY_FILE)
-        return [tensors[name] for name in sorted(tensors) if name.startswith(f"{ADJOINT}/")]
+        tensors = read_tensors(folder.replay(target, number + 1), ADJOINT_FILE)
+        return [tensors[name] for name in sorted(tensors)]
     loop.load_state(read_checkpoint(end_checkpoint(run, stage)))
     slots = len(plan_update_rule(run.plan.optimizer).slots)
     groups = ParameterGroups(loop.model, loop.optimizer)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from secateur.influence.hessian import compute_hessian
 from secateur.influence.memory_meter import measure_peak
-from secateur.tasks.data.samples import list_target_samples
+from secateur.tasks.data.samples import list_target_samples, read_stage_samples
 from secateur.tasks.reporting.dry_run import estimate_run
 from secateur.tasks.reporting.pass_memory import PassMemory
 from secateur.tasks.training.loop import TrainingLoop
@@ -78,3 +79,64 @@ def test_a_task_that_looks_at_values_is_measured_on_two_samples(folder: Path) ->
     for part, other in zip(found.memory, without.memory, strict=True):
         assert part.part == other.part
         assert part.peak == pytest.approx(other.peak, rel=0.15)
+
+
+@pytest.mark.parametrize("coupling", ["block", "full"])
+def test_the_hessians_products_count_as_much_as_they_take(folder: Path, coupling: str) -> None:
+    curvature = {"kind": "hessian", "every": 4, "coupling": coupling}
+    run = curate_small(
+        small_plan(
+            folder,
+            run=f"hessian-{coupling}",
+            curvature=curvature,
+            stages=[{"steps": 6, "batch_size": 20}],
+        )
+    )
+    samples = read_stage_samples(run, 0)
+    loop = TrainingLoop(run, 0, samples)
+    batch = loop.batch(torch.arange(20))
+    basis = run.basis(run.bindings(loop.model))
+    spans = basis.spans if coupling == "block" else [slice(0, basis.size)]
+    widths = [span.stop - span.start for span in spans]
+
+    def evaluate() -> None:
+        compute_hessian([lambda: loop.losses(batch).mean()], loop.model, basis, spans)
+
+    evaluate()
+    # The matrices themselves are not in the figure of the products.
+    matrices = sum(width**2 for width in widths) * 4
+    foretold = PassMemory(run).hessian(samples, 20, widths) + matrices
+    assert foretold == pytest.approx(measure_peak(evaluate), rel=0.2)
+    plain = small_plan(folder, run="plain", stages=run.plan.model_dump()["stages"])
+    with_products, without = (
+        next(part for part in estimate_run(plan).memory if part.part == "training")
+        for plan in (run.plan, plain)
+    )
+    assert with_products.passes > without.passes
+
+
+@pytest.mark.parametrize("shard", ["none", "fsdp"])
+def test_several_processes_each_take_a_part(folder: Path, shard: str) -> None:
+    """Each has half of the samples. Those of FSDP2 hold half of the model, the first one copies."""
+    model = {"factory": "tests.tasks.small:network", "args": {"width": 10**5}}
+    stages = [{"steps": 6, "batch_size": 41}]
+    changes = {**COORDINATES, "model": model, "stages": stages}
+    alone = estimate_run(small_plan(folder, run="alone", **changes))
+    together = estimate_run(
+        small_plan(folder, run="together", launch={"processes": 2, "shard": shard}, **changes)
+    )
+    assert alone.launch is None
+    sentence = "each of 2 processes trains on 20 or 21 of the 41 samples of a step of stage 0"
+    assert together.launch == sentence
+    one, two = (
+        {part.part: part for part in estimate.memory}.pop("training")
+        for estimate in (alone, together)
+    )
+    assert (one.processes, two.processes) == (1, 2)
+    weights = 4 * alone.parameters
+    # Weights and two slots, gradients (twice for DDP), and the copy for a checkpoint.
+    assert one.peak == pytest.approx(7 * weights, rel=0.02)
+    assert two.peak == pytest.approx({"none": 8, "fsdp": 5}[shard] * weights, rel=0.02)
+    assert [part for part in alone.memory if part.part != "training"] == [
+        part for part in together.memory if part.part != "training"
+    ]

@@ -1,0 +1,102 @@
+"""The size of each stage's outputs on disk, foretold from the plan and the samples."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel
+
+from secateur.tasks.data.batches import BatchSchedule
+from secateur.tasks.plan import Plan
+from secateur.tasks.reporting.forecast_sizes import INDEX_BYTES, Sizes
+from secateur.tasks.training.curvatures import FisherConfig, HessianConfig
+
+RECORD_BYTES = 56  # of a ledger record, besides its coefficients
+FISHER_BYTES = 16  # of a record with sampled labels, besides its coefficients
+
+
+class StageEstimate(BaseModel):
+    """One stage's expected size, with its windows in steps.
+
+    Samples of later stages follow from the fractions that the policies keep, if they have one.
+
+    Attributes:
+        checkpoint_bytes: of the most checkpoints that there are at one time. The first stage has
+            the one that the run starts from as well.
+        kept_checkpoint_bytes: of those that stay when the stage is finished.
+        replay_bytes: of replay's adjoints at most, two per target at one time.
+    """
+
+    stage: int
+    samples: int
+    steps: int
+    windows: list[tuple[int, int]]
+    records: int
+    ledger_bytes: int
+    embedding_bytes: int
+    index_bytes: int
+    checkpoint_bytes: int
+    kept_checkpoint_bytes: int
+    replay_bytes: int
+
+
+def estimate_stage(plan: Plan, number: int, samples: int, sizes: Sizes) -> StageEstimate:
+    """Return the size of a stage that trains on so many samples."""
+    schedule = BatchSchedule(plan, number, samples)
+    windows = schedule.windows()
+    selected_steps = sum(len(window) for window in windows)
+    recorded_steps = selected_steps + (schedule.steps - selected_steps) // schedule.stage.stride
+    batch = min(schedule.stage.batch_size, samples)
+    slots = sizes.rule.state_tensors
+    # Embeddings keep the optimizer's slots only if its state crosses the stage's end.
+    columns = sizes.width * (slots if plan.optimizer.at_stage == "carry" else 1)
+    kept = min(columns, plan.components or columns)
+    uses = selected_steps * batch
+    segments = -(-schedule.steps // plan.segment_steps)
+    most, staying = _count_checkpoints(plan, number, segments)
+    checkpoint = sizes.weights + sizes.slots
+    start = sizes.weights if number == 0 else 0  # before the first step there are no slots
+    replayed = plan.estimate == "replay" or plan.audits(number)
+    return StageEstimate(
+        stage=number,
+        samples=samples,
+        steps=schedule.steps,
+        windows=[(window.start, window.stop) for window in windows],
+        records=uses,
+        ledger_bytes=_ledger_bytes(plan, sizes, schedule.steps, recorded_steps * batch),
+        embedding_bytes=uses * kept * sizes.item,
+        index_bytes=uses * kept * INDEX_BYTES[plan.index],
+        checkpoint_bytes=start + most * checkpoint,
+        kept_checkpoint_bytes=start + staying * checkpoint,
+        replay_bytes=min(segments, 2) * len(plan.targets) * slots * sizes.trained * replayed,
+    )
+
+
+def largest_disk(stages: list[StageEstimate]) -> int:
+    """Return the largest size of all stages' outputs together, at any time."""
+    largest = held = 0
+    for stage in stages:
+        lasting = (
+            stage.ledger_bytes + stage.embedding_bytes + stage.index_bytes + stage.replay_bytes
+        )
+        # Each segment's own embeddings are on disk until the stage's are composed from them.
+        largest = max(largest, held + lasting + stage.embedding_bytes + stage.checkpoint_bytes)
+        held += lasting + stage.kept_checkpoint_bytes
+    return largest
+
+
+def _count_checkpoints(plan: Plan, number: int, segments: int) -> tuple[int, int]:
+    """How many segments have their checkpoint at most, and how many when the stage is finished."""
+    if plan.checkpoints.keep == "segments":
+        return segments, segments
+    # Without a reader, a segment's checkpoint is removed when the next one is committed.
+    return segments if plan.checkpoint_readers(number) else min(segments, 2), 1
+
+
+def _ledger_bytes(plan: Plan, sizes: Sizes, steps: int, records: int) -> int:
+    coefficients = sizes.width * sizes.item
+    total = records * (coefficients + RECORD_BYTES) + steps * sizes.step
+    if isinstance(plan.curvature, FisherConfig):
+        total += records * (coefficients + FISHER_BYTES)
+    if isinstance(plan.curvature, HessianConfig):
+        every = min(plan.curvature.every, plan.segment_steps)
+        total += -(-steps // every) * sizes.coupled
+    return total

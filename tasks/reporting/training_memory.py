@@ -1,0 +1,90 @@
+"""The memory of training a stage, and of fitting the basis."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from secateur.influence.moments import LARGEST_SIDE
+from secateur.storage.shards import Samples
+from secateur.tasks.plan import Plan
+from secateur.tasks.reporting.forecast_sizes import PartMemory, RecordedStage, Sizes
+from secateur.tasks.reporting.pass_memory import PassMemory
+from secateur.tasks.training.curvatures import HessianConfig
+from secateur.tasks.training.distribution import outermost_layers
+
+
+def forecast_fit(
+    plan: Plan, sizes: Sizes, passes: PassMemory, samples: Samples, stage: RecordedStage
+) -> PartMemory:
+    """Return the passes with the fit's sums; or the eigenvectors of the largest second moment."""
+    one_pass = passes.fit(samples, stage.whole_micro_batch)
+    eigenvectors = 0
+    if plan.basis_config.kind == "kronecker":
+        sides = [n for b in passes.bindings.blocks for n in (b.rows, b.cols)]
+        # Two copies, the vectors in two orders, and a workspace of twice the matrix, in float64.
+        eigenvectors = 6 * 8 * max(min(side, LARGEST_SIDE) for side in sides) ** 2
+    return PartMemory(
+        part="fit of the basis",
+        state=sizes.weights + sizes.slots,
+        passes=max(one_pass, eigenvectors + sizes.trained),
+        records=0,
+    )
+
+
+def forecast_training(
+    plan: Plan, sizes: Sizes, passes: PassMemory, samples: Samples, stages: list[RecordedStage]
+) -> PartMemory:
+    """Return the largest of a pass, an update, and the copy of the state for a checkpoint."""
+    stage = max(stages, key=lambda one: one.batch * one.segment_steps)
+    batch = max(one.micro_batch for one in stages)
+    accumulates = any(one.micro_batch < one.share for one in stages)
+    one_pass = passes.training(samples, batch, accumulates)
+    processes, divided = plan.launch.processes, plan.launch.shard == "fsdp"
+    parts = processes if divided else 1
+    whole = sizes.weights + sizes.slots
+    # DDP exchanges gradients in a copy of their size.
+    exchanged = sizes.trained if processes > 1 and not divided else 0
+    state = whole // parts + exchanged
+    trained = sizes.trained // parts
+    gathered = _gathered_layers(passes.model) if divided else 0
+    evaluations, products = _hessian(plan, sizes, passes, samples, stage)
+    own = sizes.ledger(stage, stage.share) + evaluations
+    moments = [
+        # The pass's own gradients are counted whole, and are divided as they are exchanged.
+        (state + gathered, one_pass - sizes.trained + trained, own),
+        # The gradients of the step before are still there.
+        (state + trained, products, own),
+        # Two temporary tensors of the parameter that is updated.
+        (state + trained + 2 * sizes.largest // parts, 0, own),
+        # The steps' records are joined, and those of all processes are brought together.
+        (state + trained, 0, 2 * own + (3 * sizes.ledger(stage, stage.batch)) * (processes > 1)),
+        # The checkpoint is a copy.
+        (state + trained + whole, 0, own if processes == 1 else sizes.ledger(stage, stage.batch)),
+    ]
+    held, passing, records = max(moments, key=sum)
+    return PartMemory(
+        part="training", state=held, passes=passing, records=records, processes=processes
+    )
+
+
+def _gathered_layers(model: nn.Module) -> int:
+    """What FSDP2 holds whole during a pass, and the gradients of one layer.
+
+    These are the parameters outside the layers, those of a layer, and those of the next one.
+    """
+    layers = [sum(p.nbytes for p in layer.parameters()) for layer in outermost_layers(model)]
+    largest = max(layers, default=0)
+    return sum(p.nbytes for p in model.parameters()) - sum(layers) + 3 * largest
+
+
+def _hessian(
+    plan: Plan, sizes: Sizes, passes: PassMemory, samples: Samples, stage: RecordedStage
+) -> tuple[int, int]:
+    """What a segment's evaluations of the Hessian take, and the vector products of one."""
+    curvature = plan.curvature
+    if not isinstance(curvature, HessianConfig):
+        return 0, 0
+    evaluations = -(-stage.segment_steps // curvature.every)
+    products = passes.hessian(samples, stage.micro_batch, sizes.spans)
+    # The matrices of a part of the samples, and their sum so far.
+    return evaluations * sizes.coupled, products + 2 * sizes.coupled
