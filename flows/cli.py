@@ -90,6 +90,13 @@ def query(
     window: Annotated[
         int | None, typer.Option(help="search this window of each stage only; the first is 0")
     ] = None,
+    estimate: Annotated[
+        str,
+        typer.Option(
+            help="embedding: search the index, in milliseconds; pull_back: scan the ledgers, in "
+            "seconds; replay: repeat the training, which is exact"
+        ),
+    ] = "embedding",
     as_json: Json = False,
 ) -> None:
     """Find the training samples that most lowered (or raised) a loss at the run's end."""
@@ -97,7 +104,8 @@ def query(
     from secateur.tasks.run import Run
     from secateur.tasks.valuation.query import find_influential
 
-    hits = find_influential(Run.open(run), target, sample, top, harmful, stage, window)
+    opened = Run.open(run)
+    hits = find_influential(opened, target, sample, top, harmful, stage, window, estimate)
     show_result(hits, as_json, lambda: tables.print_hits(hits))
 
 

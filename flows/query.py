@@ -17,6 +17,7 @@ def query(
     harmful: bool = False,
     stage: int | None = None,
     window: int | None = None,
+    estimate: str = "embedding",
 ) -> list[QueryHit]:
     """Return the samples that most lowered the loss of a target or a sample at the run's end.
 
@@ -25,7 +26,10 @@ def query(
         harmful: return the samples that most raised the loss.
         stage: search one stage only.
         window: search one window of each stage only.
+        estimate: `embedding`, `pull_back` through the ledgers, or `replay` of the training.
     """
-    hits = pipeline_tasks.find_influential(run, target, sample, top, harmful, stage, window)
+    hits = pipeline_tasks.find_influential(
+        run, target, sample, top, harmful, stage, window, estimate
+    )
     run_artifacts.post_query(run, hits)
     return hits

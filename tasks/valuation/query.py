@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import polars as pl
@@ -15,18 +14,19 @@ from torch import Tensor
 from secateur.errors import PlanError
 from secateur.influence.pullback import pull_back, query_at_stage_end
 from secateur.storage.faiss_index import read_index, search_index
-from secateur.storage.shards import Samples
-from secateur.tasks.data.samples import list_target_samples, read_stage_samples
 from secateur.tasks.results.valuation_results import (
     coupled_spans,
     read_embeddings,
     read_scores,
-    read_target_gradients,
     read_transition,
     to_embedding_space,
 )
 from secateur.tasks.run import Run
-from secateur.tasks.valuation.target_gradients import differentiate_samples, loop_at_stage_end
+from secateur.tasks.valuation.pull_back import pull_back_scores
+from secateur.tasks.valuation.question import find_question, question_gradient
+from secateur.tasks.valuation.replay_question import replay_scores
+
+ESTIMATES = ("embedding", "pull_back", "replay")
 
 
 class QueryHit(BaseModel):
@@ -49,6 +49,7 @@ def find_influential(
     harmful: bool = False,
     stage: int | None = None,
     window: int | None = None,
+    estimate: str = "embedding",
 ) -> list[QueryHit]:
     """Return the samples that most lowered a loss at the end of the last indexed stage.
 
@@ -62,15 +63,24 @@ def find_influential(
         harmful: return the samples that most raised the loss.
         stage: search the samples of one stage only.
         window: search one window of each stage only, by its number.
+        estimate: `embedding` searches the index; `pull_back` takes the question back through the
+            ledgers, which is as exact as the curvature and needs no index in memory; `replay`
+            takes it back through training itself.
 
     Raises:
-        PlanError: neither or both of target and sample are given, one is not known, or no stage is
-            indexed.
+        PlanError: neither or both of target and sample are given, one is not known, no stage is
+            indexed, or the stages cannot be replayed.
     """
-    stages = _indexed_stages(run, stage)
+    if estimate not in ESTIMATES:
+        raise PlanError(f"--estimate is {estimate}; give one of {', '.join(ESTIMATES)}")
     if top < 1:
         raise PlanError(f"--top is {top}; ask for at least one sample")
-    gradient = _question_gradient(run, stages[-1], target, sample)
+    stages = _indexed_stages(run, stage)
+    question = find_question(run, target, sample)
+    if estimate != "embedding":
+        score_uses = pull_back_scores if estimate == "pull_back" else replay_scores
+        return _rank_uses(run, score_uses(run, stages, question), top, harmful, stage, window)
+    gradient = question_gradient(run, stages[-1], question)
     hits: list[QueryHit] = []
     for number, query in stage_queries(run, stages, gradient):
         if stage in (None, number):
@@ -82,6 +92,27 @@ def find_influential(
         strongest.setdefault(hit.key, hit)
     best = list(strongest.values())[:top]
     return [hit.model_copy(update={"rank": rank}) for rank, hit in enumerate(best, 1)]
+
+
+def _rank_uses(
+    run: Run,
+    scored: Iterator[tuple[int, Float[Tensor, " uses"]]],
+    top: int,
+    harmful: bool,
+    stage: int | None,
+    window: int | None,
+) -> list[QueryHit]:
+    """The strongest use of each of the best samples, from the scores of every use."""
+    frames = []
+    for number, scores in scored:
+        uses = read_scores(run, number).select("key", "shard", "step", "window")
+        uses = uses.with_columns(pl.Series("score", scores.numpy()), stage=pl.lit(number))
+        if stage in (None, number):
+            frames.append(uses if window is None else uses.filter(pl.col("window") == window))
+    order = pl.concat(frames).sort("score", "stage", "step", descending=[not harmful, False, False])
+    best = order.unique("key", keep="first", maintain_order=True).head(top)
+    rows = enumerate(best.iter_rows(named=True), 1)
+    return [QueryHit(rank=rank, **row) for rank, row in rows]
 
 
 def stage_queries(
@@ -116,37 +147,6 @@ def _indexed_stages(run: Run, stage: int | None) -> list[int]:
             f"stage {stage} of {run.url} is not indexed; the indexed stages are {indexed}"
         )
     return stages
-
-
-def _question_gradient(
-    run: Run, last: int, target: str | None, sample: str | None
-) -> Float[Tensor, "1 p"]:
-    """The loss gradient asked about, at the end of stage `last`."""
-    if (target is None) == (sample is None):
-        raise PlanError(
-            "a query is about a target or about a sample; give one of --target and --sample"
-        )
-    if target is not None:
-        if target not in run.plan.targets:
-            known = ", ".join(run.plan.targets)
-            raise PlanError(f"{run.url} has no target {target}; it has {known}")
-        return read_target_gradients(run, last, target).mean(0, keepdim=True)
-    samples, row = _find_sample(run, str(sample))
-    loop = loop_at_stage_end(run, last)
-    return differentiate_samples(loop, samples, torch.tensor([row]))[0]
-
-
-def _find_sample(run: Run, key: str) -> tuple[Samples, int]:
-    """A sample by key: among the targets first, then among the first stage's samples."""
-    sources = [partial(list_target_samples, run, name) for name in run.plan.targets]
-    for source in (*sources, partial(read_stage_samples, run, 0)):
-        samples = source()
-        rows = samples.frame.filter(pl.col("key") == key)
-        if len(rows):
-            return samples, int(rows["sample"][0])
-    raise PlanError(
-        f"no target and no training shard of {run.url} holds a sample {key}; check the key"
-    )
 
 
 def _stage_hits(

@@ -14,6 +14,7 @@ from secateur.influence.directional_derivatives import LossPart
 from secateur.influence.tape import Adjoint, ParameterGroups, Tape
 from secateur.storage.ledger import read_checkpoint
 from secateur.storage.outputs import Output
+from secateur.storage.shards import Samples
 from secateur.storage.tensors import TensorStack, read_tensors, write_tensors
 from secateur.tasks.data.held_out import scoring_rows
 from secateur.tasks.data.samples import list_target_samples, read_stage_samples
@@ -61,7 +62,7 @@ def replay_stage(run: Run, stage: int, targets: list[str] | None = None) -> int:
                 adjoints[name] = _adjoint_after(run, loop, stage, number, name)
         # Taken from the dict, so that they can be released while the walk replaces them.
         later = {name: adjoints.pop(name) for name in missing}
-        scores, adjoints = _walk_back(run, loop, number, segments[number], later)
+        scores, adjoints = walk_back(run, loop, number, segments[number], later)
         for name, adjoint in adjoints.items():
             _commit_replay(run, stage, number, name, scores[name], adjoint)
     return len(segments)
@@ -98,10 +99,19 @@ def _commit_replay(
         later.remove_file(ADJOINT_FILE)
 
 
-def _walk_back(
+def walk_back(
     run: Run, loop: TrainingLoop, number: int, steps: range, adjoints: dict[str, Adjoint]
 ) -> tuple[dict[str, Float[Tensor, " records"]], dict[str, Adjoint]]:
-    """Train one segment again with its states on disk, then go back through it for each target."""
+    """Train one segment again with its states on disk, then go back through it for each adjoint.
+
+    Args:
+        number: of the segment.
+        steps: of the segment.
+        adjoints: at its end, by name.
+
+    Returns:
+        The scores of its selected records, and the adjoints at its start, by name.
+    """
     with TensorStack() as stack:
         tape = _repeat_segment(run, loop, number, steps, stack)
         return _walk_tape(run, loop, number, steps, tape, adjoints)
@@ -189,26 +199,34 @@ def _adjoint_after(run: Run, loop: TrainingLoop, stage: int, number: int, target
     if number < len(folder.segments()) - 1:
         tensors = read_tensors(folder.replay(target, number + 1), ADJOINT_FILE)
         return [tensors[name] for name in sorted(tensors)]
-    loop.load_state(read_checkpoint(end_checkpoint(run, stage)))
+    samples = list_target_samples(run, target)
+    return start_adjoint(run, loop, samples, scoring_rows(run.plan, target, len(samples)))
+
+
+def start_adjoint(
+    run: Run, loop: TrainingLoop, samples: Samples, rows: Int[Tensor, " n"]
+) -> Adjoint:
+    """Return the adjoint of some samples' mean loss at the end of the loop's stage."""
+    loop.load_state(read_checkpoint(end_checkpoint(run, loop.schedule.number)))
     slots = len(plan_update_rule(run.plan.optimizer).slots)
     groups = ParameterGroups(loop.model, loop.optimizer)
-    return groups.start_adjoint(_target_gradient(run, loop, target), slots)
+    return groups.start_adjoint(_mean_gradient(run, loop, samples, rows), slots)
 
 
-def _target_gradient(run: Run, loop: TrainingLoop, target: str) -> dict[str, Tensor]:
-    """The gradient of a target's mean loss over its scoring samples, in all parameters."""
-    samples = list_target_samples(run, target)
-    scoring = scoring_rows(run.plan, target, len(samples))
+def _mean_gradient(
+    run: Run, loop: TrainingLoop, samples: Samples, rows: Int[Tensor, " n"]
+) -> dict[str, Tensor]:
+    """The gradient of some samples' mean loss, in all parameters."""
     parameters = {name: p for name, p in loop.model.named_parameters() if p.requires_grad}
 
-    def gradients(rows: Int[Tensor, " m"]) -> tuple[Tensor, ...]:
-        losses = loop.losses(loop.batch(rows, samples))
-        mean = losses.sum() / len(scoring)
+    def gradients(part: Int[Tensor, " m"]) -> tuple[Tensor, ...]:
+        losses = loop.losses(loop.batch(part, samples))
+        mean = losses.sum() / len(rows)
         return torch.autograd.grad(mean, list(parameters.values()), materialize_grads=True)
 
     total = [torch.zeros_like(p) for p in parameters.values()]
     with eval_mode(loop.model):
-        for rows in split_by_memory(run.plan, samples, scoring, gradients):
-            for part, gradient in zip(total, gradients(rows), strict=True):
-                part += gradient
+        for part in split_by_memory(run.plan, samples, rows, gradients):
+            for sum_so_far, gradient in zip(total, gradients(part), strict=True):
+                sum_so_far += gradient
     return dict(zip(parameters, total, strict=True))

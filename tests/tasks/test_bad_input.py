@@ -297,6 +297,7 @@ def test_the_dry_run_refuses_what_the_run_would(folder: Path) -> None:
         ({"target": "other"}, "has no target other; it has clean"),
         ({"sample": "other"}, "holds a sample other; check the key"),
         ({"target": "clean", "top": 0}, "--top is 0"),
+        ({"target": "clean", "estimate": "guess"}, "give one of embedding, pull_back, replay"),
         (
             {"target": "clean", "stage": 5},
             "stage 5 of .* is not indexed; the indexed stages are 0, 1",

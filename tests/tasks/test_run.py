@@ -349,11 +349,12 @@ def test_a_query_finds_the_samples_that_walking_it_back_finds(
                 ordered = among.sort("score", descending=not harmful).unique(
                     "key", keep="first", maintain_order=True
                 )
-                hits = find_influential(run, "clean", None, 7, harmful, stage, window)
-                assert [hit.key for hit in hits] == ordered["key"][:7].to_list()
-                assert [hit.score for hit in hits] == pytest.approx(
-                    ordered["score"][:7].to_list(), rel=1e-4
-                )
+                for estimate in ("embedding", "pull_back"):
+                    hits = find_influential(run, "clean", None, 7, harmful, stage, window, estimate)
+                    assert [hit.key for hit in hits] == ordered["key"][:7].to_list()
+                    assert [hit.score for hit in hits] == pytest.approx(
+                        ordered["score"][:7].to_list(), rel=1e-4
+                    )
     merged = pl.concat(
         [read_scores(run, s).with_columns(score=pl.Series(expected[s])) for s in (0, 1)]
     )

@@ -20,6 +20,7 @@ from secateur.tasks.training.loop import MicroBatch, TrainingLoop, eval_mode
 from secateur.tasks.training.segments import restore_segment_start
 from secateur.tasks.valuation import replay
 from secateur.tasks.valuation.dynamics import read_segment
+from secateur.tasks.valuation.query import find_influential
 from secateur.tasks.valuation.replay import replay_stage
 from secateur.tasks.valuation.stored_steps import StoredSteps
 from tests.tasks.small import curate_small, make_data, small_plan
@@ -187,6 +188,49 @@ def test_adamw_embeddings_with_the_hessian_agree_with_replay(folder: Path) -> No
     found = read_scores(embedded, 0)["score_clean"].to_numpy()
     expected = read_scores(exact, 0)["score_clean"].to_numpy()
     assert found == pytest.approx(expected, rel=1e-3, abs=1e-7)
+
+
+@pytest.mark.parametrize("at_stage", ["reset", "carry"])
+def test_questions_pulled_back_and_replayed_agree(folder: Path, at_stage: str) -> None:
+    """Over two stages, with all coordinates and each step's exact Hessian."""
+    stages = [{"steps": 7, "batch_size": 20}, {"steps": 6, "batch_size": 20}]
+    plan = small_plan(
+        folder,
+        run=f"asked-{at_stage}",
+        dtype="float64",
+        optimizer=ADAMW | {"at_stage": at_stage},
+        stages=stages,
+        segment_steps=4,
+        basis={"kind": "coordinates", "numbers": None},
+        curvature={"kind": "hessian", "coupling": "full", "every": 1},
+        model={"factory": "tests.tasks.small:network", "args": {"width": 4}},
+        replay={"step": 1e-5},
+        score={"estimate": "embedding"},
+    )
+    run = curate_small(plan)
+    questions: list[dict[str, Any]] = [{"sample": "digit-0203"}, {"target": "clean"}]
+    for question in questions:
+        found = [
+            {(hit.key, hit.stage, hit.step): hit.score for hit in hits}
+            for hits in (
+                find_influential(run, top=1000, estimate=estimate, **question)
+                for estimate in ("embedding", "pull_back", "replay")
+            )
+        ]
+        for other in found[:2]:
+            assert other.keys() == found[2].keys()
+            assert {hit[1] for hit in other} == {0, 1}
+            assert other == pytest.approx(found[2], rel=1e-3, abs=1e-7)
+
+
+def test_a_replayed_question_about_a_target_has_the_stored_scores(folder: Path) -> None:
+    run = curate_by_replay(folder, "asked", optimizer=CLIPPED)
+    hits = find_influential(run, target="clean", top=1000, stage=1, estimate="replay")
+    stored = read_scores(run, 1).select("key", "step", "score_clean")
+    expected = {(key, step): score for key, step, score in stored.iter_rows()}
+    assert len(hits) == stored["key"].n_unique()
+    for hit in hits:
+        assert hit.score == pytest.approx(expected[hit.key, hit.step], rel=1e-6, abs=1e-12)
 
 
 def test_gradients_of_sampled_labels_are_recorded_too(folder: Path) -> None:
