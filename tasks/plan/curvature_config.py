@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from secateur.influence.curvature import Curvature
     from secateur.influence.recorder import Recorder
     from secateur.influence.segment import Segment
+    from secateur.tasks.run import LearningTask
     from secateur.tasks.training.loop import TrainingLoop
 
 
@@ -41,6 +42,23 @@ class CurvatureConfig(Config, ABC):
         Args:
             spans: the coefficients that are coupled: one slice per block, or one slice of all.
         """
+
+    def count_gradients(self, task: LearningTask, steps: int, batch: int) -> int:
+        """Return how many gradients a segment records beside contributions. By default none.
+
+        Args:
+            steps: recorded steps of the segment.
+            batch: samples per step.
+        """
+        return 0
+
+    def count_matrices(self, steps: int) -> int:
+        """Return how many matrices of the coupled coefficients a segment records. By default none.
+
+        Args:
+            steps: of the segment.
+        """
+        return 0
 
     def record_step(
         self, recorder: Recorder, loop: TrainingLoop, segment: range, step: int, recorded: bool

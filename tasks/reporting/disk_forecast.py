@@ -7,10 +7,9 @@ from pydantic import BaseModel
 from secateur.tasks.data.batches import BatchSchedule
 from secateur.tasks.plan import Plan
 from secateur.tasks.reporting.forecast_sizes import INDEX_BYTES, Sizes
-from secateur.tasks.training.curvatures import FisherConfig, HessianConfig
 
 RECORD_BYTES = 56  # of a ledger record, besides its coefficients
-FISHER_BYTES = 16  # of a record with sampled labels, besides its coefficients
+GRADIENT_BYTES = 16  # of a gradient for the curvature, besides its coefficients
 
 
 class StageEstimate(BaseModel):
@@ -61,7 +60,7 @@ def estimate_stage(plan: Plan, number: int, samples: int, sizes: Sizes) -> Stage
         steps=schedule.steps,
         windows=[(window.start, window.stop) for window in windows],
         records=uses,
-        ledger_bytes=_ledger_bytes(plan, sizes, schedule.steps, recorded_steps * batch),
+        ledger_bytes=_ledger_bytes(plan, sizes, schedule.steps, recorded_steps, batch),
         embedding_bytes=uses * kept * sizes.item,
         index_bytes=uses * kept * INDEX_BYTES[plan.index],
         checkpoint_bytes=start + most * checkpoint,
@@ -91,12 +90,15 @@ def _count_checkpoints(plan: Plan, number: int, segments: int) -> tuple[int, int
     return segments if plan.checkpoint_readers(number) else min(segments, 2), 1
 
 
-def _ledger_bytes(plan: Plan, sizes: Sizes, steps: int, records: int) -> int:
+def _ledger_bytes(plan: Plan, sizes: Sizes, steps: int, recorded: int, batch: int) -> int:
     coefficients = sizes.width * sizes.item
-    total = records * (coefficients + RECORD_BYTES) + steps * sizes.step
-    if isinstance(plan.curvature, FisherConfig):
-        total += records * (coefficients + FISHER_BYTES)
-    if isinstance(plan.curvature, HessianConfig):
-        every = min(plan.curvature.every, plan.segment_steps)
-        total += -(-steps // every) * sizes.coupled
+    total = recorded * batch * (coefficients + RECORD_BYTES) + steps * sizes.step
+    segments = [
+        min(plan.segment_steps, steps - start) for start in range(0, steps, plan.segment_steps)
+    ]
+    for length in segments:
+        # Windows may leave some segments without a record, so this is their share.
+        gradients = plan.curvature.count_gradients(sizes.task, length, batch) * recorded // steps
+        total += gradients * (coefficients + GRADIENT_BYTES)
+        total += plan.curvature.count_matrices(length) * sizes.coupled
     return total

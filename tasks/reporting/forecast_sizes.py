@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from secateur.influence.optimizers import UpdateRule
 from secateur.tasks.plan import Plan
 from secateur.tasks.reporting.pass_memory import PassMemory, coefficients_per_block
+from secateur.tasks.run import LearningTask
 from secateur.tasks.training.optimizers import plan_update_rule
 
 INDEX_BYTES = {"flat": 4, "fp16": 2, "sq8": 1}
@@ -85,6 +86,7 @@ class Sizes:
         rule: the optimizer's update rule.
         spans: coefficients that are coupled, per span.
         dtype: of coefficients.
+        task: the learning task, by which a curvature may need gradients of its own.
     """
 
     weights: int
@@ -93,6 +95,7 @@ class Sizes:
     rule: UpdateRule
     spans: list[int]
     dtype: torch.dtype
+    task: LearningTask
 
     @property
     def item(self) -> int:
@@ -140,4 +143,5 @@ def measure_sizes(plan: Plan, passes: PassMemory) -> Sizes:
         rule=plan_update_rule(plan.optimizer),
         spans=blocks if plan.curvature.coupling == "block" else [sum(blocks)],
         dtype=getattr(torch, plan.number_type),
+        task=passes.task,
     )

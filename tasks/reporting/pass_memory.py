@@ -42,7 +42,7 @@ class PassMemory:
     def __init__(self, run: Run) -> None:
         self.extrapolated: str | None = None
         self._run = run
-        self._task: LearningTask = run.task()
+        self.task: LearningTask = run.task()
         self._mode = shape_mode()
         try:
             with self._mode:
@@ -109,7 +109,7 @@ class PassMemory:
         """The passes of one step of replay, with the gradients that they return."""
 
         def run(batch: Tensors, size: int) -> None:
-            losses = partial(_model_losses, self._task, batch)
+            losses = partial(_model_losses, self.task, batch)
             parts = [LossPart(losses, torch.full((size,), 1 / size, dtype=torch.float64))]
             if self._run.plan.replay.method == "jvp":
                 direction = {n: torch.empty_like(p) for n, p in self._trained().items()}
@@ -146,7 +146,7 @@ class PassMemory:
                 return self._count(run, samples, rows[:count])
             except Exception as error:  # a model or task that needs values fails in its own way
                 self._use_data(error)
-                batch = collate(self._task, samples, rows[:3], self._run.plan.device)
+                batch = collate(self.task, samples, rows[:3], self._run.plan.device)
                 self._locate(batch, len(rows[:3]))
         self._count(run, samples, rows[:1])  # what the first pass caches is no part of a pass
         one = self._count(run, samples, rows[:1])
@@ -155,7 +155,7 @@ class PassMemory:
         return one + (count - 1) * (self._count(run, samples, rows[:2]) - one)
 
     def _count(self, run: Callable[[Tensors, int], None], samples: Samples, rows: Tensor) -> int:
-        batch = collate(self._task, samples, rows, "cpu")
+        batch = collate(self.task, samples, rows, "cpu")
         size = sum(tensor.nbytes for tensor in batch.values())
         device = self._run.plan.device
         with self._shapes():
@@ -186,7 +186,7 @@ class PassMemory:
 
     def _losses(self, batch: Tensors) -> Tensor:
         with precision(self._run.plan):
-            return self._task.losses(self.model, batch)
+            return self.task.losses(self.model, batch)
 
     def _backward(self, batch: Tensors) -> None:
         losses = self._losses(batch)

@@ -9,7 +9,6 @@ from secateur.storage.shards import Samples
 from secateur.tasks.plan import Plan
 from secateur.tasks.reporting.forecast_sizes import PartMemory, RecordedStage, Sizes
 from secateur.tasks.reporting.pass_memory import PassMemory
-from secateur.tasks.training.curvatures import HessianConfig
 from secateur.tasks.training.distribution import outermost_layers
 
 
@@ -47,8 +46,8 @@ def forecast_training(
     state = whole // parts + exchanged
     trained = sizes.trained // parts
     gathered = _gathered_layers(passes.model) if divided else 0
-    evaluations, products = _hessian(plan, sizes, passes, samples, stage)
-    own = sizes.ledger(stage, stage.share) + evaluations
+    of_curvature, products = _curvature(plan, sizes, passes, samples, stage)
+    own = sizes.ledger(stage, stage.share) + of_curvature
     moments = [
         # The pass's own gradients are counted whole, and are divided as they are exchanged.
         (state + gathered, one_pass - sizes.trained + trained, own),
@@ -77,14 +76,15 @@ def _gathered_layers(model: nn.Module) -> int:
     return sum(p.nbytes for p in model.parameters()) - sum(layers) + 3 * largest
 
 
-def _hessian(
+def _curvature(
     plan: Plan, sizes: Sizes, passes: PassMemory, samples: Samples, stage: RecordedStage
 ) -> tuple[int, int]:
-    """What a segment's evaluations of the Hessian take, and the vector products of one."""
-    curvature = plan.curvature
-    if not isinstance(curvature, HessianConfig):
-        return 0, 0
-    evaluations = -(-stage.segment_steps // curvature.every)
+    """What a segment records for the curvature, and the passes that it takes."""
+    gradients = plan.curvature.count_gradients(sizes.task, stage.segment_steps, stage.share)
+    recorded = gradients * sizes.width * sizes.item
+    matrices = plan.curvature.count_matrices(stage.segment_steps)
+    if not matrices:
+        return recorded, 0
     products = passes.hessian(samples, stage.micro_batch, sizes.spans)
     # The matrices of a part of the samples, and their sum so far.
-    return evaluations * sizes.coupled, products + 2 * sizes.coupled
+    return recorded + matrices * sizes.coupled, products + 2 * sizes.coupled

@@ -27,6 +27,7 @@ from secateur.tasks.data.collate import Tensors
 from secateur.tasks.data.seeds import seed_for
 from secateur.tasks.data.take_samples import take_samples
 from secateur.tasks.plan import CurvatureConfig, register_curvature
+from secateur.tasks.run import LearningTask
 from secateur.tasks.training.division import process_seed
 from secateur.tasks.training.loop import MicroBatch, TrainingLoop
 
@@ -40,6 +41,12 @@ class _DrawnConfig(CurvatureConfig):
     rows: PositiveInt = Field(
         1024, description="at most so many of them per segment, so that a step may have fewer"
     )
+
+    def count_gradients(self, task: LearningTask, steps: int, batch: int) -> int:
+        return self._draws_per_step(steps, batch) * steps
+
+    def _draws_per_step(self, steps: int, batch: int) -> int:
+        return min(self.draws or batch, max(1, self.rows // max(1, steps)))
 
     def _record(
         self,
@@ -58,7 +65,7 @@ class _DrawnConfig(CurvatureConfig):
         parts = loop.micro_batches(step)
         own = sum(len(part.rows) for part in parts)
         samples = int(ranks.sum(torch.tensor(float(own))))
-        wanted = min(self.draws or samples, max(1, self.rows // len(segment)))
+        wanted = self._draws_per_step(len(segment), samples)
         for part in parts:
             total = len(part.rows)
             count = max(1, round(wanted * total / samples))
@@ -78,6 +85,11 @@ class EmpiricalFisherConfig(_DrawnConfig):
     """
 
     kind: Literal["empirical_fisher"] = "empirical_fisher"
+
+    def count_gradients(self, task: LearningTask, steps: int, batch: int) -> int:
+        if getattr(task, "signed_losses", None) is None:
+            return 0
+        return super().count_gradients(task, steps, batch)
 
     def build(self, segment: Segment, spans: Sequence[slice]) -> Curvature:
         return Fisher(segment, spans) if len(segment.fisher) else EmpiricalFisher(segment, spans)
@@ -138,6 +150,9 @@ class HessianConfig(CurvatureConfig):
         512, description="at most so many samples of those steps, evenly spaced"
     )
     needs_own_loop: ClassVar[bool] = True
+
+    def count_matrices(self, steps: int) -> int:
+        return -(-steps // self.every)
 
     def build(self, segment: Segment, spans: Sequence[slice]) -> Curvature:
         return Hessian(segment, spans)

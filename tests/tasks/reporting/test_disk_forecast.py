@@ -45,6 +45,11 @@ def measured(run: Run, stage: int, name: str) -> int:
         {},
         ADAMW,
         {"curvature": {"kind": "fisher"}},
+        {"curvature": {"kind": "fisher", "draws": 30, "rows": 170}},
+        {
+            "task": {"factory": "tests.tasks.ranks:NegatedDigits"},
+            "curvature": {"kind": "empirical_fisher", "draws": 7},
+        },
         {"curvature": {"kind": "hessian", "every": 4, "coupling": "full"}},
         {**ADAMW, **EFFECT, "segment_steps": 5},
         {**ADAMW, **STAGE_ENDS, "components": 20},
