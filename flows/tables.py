@@ -232,7 +232,7 @@ def _memory_table(estimate: RunEstimate) -> Table:
 
 
 def _blocks_table(estimate: RunEstimate) -> Table:
-    table = Table("block", "coefficients")
+    table = Table("block", "coefficients, at most")
     for name, coefficients in estimate.blocks.items():
         table.add_row(name, str(coefficients))
     for name, parameters in estimate.uncaptured.items():

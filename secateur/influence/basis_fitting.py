@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from secateur.influence.bindings import Binding, Bindings
 from secateur.influence.captures import Capture, LookupCapture, OuterCapture, widen
-from secateur.influence.coordinate_basis import CoordinateBasis, share_coefficients
+from secateur.influence.coordinate_basis import CoordinateBasis
 from secateur.influence.kronecker_basis import KroneckerBasis
 from secateur.influence.moments import LARGEST_SIDE, Moment, SketchedMoment
 
@@ -76,7 +76,9 @@ class MomentFit:
 class EnergyFit:
     """A sum of squared contributions, entry by entry.
 
-    The entries of the largest sums are a coordinate basis.
+    The entries of the largest sums are a coordinate basis. Energy decides over all blocks: on a
+    language model such coordinates keep twice as much of a question's gradient as equally many of
+    each block (benchmarks/questions.py), and on small networks as much.
     """
 
     def __init__(self, bindings: Bindings) -> None:
@@ -101,12 +103,22 @@ class EnergyFit:
             total[:, columns] += capture.energy()[:, trained].to(total.dtype)
 
     def basis(self, coefficients: int | None) -> CoordinateBasis:
-        """Return the basis of `coefficients` entries, shared equally among blocks; all if None."""
-        shares = share_coefficients([block.size for block in self._blocks], coefficients)
-        entries = [
-            largest_entries(energy.flatten(), share).sort().values.cpu()
-            for share, energy in zip(shares, self._energy, strict=True)
-        ]
+        """Return the basis of the entries of most energy, at least one of each block.
+
+        Args:
+            coefficients: entries over all blocks; all if None.
+        """
+        energies = [energy.flatten() for energy in self._energy]
+        if coefficients is None:
+            return CoordinateBasis(self._blocks, [torch.arange(len(e)) for e in energies])
+        best = [largest_entries(e, min(coefficients, len(e))) for e in energies]
+        values = [energy[places] for energy, places in zip(energies, best, strict=True)]
+        for of_block in values:
+            of_block[of_block.argmax()] = torch.inf
+        chosen = torch.zeros(sum(map(len, values)), dtype=torch.bool, device=values[0].device)
+        chosen[largest_entries(torch.cat(values), max(coefficients, len(values)))] = True
+        own = chosen.split([len(of_block) for of_block in values])
+        entries = [places[mask].sort().values.cpu() for places, mask in zip(best, own, strict=True)]
         return CoordinateBasis(self._blocks, entries)
 
 

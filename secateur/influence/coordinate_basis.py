@@ -110,11 +110,9 @@ class CoordinateBasis(Basis):
 
 
 def share_coefficients(sizes: Sequence[int], coefficients: int | None) -> list[int]:
-    """Return how many coefficients each block gets: as many as any other, or all that it has.
+    """Return how many coefficients each block gets if nothing is known of the blocks.
 
-    Equal shares kept more of an AdamW run's effects than shares by size, or by energy over all
-    blocks, because a loss depends most on small last layers (benchmarks/fidelity.py, workloads C
-    and D).
+    Each gets as many as any other, or all that it has.
 
     Args:
         sizes: entries of each block.

@@ -21,12 +21,12 @@ class KroneckerBasisConfig(Config):
 
 
 class CoordinateBasisConfig(Config):
-    """The entries of largest energy, equally many of each block."""
+    """The entries of largest energy, at least one of each block."""
 
     kind: Literal["coordinates"] = "coordinates"
     numbers: PositiveInt | None = Field(
         2048, description="coefficients over all blocks; null for every parameter"
     )
     fit_steps: PositiveInt = Field(
-        10, description="steps the basis is fitted on; they are then run again"
+        50, description="steps the basis is fitted on; they are then run again"
     )

@@ -24,7 +24,7 @@ from secateur.tasks.reporting.forecast_sizes import (
     measure_sizes,
 )
 from secateur.tasks.reporting.memory_forecast import forecast_memory
-from secateur.tasks.reporting.pass_memory import PassMemory, coefficients_per_block
+from secateur.tasks.reporting.pass_memory import PassMemory, most_coefficients
 from secateur.tasks.reporting.replay_memory import replay_disk, replays
 from secateur.tasks.results.training_results import check_replayable
 from secateur.tasks.run import Run
@@ -52,7 +52,7 @@ class RunEstimate(BaseModel):
     """What a plan would do.
 
     Attributes:
-        blocks: coefficients per block.
+        blocks: coefficients per block, at most if they are coordinates.
         uncaptured: parameters that are left out, with their sizes.
         numbers: coefficients over all blocks.
         automatic: where the windows of a stage are taken from, in a sentence.
@@ -92,7 +92,6 @@ def estimate_run(plan: Plan) -> RunEstimate:
     """
     run = Run.of_plan(plan)
     passes = PassMemory(run)
-    blocks = coefficients_per_block(plan, passes.bindings)
     sizes = measure_sizes(plan, passes)
     parameters = sum(p.numel() for p in passes.model.parameters())
     target_samples = {name: list_target_samples(run, name) for name in plan.targets}
@@ -108,7 +107,7 @@ def estimate_run(plan: Plan) -> RunEstimate:
     records = [_recorded_stage(plan, stage) for stage in stages]
     return RunEstimate(
         run=run.url,
-        blocks=blocks,
+        blocks=most_coefficients(plan, passes.bindings),
         uncaptured=passes.bindings.uncaptured,
         parameters=parameters,
         numbers=sizes.width,

@@ -135,7 +135,7 @@ class Sizes:
 def measure_sizes(plan: Plan, passes: PassMemory) -> Sizes:
     """Return the sizes of a plan's model and record."""
     parameters = list(passes.model.parameters())
-    blocks = list(coefficients_per_block(plan, passes.bindings).values())
+    blocks = coefficients_per_block(plan, passes.bindings)
     return Sizes(
         weights=sum(t.nbytes for t in [*parameters, *passes.model.buffers()]),
         trained=sum(p.nbytes for p in parameters if p.requires_grad),

@@ -194,11 +194,11 @@ class PassMemory:
         (losses * weights.to(losses)).sum().backward()
 
     def _basis(self) -> Basis:
-        """A basis of the plan's sizes. The entries' places do not matter."""
+        """A basis of the plan's size. In which blocks its entries are hardly matters for a pass."""
         config = self._run.plan.basis_config
         blocks = self.bindings.blocks
         if isinstance(config, CoordinateBasisConfig):
-            sizes = coefficients_per_block(self._run.plan, self.bindings).values()
+            sizes = share_coefficients([block.size for block in blocks], config.numbers)
             basis = CoordinateBasis(blocks, [torch.arange(size) for size in sizes])
             for site in self.bindings.sites:
                 for binding in site.bindings:
@@ -215,15 +215,35 @@ class PassMemory:
         return KroneckerBasis(blocks, [(out, inner.to(dtype)) for out, inner in factors])
 
 
-def coefficients_per_block(plan: Plan, bindings: Bindings) -> dict[str, int]:
-    """Return how many coefficients the plan's basis has in each block."""
+def coefficients_per_block(plan: Plan, bindings: Bindings) -> list[int]:
+    """Return how many coefficients the plan's basis has in each block.
+
+    Coordinates are chosen when the basis is fitted. So this is the division among blocks that takes
+    most memory: as many as possible are in the largest blocks.
+    """
     config = plan.basis_config
     blocks = bindings.blocks
-    if isinstance(config, CoordinateBasisConfig):
-        shares = share_coefficients([block.size for block in blocks], config.numbers)
-        return {block.name: share for block, share in zip(blocks, shares, strict=True)}
-    rank = config.rank
-    return {block.name: min(rank, block.rows) * min(rank, block.cols) for block in blocks}
+    if not isinstance(config, CoordinateBasisConfig):
+        return [min(config.rank, b.rows) * min(config.rank, b.cols) for b in blocks]
+    rest = sum(b.size for b in blocks)
+    if config.numbers is not None:
+        rest = min(rest, max(config.numbers, len(blocks)))
+    rest -= len(blocks)
+    shares = [1] * len(blocks)
+    for number in sorted(range(len(blocks)), key=lambda n: -blocks[n].size):
+        added = min(blocks[number].size - 1, rest)
+        shares[number] += added
+        rest -= added
+    return shares
+
+
+def most_coefficients(plan: Plan, bindings: Bindings) -> dict[str, int]:
+    """Return how many coefficients each block has at most."""
+    shares = coefficients_per_block(plan, bindings)
+    if not isinstance(plan.basis_config, CoordinateBasisConfig):
+        return {b.name: share for b, share in zip(bindings.blocks, shares, strict=True)}
+    free = sum(shares) - len(shares)
+    return {block.name: min(block.size, 1 + free) for block in bindings.blocks}
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,32 @@ def test_the_largest_entries_are_those_of_one_stable_sort(
     assert torch.equal(basis_fitting.largest_entries(values, count), expected)
 
 
+@pytest.mark.parametrize("count", [1, 3, 20, 40, 10_000, None])
+def test_coordinates_are_those_of_most_energy_over_all_blocks(count: int | None) -> None:
+    """At least one is of each block, and all others have no more energy than those chosen."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+    model[2].weight.data.mul_(0.01)  # so that little energy reaches the first layer
+    bindings = bind_layers(model)
+    inputs = torch.randn(7, 6, dtype=torch.float64)
+    fit = EnergyFit(bindings)
+    with capture_hooks(bindings, fit.add, 7):
+        squares(model, inputs).sum().backward()
+    whole = one_by_one(model, squares, inputs)
+    energy = whole.square().sum(0).split([block.size for block in bindings.blocks])
+    entries = list(fit.basis(count).tensors().values())
+    taken = sum(map(len, entries))
+    assert taken == (whole.shape[1] if count is None else min(max(count, 2), whole.shape[1]))
+    assert all(len(own) for own in entries)
+    chosen, left = [], [0.0]
+    for values, own in zip(energy, entries, strict=True):
+        first = int(values.argmax())
+        assert first in own.tolist()
+        chosen += [float(values[n]) for n in own.tolist() if n != first]
+        left += [float(values[n]) for n in range(len(values)) if n not in own.tolist()]
+    assert not chosen or min(chosen) >= max(left)
+
+
 def test_entries_of_a_large_block_are_drawn_without_a_permutation(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
