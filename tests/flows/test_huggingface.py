@@ -185,7 +185,7 @@ def collate_to_one_length(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
 # torch.compile's own.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.server)])
 def test_a_compiled_model_runs_compiled_outside_recorded_steps(folder: Path, backend: str) -> None:
     """Steps 0, 3 and 4 are recorded. The others use what step 1 has compiled."""
     stage = {

@@ -90,7 +90,7 @@ def test_a_model_compiled_before_recording(compile_model: Compile) -> None:
     assert counter.frame_count == 1  # neither recording nor the step after it compiled again
 
 
-@pytest.mark.slow
+@pytest.mark.server
 # torch.compile's own.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 def test_inductor_before_and_after_recording() -> None:

@@ -136,8 +136,8 @@ def test_training_holds_one_checkpoint_beside_the_start(
     [
         (1, "after"),
         pytest.param(1, "before", marks=pytest.mark.slow),
-        pytest.param(4, "before", marks=pytest.mark.slow),
-        pytest.param(4, "after", marks=pytest.mark.slow),
+        pytest.param(4, "before", marks=pytest.mark.server),
+        pytest.param(4, "after", marks=pytest.mark.server),
     ],
 )
 def test_a_run_killed_while_it_removes_continues_to_the_same_bytes(
@@ -184,7 +184,7 @@ def test_an_interrupted_stage_continues_at_its_last_whole_segment(
 
 @pytest.mark.parametrize(
     "name",
-    ["replay", "tracin", *(pytest.param(n, marks=pytest.mark.slow) for n in ("audit", "gate"))],
+    ["replay", "tracin", *(pytest.param(n, marks=pytest.mark.server) for n in ("audit", "gate"))],
 )
 def test_what_the_plan_reads_is_kept_until_it_is_read(folder: Path, name: str) -> None:
     """Stage 1 has no audit and no policy, so its checkpoints go as it trains, unless it replays."""
