@@ -127,8 +127,9 @@ def test_the_largest_entries_are_those_of_one_stable_sort(
 def test_coordinates_are_those_of_most_energy_over_all_blocks(count: int | None) -> None:
     """At least one is of each block, and all others have no more energy than those chosen."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double()
-    model[2].weight.data.mul_(0.01)  # so that little energy reaches the first layer
+    last = nn.Linear(5, 4)
+    last.weight.data.mul_(0.01)  # so that little energy reaches the first layer
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), last).double()
     bindings = bind_layers(model)
     inputs = torch.randn(7, 6, dtype=torch.float64)
     fit = EnergyFit(bindings)

@@ -36,11 +36,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("shard", ["none", "fsdp"])
-@pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=["sgd", "adamw"])
+@pytest.mark.parametrize(
+    ("optimizer", "shard"),
+    [
+        pytest.param(SGD, "none", marks=pytest.mark.server),
+        pytest.param(SGD, "fsdp", marks=pytest.mark.slow),
+        pytest.param(ADAMW, "none", marks=pytest.mark.slow),
+        pytest.param(ADAMW, "fsdp", marks=pytest.mark.server),
+    ],
+)
 def test_two_processes_decide_what_one_decides(
-    folder: Path, shard: str, optimizer: dict[str, Any]
+    folder: Path, optimizer: dict[str, Any], shard: str
 ) -> None:
     """Through both stages, with accumulation, weights by size and clipping."""
     changes: dict[str, Any] = {
