@@ -40,7 +40,7 @@ SWIN = {"image_size": IMAGES, "patch_size": 2, "embed_dim": 8, "num_heads": [2, 
 RESIDUAL = {"embedding_size": 8, "hidden_sizes": [8, 16], "layer_type": "bottleneck"}
 WORDS = {"vocab_size": VOCABULARY, "max_position_embeddings": 16}
 
-# Name of the model's class without its ending, the settings, and what it is told.
+# Name of the model's class without its ending, the settings, and the kind of its inputs.
 MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "ViT": ("ViTForImageClassification", IMAGE | LABELS, "image"),
     "DeiT": ("DeiTForImageClassification", IMAGE | LABELS, "image"),
@@ -133,7 +133,7 @@ def perception_model(name: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     """Return a tiny model in eval mode, and a function of some samples' losses."""
     import transformers
 
-    kind, settings, told = MODELS[name]
+    kind, settings, modality = MODELS[name]
     torch.manual_seed(0)
     model_class = getattr(transformers, kind)
     config = model_class.config_class(**settings)
@@ -141,7 +141,7 @@ def perception_model(name: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
         if isinstance(value, float) and "drop" in setting:
             setattr(config, setting, 0.0)
     model = scramble(model_class(config)).eval()
-    inputs = _inputs(told)
+    inputs = _inputs(modality)
     generator = torch.Generator().manual_seed(2)
     classes = torch.randint(CLASSES, (3,), generator=generator)
 
@@ -166,7 +166,7 @@ def perception_model(name: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     return model, losses
 
 
-def _inputs(told: str) -> dict[str, Tensor]:
+def _inputs(modality: str) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     words = torch.randint(3, VOCABULARY, (3, 7), generator=generator)
     words[:, -1] = 2  # CLIP reads its text's embedding at the end
@@ -174,12 +174,12 @@ def _inputs(told: str) -> dict[str, Tensor]:
     def noise(*shape: int) -> Tensor:
         return torch.randn(3, *shape, generator=generator)
 
-    if told == "image":
+    if modality == "image":
         return {"pixel_values": noise(3, IMAGES, IMAGES)}
-    if told == "text":
+    if modality == "text":
         return {"input_ids": words}
-    if told == "speech":
+    if modality == "speech":
         return {"input_values": noise(SPEECH)}
-    if told == "spectrogram":
+    if modality == "spectrogram":
         return {"input_values": noise(FRAMES, BINS)}
     return {"input_features": noise(BINS, FRAMES), "decoder_input_ids": words}

@@ -98,18 +98,9 @@ class EmpiricalFisherConfig(_DrawnConfig):
         self, recorder: Recorder, loop: TrainingLoop, segment: range, step: int, recorded: bool
     ) -> None:
         signed_losses = getattr(loop.task, "signed_losses", None)
-        if not recorded or signed_losses is None:
-            return
-
-        def draw(tensors: Tensors) -> LossesOf:
-            def losses_of(rows: Tensor) -> Tensor:
-                with loop.precision():
-                    losses: Tensor = signed_losses(loop.model, take_samples(tensors, rows))
-                return losses
-
-            return losses_of
-
-        self._record(recorder, loop, segment, step, draw)
+        if recorded and signed_losses is not None:
+            draw = partial(loop.losses_of, compute=signed_losses)
+            self._record(recorder, loop, segment, step, draw)
 
 
 @register_curvature

@@ -127,11 +127,19 @@ class TrainingLoop:
         """Return the context in which the model runs: autocast, if the plan has it."""
         return precision(self.run.plan)
 
-    def losses_of(self, tensors: Tensors) -> LossesOf:
-        """Return a function that runs the samples at some places of a batch, in one row each."""
+    def losses_of(
+        self, tensors: Tensors, compute: Callable[[nn.Module, Tensors], Tensor] | None = None
+    ) -> LossesOf:
+        """Return a function that runs the samples at some places of a batch, in one row each.
+
+        Args:
+            compute: returns one loss per sample; the task's `losses` if None.
+        """
+        task_losses = compute or self.task.losses
 
         def losses_of(rows: Tensor) -> Tensor:
-            return self.losses(take_samples(tensors, rows))
+            with self.precision():
+                return task_losses(self.model, take_samples(tensors, rows))
 
         return losses_of
 

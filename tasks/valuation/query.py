@@ -81,17 +81,12 @@ def find_influential(
         score_uses = pull_back_scores if estimate == "pull_back" else replay_scores
         return _rank_uses(run, score_uses(run, stages, question), top, harmful, stage, window)
     gradient = question_gradient(run, stages[-1], question)
-    hits: list[QueryHit] = []
+    frames = []
     for number, query in stage_queries(run, stages, gradient):
         if stage in (None, number):
             signed = -query if harmful else query
-            hits += _stage_hits(run, number, signed, top, harmful, window)
-    hits.sort(key=lambda hit: (hit.score if harmful else -hit.score, hit.stage, hit.step))
-    strongest: dict[str, QueryHit] = {}
-    for hit in hits:
-        strongest.setdefault(hit.key, hit)
-    best = list(strongest.values())[:top]
-    return [hit.model_copy(update={"rank": rank}) for rank, hit in enumerate(best, 1)]
+            frames.append(_search_stage(run, number, signed, top, harmful, window))
+    return _rank_samples(frames, top, harmful)
 
 
 def _rank_uses(
@@ -102,17 +97,27 @@ def _rank_uses(
     stage: int | None,
     window: int | None,
 ) -> list[QueryHit]:
-    """The strongest use of each of the best samples, from the scores of every use."""
+    """The best samples, from the scores of every use."""
     frames = []
     for number, scores in scored:
-        uses = read_scores(run, number).select("key", "shard", "step", "window")
-        uses = uses.with_columns(pl.Series("score", scores.numpy()), stage=pl.lit(number))
+        uses = _with_scores(read_scores(run, number), scores.numpy(), number)
         if stage in (None, number):
             frames.append(uses if window is None else uses.filter(pl.col("window") == window))
+    return _rank_samples(frames, top, harmful)
+
+
+def _rank_samples(frames: list[pl.DataFrame], top: int, harmful: bool) -> list[QueryHit]:
+    """The best samples, each by its strongest use."""
     order = pl.concat(frames).sort("score", "stage", "step", descending=[not harmful, False, False])
     best = order.unique("key", keep="first", maintain_order=True).head(top)
-    rows = enumerate(best.iter_rows(named=True), 1)
-    return [QueryHit(rank=rank, **row) for rank, row in rows]
+    return [QueryHit(rank=rank, **row) for rank, row in enumerate(best.iter_rows(named=True), 1)]
+
+
+def _with_scores(uses: pl.DataFrame, scores: np.ndarray, stage: int) -> pl.DataFrame:
+    """The columns of a hit, but for its rank."""
+    columns = uses.select("key", "shard", "step", "window")
+    score = pl.Series("score", scores, dtype=pl.Float64)
+    return columns.with_columns(score, stage=pl.lit(stage))
 
 
 def stage_queries(
@@ -149,13 +154,10 @@ def _indexed_stages(run: Run, stage: int | None) -> list[int]:
     return stages
 
 
-def _stage_hits(
+def _search_stage(
     run: Run, stage: int, query: np.ndarray, top: int, harmful: bool, window: int | None
-) -> list[QueryHit]:
-    """The strongest uses in one stage, of at least `top` samples if it has so many.
-
-    They have no rank yet, because the stages are not merged.
-    """
+) -> pl.DataFrame:
+    """The strongest uses in one stage, of at least `top` samples if it has so many."""
     scores = read_scores(run, stage)
     index = read_index(run.folder.stage(stage).index)
     ids = None
@@ -171,12 +173,7 @@ def _stage_hits(
         if count >= available or uses["key"].n_unique() >= top:
             break
         count = min(available, count * 4)
-    sign = -1.0 if harmful else 1.0
-    columns = uses.select("key", "shard", "step", "window").iter_rows(named=True)
-    return [
-        QueryHit(rank=0, score=sign * float(product), stage=stage, **row)
-        for product, row in zip(products, columns, strict=True)
-    ]
+    return _with_scores(uses, -products if harmful else products, stage)
 
 
 def _embedding_reader(run: Run, stage: int) -> Callable[[np.ndarray], np.ndarray]:
