@@ -32,7 +32,7 @@ from secateur.tasks.reporting.dry_run import estimate_run
 from secateur.tasks.run import Run
 from secateur.tasks.training.fit_basis import fit_basis
 from secateur.tasks.training.train import train_stage
-from secateur.tasks.valuation.embed import compose_stage, embed_segment
+from secateur.tasks.valuation.embed import compose_stage, embed_part
 from secateur.tasks.valuation.index import index_stage
 from secateur.tasks.valuation.replay import replay_stage
 from secateur.tasks.valuation.score import write_scores
@@ -88,7 +88,7 @@ def compose_and_index(run: Run) -> None:
 def embed(run: Run) -> None:
     """Embed every segment."""
     for number in range(len(run.folder.stage(0).segments())):
-        embed_segment(run, 0, number)
+        embed_part(run, 0, number)
 
 
 PARTS: dict[str, Callable[[Run], object]] = {

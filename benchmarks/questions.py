@@ -3,10 +3,11 @@
 `python -m benchmarks.questions [--seeds 5] [--json FILE]` trains once per seed with every parameter
 recorded, in float32. Eight validation texts are asked about. For each, replay of the training gives
 the effect of leaving out each of the 3,200 uses. Rows are estimates of the same, by a question that
-is pulled back through the record. Columns are Spearman's correlation with replay (the median of the
-eight), the share of replay's 50 most helpful uses that are among the estimate's best 1,000, and the
-share of the question's squared gradient that the coordinates hold: the median over seeds (least to
-greatest).
+is pulled back through the record, in all coordinates, in those of most energy, or in the principal
+directions of the recorded gradients. Columns are Spearman's correlation with replay (the median of
+the eight), the share of replay's 50 most helpful uses that are among the estimate's best 1,000 and
+best 2,000, and the share of the question's squared gradient that is held: the median over seeds
+(least to greatest).
 """
 
 from __future__ import annotations
@@ -34,14 +35,15 @@ from secateur.influence.coordinate_basis import CoordinateBasis, share_coefficie
 from secateur.influence.curvature import Curvature, EmpiricalFisher, Fisher, NoCurvature
 from secateur.influence.hooks import sample_gradients
 from secateur.influence.optimizers import UpdateRule
+from secateur.influence.principal_directions import principal_directions
 from secateur.influence.recorder import Recorder
 from secateur.influence.recursion import Dynamics, walk_segment
 from secateur.influence.segment import Segment
 from secateur.influence.tape import Tape
 
 QUESTIONS, SEGMENT, BATCH, POSITIONS = 8, 50, 16, 64
-DRAWS = 2  # with labels drawn from the model; one more has random signs
-FIRST, BEST = 50, 1000
+DRAWS = 4  # with labels drawn from the model; one more has random signs
+FIRST, BEST = 50, (1000, 2000)
 
 
 @dataclass
@@ -138,6 +140,7 @@ def _replay(
 
 def answer(
     training: Training,
+    gradients: Tensor,
     curvature: Callable[[Segment, list[slice]], Curvature],
     draws: range,
     places: Tensor | None,
@@ -146,11 +149,11 @@ def answer(
     """Return the estimated effect of every use on each question, `questions uses`.
 
     Args:
+        gradients: of the questions, in the coordinates.
         draws: which of a step's batches of Fisher rows count.
         places: the coordinates; all if None.
         coupled: whether blocks are coupled.
     """
-    gradients = training.questions if places is None else training.questions[:, places]
     spans = [slice(0, gradients.shape[1])]
     if not coupled:
         assert places is not None
@@ -209,8 +212,15 @@ def choose(training: Training, steps: int, count: int, equal: bool) -> Tensor:
     return torch.cat([energy[s].topk(n).indices.sort().values + s.start for s, n in pairs])
 
 
-NONE, DRAWN, TWICE, SIGNS = range(0), range(1), range(DRAWS), range(DRAWS, DRAWS + 1)
-Row = Callable[[Training], tuple[Tensor, Tensor | None]]
+def hold(questions: Tensor, directions: Tensor) -> Tensor:
+    """The part of questions that lies in orthonormal directions, `questions p`."""
+    return (questions @ directions) @ directions.T
+
+
+NONE, DRAWN, TWICE = range(0), range(1), range(2)
+ALL_DRAWS, SIGNS = range(DRAWS), range(DRAWS, DRAWS + 1)
+# Scores, and the part of each question's gradient that is held.
+Row = Callable[[Training], tuple[Tensor, Tensor]]
 
 
 def _row(
@@ -218,10 +228,25 @@ def _row(
     draws: range,
     choice: tuple[int, int, bool] | None = None,
     coupled: bool = True,
+    directions: int | None = None,
 ) -> Row:
-    def run(training: Training) -> tuple[Tensor, Tensor | None]:
+    """A row's estimate: the curvature, and which coordinates of the record it has.
+
+    Args:
+        curvature, draws, coupled: as in `answer`.
+        choice: steps, number and equality of `choose`; all coordinates if None.
+        directions: how many numbers an embedding has; as many as coordinates if None. Embeddings in
+            such numbers score a question as its part in the directions is scored.
+    """
+
+    def run(training: Training) -> tuple[Tensor, Tensor]:
         places = None if choice is None else choose(training, *choice)
-        return answer(training, curvature, draws, places, coupled), places
+        held = training.questions if places is None else training.questions[:, places]
+        if directions is not None:
+            gradients = torch.cat([s.contributions for s in training.segments])
+            gradients = gradients if places is None else gradients[:, places]
+            held = hold(held, principal_directions(gradients, directions))
+        return answer(training, held, curvature, draws, places, coupled), held
 
     return run
 
@@ -229,38 +254,39 @@ def _row(
 ROWS: dict[str, Row] = {
     "all, no curvature": _row(NoCurvature, NONE),
     "all, empirical Fisher of texts": _row(EmpiricalFisher, NONE),
-    "all, random signs": _row(Fisher, SIGNS),
-    "all, labels drawn": _row(Fisher, DRAWN),
-    "all, labels drawn twice": _row(Fisher, TWICE),
-    **{
-        f"{count:,}, {name}": _row(curvature, draws, (steps, count, equal), coupled)
-        for count in (2048, 8192)
-        for name, curvature, draws, steps, equal, coupled in (
-            ("10 steps, equal, texts, by block", EmpiricalFisher, NONE, 10, True, False),
-            ("10 steps, equal, signs, by block", Fisher, SIGNS, 10, True, False),
-            ("10 steps, equal, signs", Fisher, SIGNS, 10, True, True),
-            ("10 steps, by energy, signs", Fisher, SIGNS, 10, False, True),
-            ("50 steps, by energy, signs", Fisher, SIGNS, 50, False, True),
-            ("50 steps, by energy, signs, by block", Fisher, SIGNS, 50, False, False),
-            ("50 steps, by energy, drawn twice", Fisher, TWICE, 50, False, True),
-            ("all steps, by energy, drawn twice", Fisher, TWICE, 200, False, True),
-        )
-    },
+    "all, signs": _row(Fisher, SIGNS),
+    "all, drawn": _row(Fisher, DRAWN),
+    "all, drawn twice": _row(Fisher, TWICE),
+    "all, drawn 4 times": _row(Fisher, ALL_DRAWS),
+    "2,048: 10 steps, equal, texts, by block": _row(
+        EmpiricalFisher, NONE, (10, 2048, True), coupled=False
+    ),
+    "2,048: 50 steps, signs, by block": _row(Fisher, SIGNS, (50, 2048, False), coupled=False),
+    "8,192: 50 steps, signs, by block": _row(Fisher, SIGNS, (50, 8192, False), coupled=False),
+    "8,192: 50 steps, drawn 4 times": _row(Fisher, ALL_DRAWS, (50, 8192, False)),
+    "32,768 in 2,048 directions, signs": _row(Fisher, SIGNS, (50, 32768, False), directions=2048),
+    "32,768 in 2,048, drawn 4 times": _row(Fisher, ALL_DRAWS, (50, 32768, False), directions=2048),
+    "all in 512 directions, signs": _row(Fisher, SIGNS, directions=512),
+    "all in 2,048 directions, signs": _row(Fisher, SIGNS, directions=2048),
+    "all in 512 directions, drawn 4 times": _row(Fisher, ALL_DRAWS, directions=512),
+    "all in 2,048 directions, drawn 4 times": _row(Fisher, ALL_DRAWS, directions=2048),
 }
 
 
-def measure(training: Training, row: Row) -> tuple[float, float, float]:
-    """Return a row's correlation, share of the first uses found, and share of the gradient."""
-    scores, places = row(training)
+def measure(training: Training, row: Row) -> tuple[float, ...]:
+    """Return a row's correlation, shares of the first uses found, and share of the gradient."""
+    scores, held = row(training)
     pairs = list(zip(scores, training.truth, strict=True))
     correlation = statistics.median(float(spearmanr(a, b).statistic) for a, b in pairs)
-    found = statistics.median(
-        float(torch.isin(b.topk(FIRST).indices, a.topk(BEST).indices).float().mean())
-        for a, b in pairs
-    )
-    squares = training.questions.square()
-    held = (squares if places is None else squares[:, places]).sum(1) / squares.sum(1)
-    return correlation, found, float(held.median())
+    found = [
+        statistics.median(
+            float(torch.isin(b.topk(FIRST).indices, a.topk(best).indices).float().mean())
+            for a, b in pairs
+        )
+        for best in BEST
+    ]
+    share = held.square().sum(1) / training.questions.square().sum(1)
+    return correlation, *found, float(share.median())
 
 
 def _make_workload(seed: int) -> Workload:
@@ -277,18 +303,20 @@ def main() -> None:
     """Print one line per estimate."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    results: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ROWS}
-    for seed in range(arguments.seeds):
+    results: dict[str, list[tuple[float, ...]]] = {name: [] for name in ROWS}
+    for seed in range(arguments.first, arguments.first + arguments.seeds):
         training = train(_make_workload(seed))
         for name, row in ROWS.items():
             results[name].append(measure(training, row))
             print(seed, name, *(f"{value:.3f}" for value in results[name][-1]), flush=True)
-    print(f"{'coordinates, curvature':48}{'Spearman':24}{'50 in best 1,000':24}gradient held")
+    names = ["Spearman", *(f"50 in best {best:,}" for best in BEST), "gradient held"]
+    print(f"{'coordinates, curvature':48}" + "".join(f"{name:24}" for name in names))
     for name, values in results.items():
-        columns = [format_spread([v[i] for v in values]) for i in range(3)]
+        columns = [format_spread([v[i] for v in values]) for i in range(len(names))]
         print(f"{name:48}" + "".join(f"{column:24}" for column in columns))
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from benchmarks.timing import format_spread, time_in_turns
 from examples.shards import write_shards
-from secateur.flows.pipeline_tasks import compose_embeddings, embed_segment
+from secateur.flows.pipeline_tasks import compose_embeddings, embed_part
 from secateur.flows.stage import train_stage
 from secateur.flows.workers import InlineWorkers
 from secateur.influence.bindings import bind_layers
@@ -123,7 +123,7 @@ def measure_recursion(repeats: int, folder: str) -> None:
         if stage.embeddings.committed:
             stage.embeddings.remove()
         for number in range(segments):
-            embed_segment.run_without_prefect(run.url, 0, number)
+            embed_part.run_without_prefect(run.url, 0, number)
         compose_embeddings.run_without_prefect(run.url, 0)
 
     seconds = time_in_turns({"recursion": embed, "products": _make_products()}, repeats, 3)

@@ -100,12 +100,12 @@ def train(folder: Path, steps: int) -> str:
 def embed_in_loop(run_url: str) -> None:
     """Embed the segments one after the other, as a plain function."""
     for number in range(SEGMENTS):
-        pipeline_tasks.embed_segment.run_without_prefect(run_url, 0, number)
+        pipeline_tasks.embed_part.run_without_prefect(run_url, 0, number)
 
 
 def embed_on(pool: WorkerPool, run_url: str) -> None:
     """Embed the segments on some workers."""
-    task = pipeline_tasks.embed_segment
+    task = pipeline_tasks.embed_part
     pool.map([Call(task, (run_url, 0, number)) for number in range(SEGMENTS)], "embedding")
 
 
@@ -113,7 +113,7 @@ def remove_embeddings(run_url: str) -> None:
     """Remove the segments' embeddings."""
     folder = Run.open(run_url).folder.stage(0)
     for number in range(SEGMENTS):
-        folder.local(number).remove()
+        folder.embedded(number).remove()
 
 
 if __name__ == "__main__":

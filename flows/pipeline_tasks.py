@@ -18,7 +18,15 @@ from secateur.tasks.run import Run
 from secateur.tasks.training import checkpoint_removal
 from secateur.tasks.training import fit_basis as basis
 from secateur.tasks.training import train as training
-from secateur.tasks.valuation import embed, index, query, replay, score, target_gradients
+from secateur.tasks.valuation import (
+    directions,
+    embed,
+    index,
+    query,
+    replay,
+    score,
+    target_gradients,
+)
 
 
 def _decisions(run: Run, stage: int, policy: Policy | None) -> Output:
@@ -48,7 +56,12 @@ train = PipelineTask(
     outputs=lambda run, stage, launch: run.folder.stage(stage).trained,
     uses_random_numbers=True,
 )
-embed_segment = PipelineTask("embed segment", embed.embed_segment)
+choose_directions = PipelineTask(
+    "choose directions",
+    directions.choose_directions,
+    outputs=lambda run, stage: run.folder.stage(stage).components,
+)
+embed_part = PipelineTask("embed", embed.embed_part)
 compose_embeddings = PipelineTask(
     "compose embeddings",
     embed.compose_stage,

@@ -16,7 +16,9 @@ from secateur.tasks.pruning.prune import pruning_name
 from secateur.tasks.results.audit_results import AuditResult
 from secateur.tasks.results.pruning_results import PruneResult
 from secateur.tasks.results.training_results import end_checkpoint
+from secateur.tasks.results.valuation_results import is_reduced
 from secateur.tasks.run import Run
+from secateur.tasks.valuation.embed import count_parts
 from secateur.tasks.valuation.replay import group_targets
 
 
@@ -41,10 +43,10 @@ def score_stage(workers: Workers, run_url: str, stage: int) -> None:
     folder = run.folder.stage(stage)
     if not folder.embeddings.committed:
         end_checkpoint(run, stage)
-        segments = range(len(folder.segments()))
-        calls = [
-            Call(pipeline_tasks.embed_segment, (run_url, stage, number)) for number in segments
-        ]
+        if is_reduced(run):
+            workers.call(pipeline_tasks.choose_directions, run_url, stage)
+        parts = range(count_parts(run, stage))
+        calls = [Call(pipeline_tasks.embed_part, (run_url, stage, number)) for number in parts]
         progress = ProgressArtifact(run, f"stage-{stage}-embedding", len(calls))
         workers.map(calls, f"stage {stage}, embedding", progress)
     workers.call(pipeline_tasks.compose_embeddings, run_url, stage)

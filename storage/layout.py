@@ -27,6 +27,7 @@ class StageFolder:
         windows: the automatic windows that were chosen when the stage began.
         start: the run's first checkpoint; only stage 0 has one.
         trained: the mark that the stage is trained to its end.
+        components: the directions that embeddings are reduced to, if they are.
         embeddings: the embeddings and the stage's transition.
         index: the FAISS index of the embeddings.
         targets: the targets' gradients at the stage's end, and their metrics.
@@ -41,6 +42,7 @@ class StageFolder:
         self.windows = self._output("windows")
         self.start = self._output("start")
         self.trained = self._output("trained")
+        self.components = self._output("components")
         self.embeddings = self._output("embeddings")
         self.index = self._output("index")
         self.targets = self._output("targets")
@@ -59,12 +61,12 @@ class StageFolder:
             segments.append(segment)
         return segments
 
-    def local(self, number: int) -> Output:
-        """Return the embeddings of a segment as seen from its own end, and its transition.
+    def embedded(self, number: int) -> Output:
+        """Return a part of the stage's embeddings.
 
-        They are removed once the embeddings of the whole stage are composed from them.
+        It is removed once the embeddings of the whole stage are composed.
         """
-        return self._output(f"local/seg-{number:05d}")
+        return self._output(f"embedded/{number:05d}")
 
     def replay(self, target: str, number: int) -> Output:
         """Return the scores of a segment by replay for a target, and the adjoint at its start."""

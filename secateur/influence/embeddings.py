@@ -59,8 +59,9 @@ class Embeddings:
         )
         named = dict(zip(self.parameters, gradients, strict=True))
         gradient = self.basis.project_tensors(named).cpu()
-        query = query_at_stage_end(gradient[None], self.spans, self.transition)
-        return self.vectors @ torch.cat(query, 1)[0]
+        slots = self.transition[0].shape[1]
+        query = query_at_stage_end(gradient[None], self.spans, slots)
+        return self.vectors @ torch.cat(query, 1)[0].to(self.vectors.dtype)
 
 
 def embed(

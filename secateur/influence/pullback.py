@@ -12,16 +12,19 @@ from secateur.influence.recursion import Transition
 
 
 def query_at_stage_end(
-    gradients: Float[Tensor, "m p"], spans: Sequence[slice], transition: Transition
+    gradients: Float[Tensor, "m p"], spans: Sequence[slice], slots: int
 ) -> list[Float[Tensor, "m _"]]:
     """Return loss gradients at a stage's end as a query for its embeddings, one matrix per span.
 
     A loss does not depend on the optimizer's slots, so their part of the query is zero.
+
+    Args:
+        slots: how many of the optimizer's state tensors, theta included, cross the stage's end.
     """
     queries = []
-    for span, matrix in zip(spans, transition, strict=True):
-        theta = gradients[:, span].to(matrix.dtype)
-        queries.append(torch.nn.functional.pad(theta, (0, len(matrix) - theta.shape[1])))
+    for span in spans:
+        theta = gradients[:, span]
+        queries.append(torch.nn.functional.pad(theta, (0, (slots - 1) * theta.shape[1])))
     return queries
 
 

@@ -107,18 +107,46 @@ def _walk_span(
     dg = dynamics.dg[..., span].to(k.dtype)
     contributions = segment.contributions[:, span].to(k.dtype).contiguous()
     effects = torch.empty(len(contributions), len(later), dtype=k.dtype)
-    # With theta alone, scaling in place saves an einsum per step.
-    theta_alone = dg.shape[1] == 1
+    moved = _pairs_that_move(ds)
     for t in reversed(range(segment.length)):
         step = segment.first_step + t
-        a = -(k[:, 0] * dg[t, 0] if theta_alone else (k * dg[t]).sum(1))
+        a = k[:, 0] * -dg[t, 0]
+        for slot in range(1, dg.shape[1]):
+            a.addcmul_(k[:, slot], dg[t, slot], value=-1)
         rows = segment.rows(step)
         e = torch.matmul(contributions[rows], a.T, out=effects[rows])
-        k = k.mul_(ds[t, 0]) if theta_alone else torch.einsum("rib,ijb->rjb", k, ds[t])
+        _multiply_slots(k, ds[t], moved)
         response = dynamics.curvature.product(step, span, a, e)
         if response is not None:
             k[:, 0] -= response
     return effects[segment.selected], k
+
+
+def _pairs_that_move(ds: Float[Tensor, "steps S S b"]) -> list[list[bool]]:
+    """Return for each pair of slots whether the old one moves the new one at any step."""
+    moved: list[list[bool]] = (ds != 0).any(3).any(0).tolist()
+    return moved
+
+
+def _multiply_slots(
+    k: Float[Tensor, "rows slots b"], ds: Float[Tensor, "S S b"], moved: list[list[bool]]
+) -> None:
+    """Replace `k` by its product with a step's `dF/ds`. Pairs of slots without effect are skipped.
+
+    With AdamW four of nine are: the slots do not depend on theta, nor on one another.
+    """
+    slots = range(len(ds))
+    old = {
+        slot: k[:, slot].clone()
+        for slot in slots
+        if any(moved[slot][other] for other in slots if other != slot)
+    }
+    for slot in slots:
+        own = k[:, slot]
+        own *= ds[slot, slot]
+        for other in slots:
+            if other != slot and moved[other][slot]:
+                own.addcmul_(old[other], ds[other, slot])
 
 
 def compose_transitions(later: Transition, earlier: Transition) -> list[Float[Tensor, "_ slots _"]]:

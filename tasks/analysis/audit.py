@@ -7,7 +7,6 @@ import polars as pl
 import torch
 from scipy import stats
 
-from secateur.influence.pullback import query_at_stage_end
 from secateur.storage import schemas
 from secateur.storage.attempt import Attempt
 from secateur.storage.frames import write_frame
@@ -24,14 +23,12 @@ from secateur.tasks.results.audit_results import (
 )
 from secateur.tasks.results.training_results import check_replayable
 from secateur.tasks.results.valuation_results import (
-    coupled_spans,
     read_embeddings,
     read_replay_scores,
     read_scoring_gradients,
-    read_transition,
-    to_embedding_space,
 )
 from secateur.tasks.run import Run
+from secateur.tasks.valuation.embedding_space import start_query, to_embedding_space
 from secateur.tasks.valuation.replay import replay_stage
 
 ESTIMATES = ("embedding", "replay")
@@ -98,8 +95,7 @@ def _embedding_scores(run: Run, stage: int, uses: pl.DataFrame) -> list[float]:
     embeddings = run.folder.stage(stage).embeddings
     gradients = read_scoring_gradients(run, stage, run.plan.pruning_target)
     mean = gradients.mean(0, keepdim=True)
-    query = query_at_stage_end(mean, coupled_spans(run), read_transition(embeddings))
-    vector = to_embedding_space(run, stage, torch.cat(query, 1))[0].double()
+    vector = to_embedding_space(run, stage, start_query(run, mean))[0].double()
     products = torch.cat([part.double() @ vector for part in read_embeddings(embeddings)])
     return products[uses["row"].to_list()].tolist()
 

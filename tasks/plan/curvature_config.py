@@ -30,8 +30,10 @@ class CurvatureConfig(Config, ABC):
     """
 
     kind: str
-    coupling: Literal["block", "full"] = Field(
-        "block", description="`full` if a change in one block changes the gradient of the others"
+    coupling: Literal["block", "full"] | None = Field(
+        None,
+        description="`full` if a change in one block changes the gradient of the others; null "
+        "means full if `components` is set, and block otherwise",
     )
     needs_own_loop: ClassVar[bool] = False
 

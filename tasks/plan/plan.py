@@ -87,8 +87,9 @@ class Plan(Config):
     trust: TrustConfig = TrustConfig()
     components: PositiveInt | None = Field(
         None,
-        description="principal components that a stage's embeddings are reduced to before they "
-        "are stored; all if null",
+        description="embeddings have at most so many numbers: if the basis has more, they are "
+        "reduced to the directions in which samples' gradients vary most; null means one number "
+        "per coefficient",
     )
     commits: Literal["conditional", "last_writer_wins"] = Field(
         "conditional",
@@ -149,6 +150,16 @@ class Plan(Config):
             raise ValueError(
                 "a schedule over the run needs `steps` in every stage, because epochs shrink as "
                 "data is pruned"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_components(self) -> Plan:
+        if self.components and self.optimizer.at_stage == "carry" and len(self.stages) > 1:
+            raise ValueError(
+                "`components` reduces embeddings to directions of the parameters, and with "
+                "`optimizer.at_stage: carry` questions reach earlier stages through the "
+                "optimizer's state too; set `at_stage: reset`, or leave out `components`"
             )
         return self
 
@@ -226,6 +237,11 @@ class Plan(Config):
     def number_type(self) -> str:
         """The type of contributions and embeddings."""
         return "float32" if self.dtype == "bfloat16" else self.dtype
+
+    @property
+    def coupling(self) -> Literal["block", "full"]:
+        """Which coefficients the curvature couples: the plan's choice, or full if it is cheap."""
+        return self.curvature.coupling or ("full" if self.components else "block")
 
     @property
     def basis_config(self) -> KroneckerBasisConfig | CoordinateBasisConfig:

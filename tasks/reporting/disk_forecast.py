@@ -47,7 +47,9 @@ def estimate_stage(plan: Plan, number: int, samples: int, sizes: Sizes) -> Stage
     slots = sizes.rule.state_tensors
     # Embeddings keep the optimizer's slots only if its state crosses the stage's end.
     columns = sizes.width * (slots if plan.optimizer.at_stage == "carry" else 1)
-    kept = min(columns, plan.components or columns)
+    kept = sizes.components or columns
+    # Reduced embeddings have their directions beside them, and where these lead in earlier stages.
+    directions = (1 if number == 0 else 2) * (sizes.components or 0) * sizes.width * sizes.item
     uses = selected_steps * batch
     segments = -(-schedule.steps // plan.segment_steps)
     most, staying = _count_checkpoints(plan, number, segments)
@@ -61,7 +63,7 @@ def estimate_stage(plan: Plan, number: int, samples: int, sizes: Sizes) -> Stage
         windows=[(window.start, window.stop) for window in windows],
         records=uses,
         ledger_bytes=_ledger_bytes(plan, sizes, schedule.steps, recorded_steps, batch),
-        embedding_bytes=uses * kept * sizes.item,
+        embedding_bytes=uses * kept * sizes.item + directions,
         index_bytes=uses * kept * INDEX_BYTES[plan.index],
         checkpoint_bytes=start + most * checkpoint,
         kept_checkpoint_bytes=start + staying * checkpoint,

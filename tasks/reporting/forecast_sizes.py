@@ -85,6 +85,7 @@ class Sizes:
         largest: of the largest parameter.
         rule: the optimizer's update rule.
         spans: coefficients that are coupled, per span.
+        components: numbers of an embedding, if it has fewer than there are coefficients.
         dtype: of coefficients.
         task: the learning task, by which a curvature may need gradients of its own.
     """
@@ -94,6 +95,7 @@ class Sizes:
     largest: int
     rule: UpdateRule
     spans: list[int]
+    components: int | None
     dtype: torch.dtype
     task: LearningTask
 
@@ -141,7 +143,8 @@ def measure_sizes(plan: Plan, passes: PassMemory) -> Sizes:
         trained=sum(p.nbytes for p in parameters if p.requires_grad),
         largest=max(p.nbytes for p in parameters),
         rule=plan_update_rule(plan.optimizer),
-        spans=blocks if plan.curvature.coupling == "block" else [sum(blocks)],
+        components=plan.components if (plan.components or sum(blocks)) < sum(blocks) else None,
+        spans=blocks if plan.coupling == "block" else [sum(blocks)],
         dtype=getattr(torch, plan.number_type),
         task=passes.task,
     )

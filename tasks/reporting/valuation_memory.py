@@ -14,6 +14,8 @@ from secateur.tasks.plan import Plan
 from secateur.tasks.reporting.forecast_sizes import INDEX_BYTES, PartMemory, RecordedStage, Sizes
 from secateur.tasks.reporting.pass_memory import PassMemory
 from secateur.tasks.training.pass_size import pass_size
+from secateur.tasks.valuation.directions import GRADIENTS
+from secateur.tasks.valuation.embed_reduced import group_size
 
 PRODUCT_ROWS = 4096  # vectors whose products with target gradients are formed at a time
 FRAME_BYTES = 150  # of a row of `scores.parquet`, with its key, in memory
@@ -21,6 +23,8 @@ FRAME_BYTES = 150  # of a row of `scores.parquet`, with its key, in memory
 
 def forecast_embedding(sizes: Sizes, stage: RecordedStage) -> PartMemory:
     """Return a segment's record, Jacobians, effects, and the matrices of the widest span."""
+    if sizes.components:
+        return _forecast_reduced(sizes, sizes.components, stage)
     slots = sizes.rule.state_tensors
     effects = stage.batch * stage.segment_steps * slots * sizes.item
     widest = max(sizes.spans)
@@ -30,6 +34,20 @@ def forecast_embedding(sizes: Sizes, stage: RecordedStage) -> PartMemory:
         record += stage.batch * stage.segment_steps * widest * sizes.item
     matrices = 2 * sizes.transition + 3 * (slots * widest) ** 2 * sizes.item
     records = record + effects * (sizes.width + widest) + matrices + _jacobian(sizes, stage)
+    return PartMemory(part="embedding", state=0, passes=0, records=records)
+
+
+def _forecast_reduced(sizes: Sizes, components: int, stage: RecordedStage) -> PartMemory:
+    """The gradients that directions are found from, or a group that is taken back."""
+    gradients = min(stage.records, GRADIENTS * components)
+    choosing = (gradients + components) * sizes.width * sizes.item + 3 * 8 * gradients**2
+    slots = sizes.rule.state_tensors
+    group = min(components, group_size(sizes.width, slots))
+    # Before and after a segment with every slot; theta, `a`, `a H` and the directions themselves.
+    taken_back = group * sizes.width * (2 * slots + 4) * sizes.item
+    effects = 2 * stage.batch * stage.segment_steps * group * sizes.item
+    record = sizes.ledger(stage, stage.batch) + _jacobian(sizes, stage)
+    records = max(choosing, record + effects + taken_back)
     return PartMemory(part="embedding", state=0, passes=0, records=records)
 
 
@@ -46,13 +64,12 @@ def forecast_composing(plan: Plan, sizes: Sizes, stage: RecordedStage) -> PartMe
     rows = stage.batch * stage.segment_steps
     transitions = (stage.segments + 1) * sizes.transition * kept // slots
     local = rows * sizes.width * sizes.item * (slots + 2 * kept)
-    moment = 0
-    width = kept * sizes.width
-    if plan.components:
-        moment = 3 * 8 * width**2 + 8 * rows * width
-        width = min(width, plan.components)
+    composing = transitions + sizes.transition + local
+    if sizes.components:
+        composing = 2 * max(rows, sizes.width) * sizes.components * sizes.item
+    width = sizes.components or kept * sizes.width
     index = stage.records * width * (sizes.item + INDEX_BYTES[plan.index])
-    records = max(transitions + sizes.transition + local + moment, index)
+    records = max(composing, index)
     return PartMemory(part="composing and index", state=0, passes=0, records=records)
 
 

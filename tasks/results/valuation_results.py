@@ -14,7 +14,7 @@ from secateur.storage.tensors import read_tensors
 from secateur.tasks.data.held_out import scoring_rows
 from secateur.tasks.run import Run
 
-AXES = "axes.safetensors"  # the principal components that the embeddings were reduced to
+DIRECTIONS = "directions.safetensors"
 REPLAY_FILE = "replay.safetensors"
 REPLAY_SCORES = "scores"  # a tensor in that file
 SCORES = "scores.parquet"
@@ -24,7 +24,7 @@ TRANSITION = "transition.safetensors"
 def coupled_spans(run: Run) -> list[slice]:
     """Return the coefficients that the curvature couples: one slice per block, or one of all."""
     sizes = list(run.folder.basis.manifest.facts["blocks"].values())
-    if run.plan.curvature.coupling == "full":
+    if run.plan.coupling == "full":
         return [slice(0, sum(sizes))]
     return [slice(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
 
@@ -39,25 +39,24 @@ def read_embeddings(embeddings: Output) -> list[Float[Tensor, "records width"]]:
     return [read_tensors(embeddings, name)["embeddings"] for name in names]
 
 
+def is_reduced(run: Run) -> bool:
+    """Return whether embeddings have fewer numbers than the basis has coefficients."""
+    coefficients = sum(run.folder.basis.manifest.facts["blocks"].values())
+    return run.plan.components is not None and run.plan.components < coefficients
+
+
 def read_transition(embeddings: Output) -> Transition:
     """Return a stage's transition, from its start to its end.
 
-    It leads to theta alone if the optimizer is reset between stages, else to all slots.
+    If embeddings are reduced, it leads to their numbers and starts from theta. Otherwise it leads
+    to theta alone if the optimizer is reset between stages, else to all slots.
     """
     return unpack_tensors(read_tensors(embeddings, TRANSITION))
 
 
-def to_embedding_space(
-    run: Run, stage: int, queries: Float[Tensor, "m width"]
-) -> Float[Tensor, "m kept"]:
-    """Project queries to the principal components that the stage's embeddings were reduced to.
-
-    They are returned unchanged if the plan keeps every coefficient.
-    """
-    if run.plan.components is None:
-        return queries
-    axes = read_tensors(run.folder.stage(stage).embeddings, AXES)["axes"]
-    return queries @ axes.to(queries.dtype)
+def read_directions(run: Run, stage: int) -> Float[Tensor, "p directions"]:
+    """Return the orthonormal directions that a stage's embeddings are reduced to."""
+    return read_tensors(run.folder.stage(stage).components, DIRECTIONS)["directions"]
 
 
 def read_scores(run: Run, stage: int) -> pl.DataFrame:

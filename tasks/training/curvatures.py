@@ -136,6 +136,9 @@ class HessianConfig(CurvatureConfig):
     """Exact in the basis, by Hessian-vector products."""
 
     kind: Literal["hessian"] = "hessian"
+    coupling: Literal["block", "full"] = Field(
+        "block", description="`full` if a change in one block changes the gradient of the others"
+    )
     every: PositiveInt = Field(20, description="steps that one evaluation is used for")
     samples: PositiveInt = Field(
         512, description="at most so many samples of those steps, evenly spaced"

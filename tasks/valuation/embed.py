@@ -1,66 +1,39 @@
-"""Data value embeddings of a stage: computed per segment, then carried to the stage's end."""
+"""Data value embeddings of a stage, in parts that are computed apart and then put together."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
-from secateur.influence.moments import leading_eigenvectors
-from secateur.influence.recursion import (
-    Transition,
-    carry_effects,
-    compose_transitions,
-    identity_transition,
-    walk_segment,
-)
 from secateur.storage.attempt import Attempt
 from secateur.storage.outputs import list_outputs
-from secateur.storage.tensors import read_tensors, write_tensors
-from secateur.tasks.engine.progress import track
 from secateur.tasks.results.training_results import end_checkpoint
-from secateur.tasks.results.valuation_results import (
-    AXES,
-    TRANSITION,
-    coupled_spans,
-    pack_tensors,
-    segment_file,
-    unpack_tensors,
-)
+from secateur.tasks.results.valuation_results import is_reduced
 from secateur.tasks.run import Run
-from secateur.tasks.valuation.dynamics import count_slots, plan_dynamics, read_segment
+from secateur.tasks.valuation.embed_reduced import collect_groups, count_groups, embed_group
+from secateur.tasks.valuation.embed_segments import carry_segments, embed_segment
 
-EMBEDDINGS = "embeddings.safetensors"
 
+def count_parts(run: Run, stage: int) -> int:
+    """Return in how many parts a trained stage is embedded. They do not depend on one another.
 
-def embed_segment(run: Run, stage: int, number: int) -> None:
-    """Write one segment's embeddings as of its own end, and its transition.
-
-    Segments do not depend on one another, so they can run in parallel.
+    A part is a segment, or a group of the directions that embeddings are reduced to, which must
+    have been chosen.
     """
-    folder = run.folder.stage(stage)
-    if folder.embeddings.committed:
+    if is_reduced(run):
+        return count_groups(run, stage)
+    return len(run.folder.stage(stage).segments())
+
+
+def embed_part(run: Run, stage: int, number: int) -> None:
+    """Compute one part of a stage's embeddings."""
+    if run.folder.stage(stage).embeddings.committed:
         return
-
-    def write(attempt: Attempt) -> None:
-        segment = read_segment(folder.segment(number))
-        dtype = segment.contributions.dtype
-        end = identity_transition(coupled_spans(run), count_slots(run), dtype)
-        embeddings, transition = walk_segment(plan_dynamics(run, segment), end)
-        write_tensors(attempt, EMBEDDINGS, pack_tensors(embeddings), {})
-        write_tensors(attempt, TRANSITION, pack_tensors(transition), {})
-
-    inputs = {"segment": folder.segment(number).fingerprint}
-    folder.local(number).write_once("local embeddings", inputs, write)
+    if is_reduced(run):
+        embed_group(run, stage, number)
+    else:
+        embed_segment(run, stage, number)
 
 
 def compose_stage(run: Run, stage: int) -> int:
-    """Carry every segment's embeddings to the stage's end.
-
-    Only one segment's embeddings are in memory at a time. The embeddings as of each segment's own
-    end are removed afterwards.
+    """Put a stage's embeddings together from their parts, which are removed afterwards.
 
     Returns:
         Number of embeddings.
@@ -69,61 +42,12 @@ def compose_stage(run: Run, stage: int) -> int:
 
     def write(attempt: Attempt) -> None:
         end_checkpoint(run, stage)  # raises if the stage is not trained to its end
-        transitions = _transitions_to_end(run, stage)
-        axes = _principal_axes(run, stage, transitions) if run.plan.components else None
-        rows = 0
-        for number, carried in _carried_embeddings(run, stage, transitions):
-            stored = carried if axes is None else carried @ axes
-            write_tensors(attempt, segment_file(number), {"embeddings": stored}, {})
-            rows += len(stored)
-        write_tensors(attempt, TRANSITION, pack_tensors(transitions[-1]), {})
-        if axes is not None:
-            write_tensors(attempt, AXES, {"axes": axes}, {})
-        attempt.facts.update(rows=rows, segments=len(transitions) - 1)
+        compose = collect_groups if is_reduced(run) else carry_segments
+        rows = compose(run, stage, attempt)
+        attempt.facts.update(rows=rows, segments=len(folder.segments()))
 
     inputs = {"basis": run.folder.basis.fingerprint}
     manifest = folder.embeddings.write_once("embeddings", inputs, write)
-    for local in list_outputs(folder.root.child("local")):
-        local.remove()
+    for part in list_outputs(folder.root.child("embedded")):
+        part.remove()
     return int(manifest.facts["rows"])
-
-
-def _transitions_to_end(run: Run, stage: int) -> list[Transition]:
-    """The transitions from the end of each segment to the stage's end, the last segment first.
-
-    One more follows: the transition from the stage's start.
-    """
-    folder = run.folder.stage(stage)
-    # If the optimizer is reset after the stage, only theta crosses its end.
-    theta_only = run.plan.optimizer.at_stage == "reset"
-    dtype = getattr(torch, run.plan.number_type)
-    end = identity_transition(coupled_spans(run), count_slots(run), dtype, theta_only)
-    transitions: list[Transition] = [end]
-    for number in reversed(range(len(folder.segments()))):
-        segment = unpack_tensors(read_tensors(folder.local(number), TRANSITION))
-        transitions.append(compose_transitions(transitions[-1], segment))
-    return transitions
-
-
-def _carried_embeddings(
-    run: Run, stage: int, transitions: list[Transition]
-) -> Iterator[tuple[int, Float[Tensor, "records width"]]]:
-    """Each segment's embeddings as of the stage's end, the last segment first."""
-    folder = run.folder.stage(stage)
-    count = len(transitions) - 1
-    for number in track(reversed(range(count)), f"stage {stage}, composing", count):
-        local = unpack_tensors(read_tensors(folder.local(number), EMBEDDINGS))
-        yield number, torch.cat(carry_effects(local, transitions[count - 1 - number]), 1)
-
-
-def _principal_axes(
-    run: Run, stage: int, transitions: list[Transition]
-) -> Float[Tensor, "width components"]:
-    """The orthonormal principal components of the stage's embeddings, which are not centered."""
-    moment = torch.zeros(0)
-    for number, part in _carried_embeddings(run, stage, transitions):
-        square = part.double().T @ part.double()
-        is_first = number == len(transitions) - 2  # the last segment comes first
-        moment = square if is_first else moment + square
-    components = run.plan.components or len(moment)
-    return leading_eigenvectors(moment, components).to(getattr(torch, run.plan.number_type))

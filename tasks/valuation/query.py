@@ -6,22 +6,22 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import polars as pl
-import torch
 from jaxtyping import Float
 from pydantic import BaseModel
 from torch import Tensor
 
 from secateur.errors import PlanError
-from secateur.influence.pullback import pull_back, query_at_stage_end
 from secateur.storage.faiss_index import read_index, search_index
 from secateur.tasks.results.valuation_results import (
-    coupled_spans,
     read_embeddings,
     read_scores,
-    read_transition,
-    to_embedding_space,
 )
 from secateur.tasks.run import Run
+from secateur.tasks.valuation.embedding_space import (
+    pull_back_query,
+    start_query,
+    to_embedding_space,
+)
 from secateur.tasks.valuation.pull_back import pull_back_scores
 from secateur.tasks.valuation.question import find_question, question_gradient
 from secateur.tasks.valuation.replay_question import replay_scores
@@ -131,14 +131,12 @@ def stage_queries(
         stages: consecutive stages.
         gradients: loss gradients at the end of the last one.
     """
-    transitions = {n: read_transition(run.folder.stage(n).embeddings) for n in stages}
-    query = query_at_stage_end(gradients, coupled_spans(run), transitions[stages[-1]])
+    query = start_query(run, gradients)
     queries = []
     for number in reversed(stages):
-        queries.append((number, to_embedding_space(run, number, torch.cat(query, 1)).numpy()))
+        queries.append((number, to_embedding_space(run, number, query).numpy()))
         if number > stages[0]:
-            rows = [len(matrix) for matrix in transitions[number - 1]]
-            query = pull_back(query, transitions[number], rows)
+            query = pull_back_query(run, number, query)
     return queries
 
 

@@ -11,7 +11,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from secateur.influence.baselines import gradient_norms
-from secateur.influence.pullback import query_at_stage_end
 from secateur.influence.recursion import short_horizon_effects
 from secateur.influence.scoring import mean_alignment, nearest_alignment
 from secateur.influence.segment import Segment
@@ -23,14 +22,14 @@ from secateur.tasks.engine.progress import track
 from secateur.tasks.results.valuation_results import (
     SCORES,
     coupled_spans,
+    is_reduced,
     read_embeddings,
     read_replay_scores,
     read_scoring_gradients,
-    read_transition,
-    to_embedding_space,
 )
 from secateur.tasks.run import Run
 from secateur.tasks.valuation.dynamics import plan_dynamics, read_segment
+from secateur.tasks.valuation.embedding_space import start_query, to_embedding_space
 
 # A segment's record, and each target's scores of its selected records.
 ScoredSegment = tuple[Segment, dict[str, np.ndarray]]
@@ -77,7 +76,7 @@ def scored_vectors(
         segment = read_segment(ledger)
         if horizon == "stage":
             vectors = embeddings[number]
-            yield segment, vectors if run.plan.components else _theta_part(run, vectors)
+            yield segment, vectors if is_reduced(run) else _theta_part(run, vectors)
         elif horizon == 0:
             yield segment, segment.contributions[segment.selected]
         else:
@@ -111,11 +110,9 @@ def _segment_frames(run: Run, stage: int) -> list[pl.DataFrame]:
 def _vector_scores(run: Run, stage: int) -> Iterator[ScoredSegment]:
     """Each segment's record, and its scores from the selected records' vectors."""
     targets = {name: read_scoring_gradients(run, stage, name) for name in run.plan.targets}
-    if run.plan.score.horizon == "stage" and run.plan.components:
-        transition = read_transition(run.folder.stage(stage).embeddings)
+    if run.plan.score.horizon == "stage" and is_reduced(run):
         for name, gradients in targets.items():
-            queries = query_at_stage_end(gradients, coupled_spans(run), transition)
-            targets[name] = to_embedding_space(run, stage, torch.cat(queries, 1))
+            targets[name] = to_embedding_space(run, stage, start_query(run, gradients))
     for segment, vectors in scored_vectors(run, stage):
         scores = {
             name: aggregate_scores(run, vectors, gradients) for name, gradients in targets.items()

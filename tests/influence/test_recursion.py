@@ -146,7 +146,7 @@ def test_a_pulled_back_query_scores_as_the_rewritten_embeddings(options: dict[st
         dynamics(second, recorder, spans),
         identity_transition(spans, slots, torch.float64, theta_only=True),
     )
-    query = query_at_stage_end(gradient, spans, k2)
+    query = query_at_stage_end(gradient, spans, 1)
     earlier = pull_back(query, k2, [len(k) for k in k1])
     scores = torch.cat(
         [torch.cat(early, 1) @ torch.cat(earlier, 1).T, torch.cat(late, 1) @ torch.cat(query, 1).T]

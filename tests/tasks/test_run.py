@@ -172,7 +172,7 @@ def test_parts_that_a_killed_run_left_are_removed_by_the_next_run(folder: Path) 
     """The process that committed the whole output was killed before it removed the parts."""
     plan = small_plan(folder, root=f"{folder}/leftover")
     stage = curate_small(plan).folder.stage(0)
-    parts = (stage.local(0), stage.decided(PLAN_PRUNING), stage.rewritten(PLAN_PRUNING, 0))
+    parts = (stage.embedded(0), stage.decided(PLAN_PRUNING), stage.rewritten(PLAN_PRUNING, 0))
     for part in parts:
         with part.attempt("left", {}) as attempt:
             attempt.write("a", b"x")

@@ -155,10 +155,10 @@ def test_quantities_and_evolution_follow_from_the_scores(folder: Path) -> None:
         assert run.folder.stage(1).profile.read(name).startswith(b"\x89PNG")
 
 
-def test_components_keep_the_profile_and_replay_is_added(folder: Path) -> None:
+def test_replay_is_added_to_the_profile(folder: Path) -> None:
     one = curate_small(tiny(folder, "adamw-whole"))
     other = curate_small(
-        tiny(folder, "adamw-few", components=400, score={"horizon": "stage", "aggregate": "mean"})
+        tiny(folder, "adamw-replay", score={"horizon": "stage", "aggregate": "mean"})
     )
     frames = []
     for run in (one, other):

@@ -12,6 +12,11 @@ from secateur.flows.workers import InlineWorkers
 from secateur.storage.tensors import TensorStack
 from secateur.tasks.reporting.disk_forecast import StageEstimate
 from secateur.tasks.reporting.dry_run import estimate_run
+from secateur.tasks.results.valuation_results import (
+    read_directions,
+    read_embeddings,
+    read_transition,
+)
 from secateur.tasks.run import Run
 from secateur.tasks.training import checkpoint_removal, segments
 from tests.tasks.small import curate_small, make_data, small_plan
@@ -66,19 +71,26 @@ def test_the_disk_of_a_stage_is_that_of_its_files(folder: Path, changes: dict[st
         )
         checkpoints = measured(run, stage, "checkpoint")
         assert checkpoints == pytest.approx(estimate.kept_checkpoint_bytes, rel=0.01)
-        assert estimate.embedding_bytes == pytest.approx(
-            estimate.records * run_width(run, stage) * 4, rel=1e-9
-        )
+        vectors = estimate.records * run_width(run, stage) * 4
+        assert estimate.embedding_bytes == vectors + directions_bytes(run, stage)
         replays = [name for name in run.folder.stage(stage).root.sizes() if "replay" in name]
         assert bool(replays) == bool(estimate.replay_bytes)
         # Half of them stay: one adjoint per target.
         assert measured(run, stage, "adjoint") == estimate.replay_bytes / 2
 
 
+def directions_bytes(run: Run, stage: int) -> int:
+    """The directions of reduced embeddings, and where they lead in the stage before."""
+    if not run.plan.components:
+        return 0
+    directions = read_directions(run, stage).nbytes
+    if stage == 0:
+        return directions
+    return directions + read_transition(run.folder.stage(stage).embeddings)[0].nbytes
+
+
 def run_width(run: Run, stage: int) -> int:
     """The columns of a stage's embeddings."""
-    from secateur.tasks.results.valuation_results import read_embeddings
-
     return read_embeddings(run.folder.stage(stage).embeddings)[0].shape[1]
 
 
