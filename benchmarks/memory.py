@@ -1,15 +1,14 @@
 """Compare the memory that `secateur plan` foretells with what the parts of a run take.
 
 Every part runs in a process of its own. Its peak is the largest resident set of the process, less
-the one after the imports (Linux only). `python -m benchmarks.memory` prints one table per workload.
+the one after the imports (Linux only). If several processes train, it is that of the first.
+`python -m benchmarks.memory [WORKLOAD ...] [--repeats 3]` prints one table per workload.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-import subprocess
-import sys
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,27 +17,30 @@ from typing import Any
 
 import faiss  # noqa: F401  # imported before the first measurement, like all libraries
 import torch
+import torch.distributed as dist
 import yaml
 from rich.table import Table
 from torch import nn
 
 from benchmarks.language_models import write_tokens
+from benchmarks.resident_set import MEBIBYTE, measure_growth, run_apart
+from benchmarks.timing import format_spread
 from examples.images.make_shards import make
 from secateur.flows.tables import print_table
+from secateur.influence.process_group import Ranks, current_ranks
 from secateur.tasks.data.samples import list_stage_samples, read_stage_samples
 from secateur.tasks.plan import Plan
 from secateur.tasks.plan.plan_file import read_plan
 from secateur.tasks.reporting.dry_run import estimate_run
 from secateur.tasks.run import Run
 from secateur.tasks.training.fit_basis import fit_basis
-from secateur.tasks.training.train import train_stage
+from secateur.tasks.training.train import train_segments
 from secateur.tasks.valuation.embed import compose_stage, embed_part
 from secateur.tasks.valuation.index import index_stage
 from secateur.tasks.valuation.replay import replay_stage
 from secateur.tasks.valuation.score import write_scores
 from secateur.tasks.valuation.target_gradients import write_target_gradients
 
-MEBIBYTE = 1 << 20
 LANGUAGE: dict[str, Any] = {
     "root": "runs",
     "threads": 1,
@@ -72,11 +74,24 @@ def language_plan(folder: Path, model: str, vocabulary: int) -> dict[str, Any]:
     }
 
 
+def launched_plan(folder: Path, shard: str) -> dict[str, Any]:
+    """Return the plan of the Llama, trained by two processes."""
+    launch = {"processes": 2, "shard": shard}
+    return {**language_plan(folder, "llama", 32_000), "launch": launch}
+
+
 WORKLOADS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "image example": image_plan,
     "Llama 4 x 256": lambda folder: language_plan(folder, "llama", 32_000),
     "Pythia-14M": lambda folder: language_plan(folder, "pythia", 50_304),
+    "Llama, DDP": lambda folder: launched_plan(folder, "none"),
+    "Llama, FSDP2": lambda folder: launched_plan(folder, "fsdp"),
 }
+
+
+def train(run: Run, ranks: Ranks) -> None:
+    """Train the first stage, in one process or in this one of several."""
+    train_segments(run, 0, read_stage_samples(run, 0), ranks, run.plan.launch.shard)
 
 
 def compose_and_index(run: Run) -> None:
@@ -91,66 +106,82 @@ def embed(run: Run) -> None:
         embed_part(run, 0, number)
 
 
-PARTS: dict[str, Callable[[Run], object]] = {
-    "fit of the basis": fit_basis,
-    "training": lambda run: train_stage(run, 0),
-    "embedding": embed,
-    "composing and index": compose_and_index,
-    "targets": lambda run: write_target_gradients(run, 0),
-    "replay": lambda run: replay_stage(run, 0),
-    "scoring": lambda run: write_scores(run, 0),
+PARTS: dict[str, Callable[[Run, Ranks], object]] = {
+    "fit of the basis": lambda run, _: fit_basis(run),
+    "training": train,
+    "embedding": lambda run, _: embed(run),
+    "composing and index": lambda run, _: compose_and_index(run),
+    "targets": lambda run, _: write_target_gradients(run, 0),
+    "replay": lambda run, _: replay_stage(run, 0),
+    "scoring": lambda run, _: write_scores(run, 0),
 }
 
 
-def main() -> None:
-    """Measure every workload."""
-    for name, make_plan in WORKLOADS.items():
+def main(names: list[str], repeats: int) -> None:
+    """Measure some workloads."""
+    for name in names:
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "plan.yaml"
-            values = make_plan(Path(folder)) | {"root": f"{folder}/runs"}
-            path.write_text(yaml.safe_dump(values))
-            print_table(compare(name, path))
+            values = WORKLOADS[name](Path(folder))
+            print_table(compare(name, values, Path(folder), repeats))
 
 
-def compare(name: str, path: Path) -> Table:
-    """Return the table of a workload: each part as foretold and as measured."""
-    plan = read_plan(path)
+def compare(name: str, values: dict[str, Any], folder: Path, repeats: int) -> Table:
+    """Return the table of a workload: each part as foretold and as measured.
+
+    Args:
+        values: of the plan.
+        folder: where the plans and runs are written.
+        repeats: how often the whole run is measured.
+    """
+    paths = [folder / f"plan-{number}.yaml" for number in range(repeats)]
+    for number, path in enumerate(paths):
+        path.write_text(yaml.safe_dump(values | {"root": f"{folder}/runs-{number}"}))
     started = time.perf_counter()
-    estimate = estimate_run(plan)
+    estimate = estimate_run(read_plan(paths[0]))
     seconds = time.perf_counter() - started
-    list_stage_samples(Run.start(plan), 0)
-    table = Table("part", "foretold MiB", "measured MiB", "foretold / measured")
+    runs = [_measure_run(path) for path in paths]
     foretold = {part.part: part.peak / MEBIBYTE for part in estimate.memory}
-    measured = {part: measure_apart(path, part) for part in PARTS}
-    rows = list(foretold)
-    for part in rows:
-        table.add_row(part, *_cells(foretold[part], measured[part]))
-    largest = _cells(max(foretold.values()), max(measured[part] for part in rows))
-    table.add_row("the whole run", *largest)
+    measured = {part: [run[part] for run in runs if part in run] for part in foretold}
+    rows = {part: (foretold[part], peaks) for part, peaks in measured.items() if peaks}
+    largest = [max(peaks) for peaks in zip(*(peaks for _, peaks in rows.values()), strict=True)]
+    rows["the largest part"] = (max(foretold for foretold, _ in rows.values()), largest)
+    table = Table("part", "foretold MiB", "measured MiB", "foretold / measured")
+    for part, (value, peaks) in rows.items():
+        ratios = [value / peak for peak in peaks]
+        table.add_row(part, f"{value:.1f}", format_spread(peaks, 1), format_spread(ratios))
     table.title = f"{name}: {estimate.parameters:,} parameters, foretold in {seconds:.1f} s"
     return table
 
 
-def _cells(foretold: float, measured: float) -> tuple[str, str, str]:
-    return f"{foretold:.1f}", f"{measured:.1f}", f"{foretold / measured:.2f}"
-
-
-def measure_apart(path: Path, part: str) -> float:
-    """Run a part in a process of its own, and return its peak in MiB."""
-    command = [sys.executable, "-m", "benchmarks.memory", "--plan", str(path), "--part", part]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return float(done.stdout.splitlines()[-1])
+def _measure_run(path: Path) -> dict[str, float]:
+    """Return the peak of each part of a new run, in MiB."""
+    plan = read_plan(path)
+    list_stage_samples(Run.start(plan), 0)
+    arguments = ["--plan", str(path), "--part"]
+    if plan.launch.processes == 1:
+        return {part: run_apart("benchmarks.memory", *arguments, part) for part in PARTS}
+    launcher = ["--nproc-per-node", str(plan.launch.processes), "-m", "benchmarks.memory"]
+    return {
+        "fit of the basis": run_apart("benchmarks.memory", *arguments, "fit of the basis"),
+        "training": run_apart("torch.distributed.run", *launcher, *arguments, "training"),
+    }
 
 
 def run_part(plan: Plan, part: str) -> None:
     """Run a part of a run, and print how far the resident set grew, in MiB."""
     run = Run.start(plan)
+    ranks = Ranks()
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+        ranks = current_ranks()
+        ranks.sum(torch.zeros(1))  # loads what exchanges tensors
+        from torch.distributed import fsdp  # noqa: F401
     warm_up(run)
-    gc.collect()
-    forget_peak()
-    before = resident_set("VmRSS")
-    PARTS[part](run)
-    print((resident_set("VmHWM") - before) / MEBIBYTE)
+    growth = measure_growth(lambda: PARTS[part](run, ranks))
+    if ranks.is_first:
+        print(growth, flush=True)
+    if ranks.size > 1:
+        dist.destroy_process_group()
 
 
 def warm_up(run: Run) -> None:
@@ -166,23 +197,14 @@ def warm_up(run: Run) -> None:
     torch.linalg.eigh(torch.eye(64, dtype=torch.float64))
 
 
-def forget_peak() -> None:
-    """Let the kernel count this process's peak anew, without that of the imports."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def resident_set(name: str) -> int:
-    """Return the size of this process's memory (`VmRSS`) or its peak (`VmHWM`) in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("workloads", nargs="*", help=f"some of {', '.join(WORKLOADS)}")
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--plan", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.part:
         run_part(read_plan(arguments.plan), arguments.part)
     else:
-        main()
+        main(arguments.workloads or list(WORKLOADS), arguments.repeats)

@@ -10,10 +10,7 @@ not of what the heap keeps for later.
 from __future__ import annotations
 
 import argparse
-import gc
-import os
-import subprocess
-import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.memory import MEBIBYTE, forget_peak, resident_set
+from benchmarks.resident_set import measure_growth, run_apart
 from benchmarks.timing import format_spread
 from secateur.flows.tables import print_table
 from secateur.influence.recorder import Recorder
@@ -68,10 +65,7 @@ def losses_of(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def train(optimizer_name: str, checkpointing: str, recorded: bool, steps: int) -> None:
-    """Train for some steps, and print the peak in MiB."""
-    gc.collect()
-    forget_peak()
-    before = resident_set("VmRSS")
+    """Train for some steps."""
     model = build_model(checkpointing)
     kinds: dict[str, Any] = {"SGD": torch.optim.SGD, "AdamW": torch.optim.AdamW}
     optimizer = kinds[optimizer_name](model.parameters(), 1e-4)
@@ -87,16 +81,13 @@ def train(optimizer_name: str, checkpointing: str, recorded: bool, steps: int) -
                 batch.losses = losses
                 losses.mean().backward()
         optimizer.step()
-    print((resident_set("VmHWM") - before) / MEBIBYTE)
 
 
 def measure(optimizer: str, checkpointing: str, recorded: bool, steps: int) -> float:
     """Return the peak in MiB of training in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.peak_memory", "--steps", str(steps)]
-    command += ["--run", optimizer, checkpointing, "recorded" if recorded else "plain"]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(256 * 1024)}
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    return float(done.stdout.splitlines()[-1])
+    kind = "recorded" if recorded else "plain"
+    arguments = ["--steps", str(steps), "--run", optimizer, checkpointing, kind]
+    return run_apart("benchmarks.peak_memory", *arguments)
 
 
 def main() -> None:
@@ -109,7 +100,8 @@ def main() -> None:
     torch.set_num_threads(1)
     if arguments.run:
         optimizer, checkpointing, recorded = arguments.run
-        train(optimizer, checkpointing, recorded == "recorded", arguments.steps)
+        run = partial(train, optimizer, checkpointing, recorded == "recorded", arguments.steps)
+        print(measure_growth(run))
         return
     table = Table("optimizer", "checkpointing", "plain MiB", "recorded MiB", "recorded over plain")
     for row in ROWS:
