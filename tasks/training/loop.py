@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from secateur.errors import PlanError
-from secateur.influence.bindings import LossesOf
+from secateur.influence.basis import Basis
+from secateur.influence.bindings import Bindings, LossesOf
 from secateur.influence.process_group import Ranks
 from secateur.influence.recorded_batch import RecordedBatch
 from secateur.influence.recorder import Recorder
@@ -280,10 +282,19 @@ class TrainingLoop:
         """
         load_state(tensors, self.model, self.optimizer, optimizer)
 
+    @cached_property
+    def bindings(self) -> Bindings:
+        """Which layers of the model are captured."""
+        return self.run.bindings(self.model)
+
+    @cached_property
+    def basis(self) -> Basis:
+        """The run's basis."""
+        return self.run.basis(self.bindings)
+
     def recorder(self) -> Recorder:
         """Return a recorder of this loop's steps in the run's basis."""
-        bindings = self.run.bindings(self.model)
-        return Recorder(self.model, self.optimizer, bindings, self.run.basis(bindings))
+        return Recorder(self.model, self.optimizer, self.bindings, self.basis)
 
 
 def precision(plan: Plan) -> AbstractContextManager[object]:

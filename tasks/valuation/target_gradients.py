@@ -21,6 +21,8 @@ from secateur.tasks.run import Run
 from secateur.tasks.training.loop import TrainingLoop, eval_mode
 from secateur.tasks.training.pass_size import split_by_memory
 
+FIRST_PASS = 3  # samples, which is as many as the search for where to capture tells apart
+
 
 def write_target_gradients(run: Run, stage: int) -> dict[str, dict[str, float]]:
     """Write each target sample's loss gradient at the stage's end, in the run's basis.
@@ -68,8 +70,13 @@ def loop_at_stage_end(run: Run, stage: int) -> TrainingLoop:
 def split_for_gradients(
     loop: TrainingLoop, samples: Samples, rows: Int[Tensor, " n"]
 ) -> list[Int[Tensor, " m"]]:
-    """Split rows into passes of `differentiate_samples` that the plan's memory allows."""
+    """Split rows into passes of `differentiate_samples` that the plan's memory allows.
+
+    A loop's first pass also finds where to capture, for which several others are run. So a first
+    one is made that is not measured.
+    """
     run_pass = partial(differentiate_samples, loop, samples, check=False)
+    run_pass(rows[:FIRST_PASS])
     return split_by_memory(loop.run.plan, samples, rows, run_pass)
 
 
@@ -81,12 +88,10 @@ def differentiate_samples(
     The model is in eval mode. Unless `check` is false, a few samples are also run alone, and their
     gradients are compared. Metrics are those of the task's optional `metrics` method.
     """
-    bindings = loop.run.bindings(loop.model)
-    basis = loop.run.basis(bindings)
     with eval_mode(loop.model):
         batch = loop.batch(rows, samples)
         losses_of = loop.losses_of(batch)
-        gradients, losses = sample_gradients(losses_of, len(rows), bindings, basis, check)
+        gradients, losses = sample_gradients(losses_of, len(rows), loop.bindings, loop.basis, check)
         metrics: dict[str, Tensor] = {}
         if hasattr(loop.task, "metrics"):
             with torch.no_grad(), loop.precision():

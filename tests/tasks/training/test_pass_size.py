@@ -17,7 +17,9 @@ from secateur.tasks.training.loop import eval_mode
 from secateur.tasks.training.pass_size import largest_rows, pass_size, split_by_memory
 from secateur.tasks.valuation.replay import replay_stage
 from secateur.tasks.valuation.target_gradients import (
+    differentiate_samples,
     loop_at_stage_end,
+    split_for_gradients,
     target_loss,
     write_target_gradients,
 )
@@ -102,5 +104,26 @@ def test_passes_are_as_large_as_the_memory_allows(
         peaks = [measure_peak(partial(losses, rows[:count])) for count in (7, 8)]
         monkeypatch.setattr(module, "MEBIBYTE", peaks[0])
         parts = split_by_memory(plan, samples, rows, losses)
+    assert peaks[0] < peaks[1]
+    assert [len(part) for part in parts] == [7, 7, 7, 3]
+
+
+def test_finding_where_to_capture_does_not_make_passes_larger(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes the passes of five samples, however few the pass that is measured has."""
+    plan = small_plan(folder, run="located", pass_memory=1, stages=[{"steps": 6, "batch_size": 20}])
+    run = curate_small(plan)
+    samples = list_target_samples(run, "clean")
+    loop = loop_at_stage_end(run, 0)
+    rows = torch.arange(len(samples))
+
+    def run_pass(count: int) -> None:
+        differentiate_samples(loop, samples, rows[:count], check=False)
+
+    run_pass(3)
+    peaks = [measure_peak(partial(run_pass, count)) for count in (7, 8)]
+    monkeypatch.setattr(module, "MEBIBYTE", peaks[0])
+    parts = split_for_gradients(loop_at_stage_end(run, 0), samples, rows)
     assert peaks[0] < peaks[1]
     assert [len(part) for part in parts] == [7, 7, 7, 3]
