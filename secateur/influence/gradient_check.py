@@ -120,9 +120,10 @@ def settings_rows(
     places = {name: place for place, name in enumerate(parameters)}
     if basis.elementwise:
         # float64 holds every place exactly; a model in half precision would not. FSDP2 divides
-        # parameters among processes, but every process needs all places.
+        # parameters among processes, but every process needs all places. An expanded tensor holds
+        # one element.
         filled = {
-            name: torch.full(p.shape, places[name], dtype=torch.float64, device=p.device)
+            name: torch.tensor(places[name], dtype=torch.float64, device=p.device).expand(p.shape)
             for name, p in parameters.items()
         }
         return basis.project_tensors(filled).long().cpu()

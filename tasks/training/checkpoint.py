@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.influence.optimizers import find_update_rule
-from secateur.influence.sharded_tensors import shard_like, whole_tensor
+from secateur.influence.sharded_tensors import is_sharded, shard_like, whole_tensor
 from secateur.tasks.data.collate import Tensors
 
 
@@ -35,12 +35,13 @@ def capture_state(
             if value is not None:
                 name = f"optimizer.{numbers[id(parameter)]}.{key}"
                 tensors[name] = torch.as_tensor(value)
-    # Each is cloned, because tied weights share memory, which safetensors refuses to write.
     copies = {}
     for name, tensor in tensors.items():
-        whole = whole_tensor(tensor.detach())
+        copy = _copy_whole(tensor.detach())
         if keep:
-            copies[name] = whole.cpu().clone()
+            copies[name] = copy
+        # Or it would be in memory while the next one is put together.
+        del copy
     return copies
 
 
@@ -70,6 +71,13 @@ def load_state(
         state = _initial_state(optimizer)
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _copy_whole(tensor: Tensor) -> Tensor:
+    """Return a whole copy of a tensor on the CPU."""
+    whole = whole_tensor(tensor)
+    # Parts that are put together are a copy already.
+    return whole.cpu() if is_sharded(tensor) else whole.cpu().clone()
 
 
 def _saved_state(

@@ -12,6 +12,9 @@ from torch.nn import functional
 
 from secateur.errors import SecateurError
 from secateur.influence.bindings import bind_layers
+from secateur.influence.coordinate_basis import CoordinateBasis
+from secateur.influence.gradient_check import settings_rows
+from secateur.influence.memory_meter import measure_peak
 from secateur.influence.random_basis import random_kronecker_basis
 from secateur.influence.recorder import Recorder
 from secateur.influence.segment import Segment
@@ -174,6 +177,19 @@ def test_parameters_of_a_group_that_have_taken_different_numbers_of_steps() -> N
     first = slice(0, model.first.weight.numel() + model.first.bias.numel())
     assert counts[segment.groups[first]].unique().tolist() == [2.0]
     assert counts[segment.groups[first.stop :]].unique().tolist() == [1.0]
+
+
+def test_finding_each_coefficients_parameter_takes_no_memory_of_the_models_size() -> None:
+    model = nn.Sequential(nn.Linear(1000, 1000), nn.Linear(1000, 10))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    bindings = bind_layers(model)
+    parameters = bindings.parameters()
+    entries = [torch.tensor([0, 1000, 1001]), torch.tensor([2])]
+    basis = CoordinateBasis(bindings.blocks, entries)
+    # The third coefficient, at column 1,000 of 1,001, is the first bias.
+    expected = [0, 1, 0, 2]
+    assert settings_rows(optimizer, parameters, basis).tolist() == expected
+    assert measure_peak(lambda: settings_rows(optimizer, parameters, basis)) < 10_000
 
 
 def test_an_empty_parameter_group_is_no_trouble() -> None:
