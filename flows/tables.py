@@ -150,6 +150,11 @@ def print_estimate(estimate: RunEstimate) -> None:
             f"memory was measured with passes of one and two samples, because shapes alone do not "
             f"give it ({estimate.extrapolated})"
         )
+    if sum(estimate.blocks.values()) > estimate.numbers:
+        print(
+            "records and matrices are foretold for coefficients that are nearly all in one block; "
+            "if the fit of the basis spreads them, embedding and composing take less"
+        )
     together = max(estimate.memory, key=lambda part: part.processes)
     if together.processes > 1:
         memory = _format_bytes(together.peak * together.processes)

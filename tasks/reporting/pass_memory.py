@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,8 +26,12 @@ from secateur.tasks.data.collate import Tensors, collate
 from secateur.tasks.data.take_samples import DOCUMENTS, take_samples
 from secateur.tasks.plan import CoordinateBasisConfig, KroneckerBasisConfig, Plan
 from secateur.tasks.run import LearningTask, Run
+from secateur.tasks.training.distribution import outermost_layers
 from secateur.tasks.training.loop import eval_mode, precision
 from secateur.tasks.training.pass_size import largest_rows
+
+# Samples whose passes exist together while it is found where to capture: two, and three.
+LOCATED = 5
 
 
 class PassMemory:
@@ -52,20 +56,23 @@ class PassMemory:
             self._use_data(error)
         self.bindings: Bindings = run.bindings(self.model)
 
-    def training(self, samples: Samples, count: int, repeat: bool) -> int:
+    def training(self, samples: Samples, count: int, repeat: bool, parts: int = 1) -> int:
         """A recorded pass of training with its gradients.
 
         Args:
             repeat: whether another pass follows whose gradients are added.
+            parts: into how many parts the gradients of layers are divided as soon as they are
+                there, as by FSDP2.
         """
         basis = self._basis()
 
         def run(batch: Tensors, size: int) -> None:
             like = next(iter(self.bindings.parameters().values()))
-            for _ in range(2 if repeat else 1):
-                total = ContributionSum(basis, size, like)
-                with capture_hooks(self.bindings, total, size, total.watch, _documents(batch)):
-                    self._backward(batch)
+            with _divided_gradients(self.model, parts):
+                for _ in range(2 if repeat else 1):
+                    total = ContributionSum(basis, size, like)
+                    with capture_hooks(self.bindings, total, size, total.watch, _documents(batch)):
+                        self._backward(batch)
 
         return self._measure(run, samples, count)
 
@@ -261,6 +268,24 @@ def _without_values(add: Sink) -> Sink:
         add(binding, capture)
 
     return sink
+
+
+@contextmanager
+def _divided_gradients(model: nn.Module, parts: int) -> Iterator[None]:
+    """Within the block, keep one part of the gradient of every parameter of a layer."""
+    kept: dict[nn.Parameter, Tensor] = {}
+
+    def keep_part(parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None
+        kept[parameter] = parameter.grad.flatten()[: -(-parameter.numel() // parts)].clone()
+        parameter.grad = None
+
+    layers = outermost_layers(model) if parts > 1 else []
+    trained = {p for layer in layers for p in layer.parameters() if p.requires_grad}
+    hooks = [parameter.register_post_accumulate_grad_hook(keep_part) for parameter in trained]
+    yield
+    for hook in hooks:
+        hook.remove()
 
 
 def _documents(batch: Tensors) -> Tensor | None:

@@ -8,7 +8,7 @@ from secateur.influence.moments import LARGEST_SIDE
 from secateur.storage.shards import Samples
 from secateur.tasks.plan import Plan
 from secateur.tasks.reporting.forecast_sizes import PartMemory, RecordedStage, Sizes
-from secateur.tasks.reporting.pass_memory import PassMemory
+from secateur.tasks.reporting.pass_memory import LOCATED, PassMemory
 from secateur.tasks.training.distribution import outermost_layers
 
 
@@ -16,7 +16,7 @@ def forecast_fit(
     plan: Plan, sizes: Sizes, passes: PassMemory, samples: Samples, stage: RecordedStage
 ) -> PartMemory:
     """Return the passes with the fit's sums; or the eigenvectors of the largest second moment."""
-    one_pass = passes.fit(samples, stage.whole_micro_batch)
+    one_pass = passes.fit(samples, max(stage.whole_micro_batch, LOCATED))
     eigenvectors = 0
     if plan.basis_config.kind == "kronecker":
         sides = [n for b in passes.bindings.blocks for n in (b.rows, b.cols)]
@@ -37,28 +37,40 @@ def forecast_training(
     stage = max(stages, key=lambda one: one.batch * one.segment_steps)
     batch = max(one.micro_batch for one in stages)
     accumulates = any(one.micro_batch < one.share for one in stages)
-    one_pass = passes.training(samples, batch, accumulates)
     processes, divided = plan.launch.processes, plan.launch.shard == "fsdp"
     parts = processes if divided else 1
+    if divided:
+        one_pass, alone = passes.training(samples, batch, accumulates, parts), 0
+    else:
+        one_pass = passes.training(samples, max(batch, LOCATED), accumulates)
+        alone = passes.mean_gradient(samples, 1)
     whole = sizes.weights + sizes.slots
     # DDP exchanges gradients in a copy of their size.
     exchanged = sizes.trained if processes > 1 and not divided else 0
     state = whole // parts + exchanged
     trained = sizes.trained // parts
-    gathered = _gathered_layers(passes.model) if divided else 0
+    gathered, exchanged_group = _whole_groups(passes.model) if divided else (0, 0)
     of_curvature, products = _curvature(plan, sizes, passes, samples, stage)
     own = sizes.ledger(stage, stage.share) + of_curvature
     moments = [
-        # The pass's own gradients are counted whole, and are divided as they are exchanged.
-        (state + gathered, one_pass - sizes.trained + trained, own),
+        (state + gathered, one_pass, own),
+        # A group's gradients, and the copy in which they are exchanged.
+        (state + trained + 2 * exchanged_group, 0, own),
+        # To check the contributions, some samples run alone.
+        (state + trained, alone, own),
         # The gradients of the step before are still there.
         (state + trained, products, own),
-        # Two temporary tensors of the parameter that is updated.
-        (state + trained + 2 * sizes.largest // parts, 0, own),
+        # Two temporary tensors of the parameter that is updated, or a whole one that holds this
+        # process's part, when the state is recorded.
+        (state + trained + (1 if divided else 2) * sizes.largest, 0, own),
         # The steps' records are joined, and those of all processes are brought together.
         (state + trained, 0, 2 * own + (3 * sizes.ledger(stage, stage.batch)) * (processes > 1)),
-        # The checkpoint is a copy.
-        (state + trained + whole, 0, own if processes == 1 else sizes.ledger(stage, stage.batch)),
+        # The checkpoint is a copy. Divided parameters are put together by way of a buffer.
+        (
+            state + trained + whole + (sizes.largest if divided else 0),
+            0,
+            own if processes == 1 else sizes.ledger(stage, stage.batch),
+        ),
     ]
     held, passing, records = max(moments, key=sum)
     return PartMemory(
@@ -66,14 +78,16 @@ def forecast_training(
     )
 
 
-def _gathered_layers(model: nn.Module) -> int:
-    """What FSDP2 holds whole during a pass, and the gradients of one layer.
+def _whole_groups(model: nn.Module) -> tuple[int, int]:
+    """What FSDP2 holds whole during a pass, and the largest group of parameters that it exchanges.
 
-    These are the parameters outside the layers, those of a layer, and those of the next one.
+    Whole are the parameters outside the layers, those of a layer and of the next one, and the
+    gradients of a layer. The parameters outside the layers are one group, and so is each layer.
     """
     layers = [sum(p.nbytes for p in layer.parameters()) for layer in outermost_layers(model)]
     largest = max(layers, default=0)
-    return sum(p.nbytes for p in model.parameters()) - sum(layers) + 3 * largest
+    outside = sum(p.nbytes for p in model.parameters()) - sum(layers)
+    return outside + 3 * largest, max(outside, largest)
 
 
 def _curvature(

@@ -12,7 +12,7 @@ from secateur.influence.optimizers import UpdateRule
 from secateur.storage.shards import Samples
 from secateur.tasks.plan import Plan
 from secateur.tasks.reporting.forecast_sizes import INDEX_BYTES, PartMemory, RecordedStage, Sizes
-from secateur.tasks.reporting.pass_memory import PassMemory
+from secateur.tasks.reporting.pass_memory import LOCATED, PassMemory
 from secateur.tasks.training.pass_size import pass_size
 from secateur.tasks.valuation.directions import GRADIENTS
 from secateur.tasks.valuation.embed_reduced import group_size
@@ -32,7 +32,9 @@ def forecast_embedding(sizes: Sizes, stage: RecordedStage) -> PartMemory:
     record = sizes.ledger(stage, stage.batch)
     if len(sizes.spans) > 1:
         record += stage.batch * stage.segment_steps * widest * sizes.item
-    matrices = 2 * sizes.transition + 3 * (slots * widest) ** 2 * sizes.item
+    # The transitions to start from, those of the spans before, and three of the widest span: the
+    # present one, the one before it, and a copy that the product makes.
+    matrices = 2 * sizes.transition + 2 * (slots * widest) ** 2 * sizes.item
     records = record + effects * (sizes.width + widest) + matrices + _jacobian(sizes, stage)
     return PartMemory(part="embedding", state=0, passes=0, records=records)
 
@@ -76,16 +78,18 @@ def forecast_composing(plan: Plan, sizes: Sizes, stage: RecordedStage) -> PartMe
 def forecast_targets(
     plan: Plan, sizes: Sizes, passes: PassMemory, targets: dict[str, Samples]
 ) -> PartMemory:
-    """Return the largest target: its passes, and the gradients that they return."""
+    """Return the largest target: its passes, its check, and the gradients that they return."""
     parts = []
     for samples in targets.values():
         size = pass_size(plan, partial(passes.target, samples), len(samples))
+        largest = passes.target(samples, max(size, LOCATED))
         gradients = 2 * len(samples) * sizes.width * sizes.item
         parts.append(
             PartMemory(
                 part="targets",
                 state=sizes.weights,
-                passes=passes.target(samples, size),
+                # To check the gradients, some samples run alone.
+                passes=max(largest, passes.mean_gradient(samples, 1)),
                 records=gradients,
             )
         )
