@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import cast
 
 import torch
@@ -126,8 +127,12 @@ class Run:
         return restore_basis(self.plan.basis_config.kind, bindings.blocks, tensors)
 
 
+# A process opens its run for every pipeline task, and YAML takes long to parse.
+_parse_once = lru_cache(maxsize=8)(parse_plan)
+
+
 def _stored_plan(folder: RunFolder) -> Plan:
-    return parse_plan(folder.plan.read("plan.yaml").decode(), f"{folder.url}/plan")
+    return _parse_once(folder.plan.read("plan.yaml").decode(), f"{folder.url}/plan")
 
 
 def _with_frozen_windows(plan: Plan, folder: RunFolder) -> Plan:
