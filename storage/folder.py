@@ -23,6 +23,10 @@ from secateur.storage.urls import check_url
 class Folder:
     """A folder at a local path or a URL (`s3://bucket/prefix`). It need not exist yet.
 
+    Attributes:
+        url: the path or URL, without a slash at its end.
+        is_local: whether files can be opened in place.
+
     Raises:
         StorageError: the URL contains credentials.
     """
@@ -30,18 +34,15 @@ class Folder:
     def __init__(self, url: str) -> None:
         check_url(url)
         self.url = url.rstrip("/") or "/"
-        self._path: str = url_to_fs(self.url)[1]
+        filesystem, path = url_to_fs(self.url)
+        self.is_local = isinstance(filesystem, LocalFileSystem)
+        self._path: str = path
         if not self.is_local:
             show_retries()
 
     def child(self, *parts: str) -> Folder:
         """Return a folder within this one."""
         return Folder("/".join((self.url, *parts)))
-
-    @property
-    def is_local(self) -> bool:
-        """Whether files can be opened in place."""
-        return isinstance(self._filesystem, LocalFileSystem)
 
     def url_of(self, name: str) -> str:
         """Return the path or URL of a file."""
