@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,14 +53,13 @@ class MemoryMeter(TorchDispatchMode):
 
     def _add(self, key: int, storage: torch.UntypedStorage) -> None:
         size = storage.nbytes()
-
-        def release(_: object) -> None:
-            self._alive.pop(key, None)
-            self.current -= size
-
-        self._alive[key] = weakref.ref(storage, release)
+        self._alive[key] = weakref.ref(storage, partial(self._release, key, size))
         self.current += size
         self.peak = max(self.peak, self.current)
+
+    def _release(self, key: int, size: int, _: object) -> None:
+        self._alive.pop(key, None)
+        self.current -= size
 
 
 def measure_peak(run: Callable[[], object]) -> int:
