@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from secateur.tasks.engine import prefect_server
 from secateur.tasks.plan import POLICIES
 from secateur.tasks.plan.plan_file import read_plan
 from tests.tasks.small import make_data, values
@@ -58,6 +62,33 @@ def finished(folder: Path) -> subprocess.CompletedProcess[str]:
     return secateur("run", write_plan(folder), "--json")
 
 
+@pytest.fixture(scope="module")
+def server(
+    finished: subprocess.CompletedProcess[str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, str]]:
+    """A server as `finished` has started one, for several commands: the environment of its users.
+
+    A command takes as long again if it starts a server. This one has its own copy of the database.
+    """
+    home = tmp_path_factory.mktemp("prefect")
+    shutil.copytree(os.environ["PREFECT_HOME"], home, dirs_exist_ok=True)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        prefect_server._listening_socket() as listener,
+        tempfile.TemporaryFile() as errors,
+    ):
+        patch.setenv("PREFECT_HOME", str(home))
+        started = prefect_server._start_server(listener, errors)
+        port = listener.getsockname()[1]
+        listener.close()
+        url = f"http://127.0.0.1:{port}/api"
+        try:
+            assert prefect_server._answers(url)
+            yield {"PREFECT_API_URL": url, "PREFECT_LOGGING_TO_API_ENABLED": "false"}
+        finally:
+            prefect_server._stop_server(started)
+
+
 def test_run_prints_one_document(finished: subprocess.CompletedProcess[str]) -> None:
     assert finished.returncode == 0, finished.stderr
     first, second = json.loads(finished.stdout)
@@ -71,10 +102,8 @@ def test_run_prints_one_document(finished: subprocess.CompletedProcess[str]) -> 
     assert "Traceback" not in finished.stderr
 
 
-def test_run_again_prints_the_same_as_a_table(
-    finished: subprocess.CompletedProcess[str], folder: Path
-) -> None:
-    done = secateur("run", write_plan(folder))
+def test_run_again_prints_the_same_as_a_table(folder: Path, server: dict[str, str]) -> None:
+    done = secateur("run", write_plan(folder), **server)
     assert done.returncode == 0, done.stderr
     assert "top: score not among the best 0.5" in done.stdout
 
@@ -113,15 +142,15 @@ def test_query(finished: subprocess.CompletedProcess[str], folder: Path) -> None
 
 
 def test_pruning_by_another_policy_leaves_the_plans_own(
-    finished: subprocess.CompletedProcess[str], folder: Path
+    finished: subprocess.CompletedProcess[str], folder: Path, server: dict[str, str]
 ) -> None:
     run = f"{folder}/runs/small"
     options = ("--policy", "balanced", "--keep", "0.6", "--by", "cls", "--json")
-    done = secateur("prune", run, "--stage", "0", *options)
+    done = secateur("prune", run, "--stage", "0", *options, **server)
     found = json.loads(done.stdout)
     assert found["name"] == "balanced-0.6-cls"
     assert all(Path(shard).exists() for shard in found["shards"])
-    again = json.loads(secateur("prune", run, "--stage", "0", "--json").stdout)
+    again = json.loads(secateur("prune", run, "--stage", "0", "--json", **server).stdout)
     assert again["name"] == "plan"
     assert again["kept"] == json.loads(finished.stdout)[0]["pruned"]["kept"]
 
@@ -161,18 +190,18 @@ def test_a_budget_that_is_not_a_share_is_refused(
     assert "the budget is 2; give a share of the steps" in sentence(done)
 
 
-def test_audit(finished: subprocess.CompletedProcess[str], folder: Path) -> None:
+def test_audit(folder: Path, server: dict[str, str]) -> None:
     words = ("audit", f"{folder}/runs/small", "--stage", "1", "--removals", "8")
-    done = secateur(*words, "--json")
+    done = secateur(*words, "--json", **server)
     found = json.loads(done.stdout)
     assert "the audit costs about" in done.stderr
     assert found["fidelity"]["replay"]["spearman"] > 0.8
     assert Path(found["plot"]).exists()
-    assert "replay" in secateur(*words).stdout
+    assert "replay" in secateur(*words, **server).stdout
 
 
-def test_verify_and_gc(folder: Path) -> None:
-    done = secateur("run", write_plan(folder, run="checked"), "--json")
+def test_verify_and_gc(folder: Path, server: dict[str, str]) -> None:
+    done = secateur("run", write_plan(folder, run="checked"), "--json", **server)
     shard = Path(json.loads(done.stdout)[0]["pruned"]["shards"][0])
     run = folder / "runs/checked"
     stray = run / "stages/00/index/half/index.faiss"
@@ -191,20 +220,20 @@ def test_verify_and_gc(folder: Path) -> None:
     assert str(shard).endswith(finding["file"])
 
 
-def test_mistakes_of_a_user_are_one_sentence(
-    finished: subprocess.CompletedProcess[str], folder: Path
-) -> None:
+def test_mistakes_of_a_user_are_one_sentence(folder: Path, server: dict[str, str]) -> None:
     run = f"{folder}/runs/small"
     assert "unknown key `batchsize`" in sentence(
-        secateur("run", write_plan(folder, run="typo", batchsize=4))
+        secateur("run", write_plan(folder, run="typo", batchsize=4), **server)
     )
     assert "does not exist" in sentence(
-        secateur("run", write_plan(folder, run="gone", data={"shards": "gone.tar"}))
+        secateur("run", write_plan(folder, run="gone", data={"shards": "gone.tar"}), **server)
     )
     assert "has no target x" in sentence(secateur("query", run, "--target", "x"))
     assert "holds no run" in sentence(secateur("query", str(folder), "--target", "clean"))
-    assert "holds no run" in sentence(secateur("prune", str(folder), "--stage", "0"))
-    assert "has no stage 7; its last is 1" in sentence(secateur("prune", run, "--stage", "7"))
+    assert "holds no run" in sentence(secateur("prune", str(folder), "--stage", "0", **server))
+    assert "has no stage 7; its last is 1" in sentence(
+        secateur("prune", run, "--stage", "7", **server)
+    )
 
 
 def test_ctrl_c_says_how_to_continue(folder: Path) -> None:
