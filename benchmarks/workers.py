@@ -87,7 +87,7 @@ def train(folder: Path, steps: int) -> str:
     make_data(folder)
     plan = small_plan(
         folder,
-        model={"factory": "tests.tasks.small:network", "args": {"width": WIDTH}},
+        model={"factory": "tests.tasks.digits:network", "args": {"width": WIDTH}},
         basis={"kind": "coordinates", "numbers": None, "fit_steps": 1},
         segment_steps=steps,
         stages=[{"steps": SEGMENTS * steps, "batch_size": BATCH}],

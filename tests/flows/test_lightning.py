@@ -115,7 +115,7 @@ def read_gradients(model: nn.Module) -> dict[str, Tensor]:
 def make_plan(folder: Path, **changes: Any) -> Plan:
     """Return a plan of five steps with every coordinate, with some of its keys replaced."""
     basis = {"kind": "coordinates", "numbers": None, "fit_steps": 1}
-    model = {"factory": "tests.tasks.small:network", "args": {"dropout": 0.0}}
+    model = {"factory": "tests.tasks.digits:network", "args": {"dropout": 0.0}}
     settings = {
         "segment_steps": 2,
         "basis": basis,

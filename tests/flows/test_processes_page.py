@@ -18,7 +18,8 @@ from tests.tasks.small import make_data, small_plan
 GIVEN = """
 import os
 os.chdir({folder!r})
-from tests.tasks.small import network, sample
+from tests.tasks.digits import network
+from tests.tasks.small import sample
 import numpy as np
 
 def make_model():
@@ -40,7 +41,7 @@ def test_its_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         r"^```python\n(.*?)^```", Path("docs/processes.md").read_text(), re.MULTILINE | re.DOTALL
     )
     make_data(tmp_path)
-    model = {"factory": "tests.tasks.small:network", "args": {"dropout": 0.0}}
+    model = {"factory": "tests.tasks.digits:network", "args": {"dropout": 0.0}}
     stages = [{"steps": 4, "batch_size": 20}, {"steps": 4, "batch_size": 20}]
     adamw = {"kind": "adamw", "lr": 0.001}
     plan = small_plan(tmp_path, stages=stages, model=model, optimizer=adamw, basis=None)

@@ -19,7 +19,8 @@ from secateur.tasks.results.pruning_results import read_decisions
 from secateur.tasks.run import Run
 from tests.flows import gpt
 from tests.flows.test_lightning import Numbers, collate
-from tests.tasks.small import make_data, network, score_small, small_plan
+from tests.tasks.digits import network
+from tests.tasks.small import make_data, score_small, small_plan
 
 QUIET = {
     "enable_progress_bar": False,
@@ -69,7 +70,7 @@ def test_its_code_runs(
         {"steps": 4, "batch_size": 20, "prune": {"policy": "top", "keep": 0.5}},
         {"steps": 4, "batch_size": 20},
     ]
-    model = {"factory": "tests.tasks.small:network", "args": {"dropout": 0.0}}
+    model = {"factory": "tests.tasks.digits:network", "args": {"dropout": 0.0}}
     plan = small_plan(tmp_path, stages=stages, model=model, optimizer={"kind": "sgd", "lr": 0.1})
     written: dict[str, Plan] = {"plan.yaml": plan, "gpt.yaml": gpt.make_plan(tmp_path / "gpt")}
     for name, made in written.items():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from secateur.storage.ledger import read_checkpoint, read_ledger
 from secateur.tasks.run import Run
-from tests.tasks.small import Digits
+from tests.tasks.digits import Digits
 
 
 def torchrun(processes: int, module: str, *arguments: str) -> None:

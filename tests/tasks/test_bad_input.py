@@ -199,7 +199,7 @@ def test_a_window_outside_its_stage_is_refused(folder: Path) -> None:
 def test_any_layer_is_captured_unless_the_plan_lists_it(
     folder: Path, uncaptured: list[str], blocks: int
 ) -> None:
-    model = {"factory": "tests.tasks.small:network", "args": {"uncaptured": True}}
+    model = {"factory": "tests.tasks.digits:network", "args": {"uncaptured": True}}
     run = curate_small(small_plan(folder, model=model, uncaptured=uncaptured))
     assert run.folder.stage(1).scores.committed
     assert len(run.folder.basis.manifest.facts["blocks"]) == blocks
@@ -219,7 +219,7 @@ def test_a_task_that_returns_one_loss_per_batch_is_refused(folder: Path) -> None
         folder,
         PlanError,
         r"losses returned shape \(\) for 20 samples",
-        task={"factory": "tests.tasks.small:Averaged"},
+        task={"factory": "tests.tasks.digits:Averaged"},
     )
 
 
@@ -247,8 +247,8 @@ def test_empty_training_data_is_refused(folder: Path) -> None:
     ("factory", "sentence"),
     [
         ("nowhere.at:all", "the model factory nowhere.at:all cannot be imported"),
-        ("tests.tasks.small:nothing", "cannot be imported"),
-        ("tests.tasks.small:Digits", "returned a Digits, not an nn.Module"),
+        ("tests.tasks.digits:nothing", "cannot be imported"),
+        ("tests.tasks.digits:Digits", "returned a Digits, not an nn.Module"),
     ],
 )
 def test_a_factory_that_cannot_be_used_is_refused(
@@ -262,7 +262,7 @@ def test_arguments_that_a_factory_does_not_accept_are_refused(folder: Path) -> N
         folder,
         PlanError,
         "network does not accept its args",
-        model={"factory": "tests.tasks.small:network", "args": {"widht": 2}},
+        model={"factory": "tests.tasks.digits:network", "args": {"widht": 2}},
     )
 
 

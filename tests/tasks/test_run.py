@@ -415,8 +415,8 @@ def test_micro_batches_train_alike_for_every_reduction(folder: Path, reduction: 
     ends = []
     for parts in (1, 4):
         stages = [{"steps": 6, "batch_size": 20, "accumulate": parts}]
-        task = {"factory": "tests.tasks.small:Digits", "reduction": reduction}
-        model = {"factory": "tests.tasks.small:network", "args": {"dropout": 0.0}}
+        task = {"factory": "tests.tasks.digits:Digits", "reduction": reduction}
+        model = {"factory": "tests.tasks.digits:network", "args": {"dropout": 0.0}}
         optimizer = {"kind": "sgd", "lr": 0.01}
         plan = small_plan(
             folder,

@@ -37,7 +37,7 @@ def tiny(folder: Path, name: str, **changes: Any) -> Plan:
     exact: dict[str, Any] = {
         "run": name,
         "dtype": "float64",
-        "model": {"factory": "tests.tasks.small:network", "args": {"width": 2, "dropout": 0.0}},
+        "model": {"factory": "tests.tasks.digits:network", "args": {"width": 2, "dropout": 0.0}},
         "optimizer": OPTIMIZERS[name.split("-")[0]],
         "schedule": {"kind": "cosine", "warmup": 0.3, "over": "run"},
         "stages": [{"steps": steps, "batch_size": 8} for steps in (4, 3, 3)],

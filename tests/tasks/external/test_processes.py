@@ -35,7 +35,7 @@ def plan_of(folder: Path, name: str, optimizer: dict[str, Any], **changes: Any) 
         folder,
         run=name,
         dtype="float64",
-        model={"factory": "tests.tasks.small:network", "args": {"dropout": 0.0}},
+        model={"factory": "tests.tasks.digits:network", "args": {"dropout": 0.0}},
         optimizer=optimizer | {"clip_norm": 1.0},
         basis=basis,
         stages=[

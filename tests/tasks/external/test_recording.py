@@ -22,7 +22,8 @@ from secateur.tasks.pruning.prune import write_pruned_stage
 from secateur.tasks.results.pruning_results import read_decisions
 from secateur.tasks.run import Run
 from secateur.tasks.training.train import train_stage
-from tests.tasks.small import curate_small, make_data, network, score_small, small_plan
+from tests.tasks.digits import network
+from tests.tasks.small import curate_small, make_data, score_small, small_plan
 
 SGD: dict[str, Any] = {"lr": 0.2, "momentum": 0.5, "weight_decay": 0.01}
 
@@ -260,7 +261,7 @@ def test_the_optimizers_parameter_order_does_not_change_the_checkpoint(folder: P
         stages=[{"steps": 2, "batch_size": 20}] * 2,
         basis={"kind": "coordinates"},
         optimizer={"kind": "adamw", "lr": 0.01, "at_stage": "carry"},
-        model={"factory": "tests.tasks.small:network"},
+        model={"factory": "tests.tasks.digits:network"},
     )
     model = Run.of_plan(plan).model()
     weights = [p for name, p in model.named_parameters() if name.endswith("weight")]
@@ -291,7 +292,7 @@ def test_the_optimizers_parameter_order_does_not_change_the_checkpoint(folder: P
 
 PRUNED = [{"steps": 3, "batch_size": 20, "prune": {"policy": "loss", "keep": 0.5}}]
 SELECTING = {"epochs": 1, "batch_size": 20, "windows": [{"select": {"candidates": 2}}]}
-WIDE = {"factory": "tests.tasks.small:network", "args": {"width": 8}}
+WIDE = {"factory": "tests.tasks.digits:network", "args": {"width": 8}}
 REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {"score": {"horizon": "stage", "aggregate": "mean"}},

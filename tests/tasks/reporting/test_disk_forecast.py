@@ -26,7 +26,7 @@ ADAMW = {
     "basis": {"kind": "coordinates", "numbers": 100},
 }
 EFFECT = {"score": {"horizon": "stage", "aggregate": "mean"}}
-MODEL = {"model": {"factory": "tests.tasks.small:network", "args": {"width": 200}}}
+MODEL = {"model": {"factory": "tests.tasks.digits:network", "args": {"width": 200}}}
 STAGE_ENDS = {"checkpoints": {"keep": "stage_ends"}}
 
 

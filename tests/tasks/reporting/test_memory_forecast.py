@@ -19,9 +19,10 @@ from secateur.tasks.results.valuation_results import coupled_spans
 from secateur.tasks.run import Run
 from secateur.tasks.training.loop import TrainingLoop
 from secateur.tasks.valuation.dynamics import count_slots, plan_dynamics, read_segment
-from tests.tasks.small import Digits, curate_small, make_data, small_plan
+from tests.tasks.digits import Digits
+from tests.tasks.small import curate_small, make_data, small_plan
 
-WIDE = {"factory": "tests.tasks.small:network", "args": {"width": 10**7}}
+WIDE = {"factory": "tests.tasks.digits:network", "args": {"width": 10**7}}
 COORDINATES = {
     "optimizer": {"kind": "adamw", "lr": 0.01},
     "basis": {"kind": "coordinates", "numbers": 100},
@@ -138,7 +139,7 @@ def test_the_hessians_products_count_as_much_as_they_take(folder: Path, coupling
 @pytest.mark.parametrize("shard", ["none", "fsdp"])
 def test_several_processes_each_take_a_part(folder: Path, shard: str) -> None:
     """Each has half of the samples. Those of FSDP2 hold half of the model, the first one copies."""
-    model = {"factory": "tests.tasks.small:network", "args": {"width": 10**5}}
+    model = {"factory": "tests.tasks.digits:network", "args": {"width": 10**5}}
     stages = [{"steps": 6, "batch_size": 41}]
     changes = {**COORDINATES, "model": model, "stages": stages}
     alone = estimate_run(small_plan(folder, run="alone", **changes))

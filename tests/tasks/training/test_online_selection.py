@@ -136,7 +136,7 @@ def test_the_choice_equals_that_of_explicit_gradients(
         stages=[stage(method, accumulate=parts)],
         segment_steps=1,
         basis=ALL,
-        task={"factory": "tests.tasks.small:Digits", "reduction": reduction},
+        task={"factory": "tests.tasks.digits:Digits", "reduction": reduction},
     )
     run = train_only(plan)
     for step in (1, 3, 8):
@@ -218,7 +218,7 @@ def test_embeddings_with_the_hessian_agree_with_replay(folder: Path) -> None:
         "basis": ALL,
         "replay": {"step": 1e-5},
         "curvature": {"kind": "hessian", "coupling": "full", "every": 1},
-        "model": {"factory": "tests.tasks.small:network", "args": {"width": 4}},
+        "model": {"factory": "tests.tasks.digits:network", "args": {"width": 4}},
     }
     embedded = curate_small(
         plan_of(folder, "he", score=REPLAYED | {"estimate": "embedding"}, **common)

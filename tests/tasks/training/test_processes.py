@@ -50,7 +50,7 @@ def test_two_processes_decide_what_one_decides(
 ) -> None:
     """Through both stages, with accumulation, weights by size and clipping."""
     changes: dict[str, Any] = {
-        "task": {"factory": "tests.tasks.small:Digits", "reduction": "token_mean"},
+        "task": {"factory": "tests.tasks.digits:Digits", "reduction": "token_mean"},
         "launch": {"processes": 2, "shard": shard},
     }
     plan = plan_of(folder, f"{shard}-{optimizer['kind']}", optimizer, **changes)

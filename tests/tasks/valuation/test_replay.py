@@ -178,7 +178,7 @@ def test_adamw_embeddings_with_the_hessian_agree_with_replay(folder: Path) -> No
         "stages": stages,
         "basis": {"kind": "coordinates", "numbers": None},
         "curvature": {"kind": "hessian", "coupling": "full", "every": 1},
-        "model": {"factory": "tests.tasks.small:network", "args": {"width": 4}},
+        "model": {"factory": "tests.tasks.digits:network", "args": {"width": 4}},
         "replay": {"step": 1e-5},
     }
     embedded = curate_small(
@@ -203,7 +203,7 @@ def test_questions_pulled_back_and_replayed_agree(folder: Path, at_stage: str) -
         segment_steps=4,
         basis={"kind": "coordinates", "numbers": None},
         curvature={"kind": "hessian", "coupling": "full", "every": 1},
-        model={"factory": "tests.tasks.small:network", "args": {"width": 4}},
+        model={"factory": "tests.tasks.digits:network", "args": {"width": 4}},
         replay={"step": 1e-5},
         score={"estimate": "embedding"},
     )
@@ -249,10 +249,10 @@ def test_gradients_of_sampled_labels_are_recorded_too(folder: Path) -> None:
 
 def test_a_task_that_cannot_sample_labels_is_named(folder: Path) -> None:
     plan = small_plan(
-        folder, run="nf", curvature={"kind": "fisher"}, task={"factory": "tests.tasks.small:Plain"}
+        folder, run="nf", curvature={"kind": "fisher"}, task={"factory": "tests.tasks.digits:Plain"}
     )
     with pytest.raises(
-        PlanError, match=r"needs a method sampled\(model, batch\) on tests.tasks.small:Plain"
+        PlanError, match=r"needs a method sampled\(model, batch\) on tests.tasks.digits:Plain"
     ):
         curate_small(plan)
 
