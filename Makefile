@@ -38,6 +38,7 @@ docs: $(READY)  ## build the documentation site into site/
 bench: $(READY)  ## run the benchmarks behind the numbers in the README
 	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.fidelity
+	$(BIN)/python -m benchmarks.lds
 	$(BIN)/python -m benchmarks.cost
 	$(BIN)/python -m benchmarks.images
 	$(BIN)/python -m benchmarks.pruning

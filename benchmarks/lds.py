@@ -21,6 +21,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -172,7 +173,7 @@ def hand_over(training: TextTraining, folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     workload = training.workload
-    model = workload.model()
+    model: Any = workload.model()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=training.tokenizer)
     for name in ("initial", "final"):
         model.save_pretrained(folder / name)

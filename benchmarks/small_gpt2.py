@@ -34,7 +34,7 @@ class Size:
         vocabulary: of the byte-pair encoding.
     """
 
-    samples: int = 800
+    samples: int = 640
     questions: int = 20
     tokens: int = 32
     batch: int = 32
