@@ -49,7 +49,7 @@ class Protocol:
 
     retrainings: int = 40
     fraction: float = 0.01
-    top_questions: int = 5
+    top_questions: int = 3
 
 
 @dataclass

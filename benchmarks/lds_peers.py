@@ -286,9 +286,9 @@ PEERS: dict[str, Callable[[Given], Tensor]] = {
     "bergson TrackStar, 2,048 numbers": partial(trackstar, projection=16),
     "bergson TrackStar, 8,192 numbers": partial(trackstar, projection=32),
     "bergson EK-FAC": ekfac,
-    "bergson MAGIC": magic,
     "dattri-llm AdamWInfluence, mask": partial(dattri_llm, mask=128),
     "dattri-llm AdamWInfluence, all": partial(dattri_llm, mask=None),
+    "bergson MAGIC": magic,
 }
 
 

@@ -34,10 +34,10 @@ class Size:
         vocabulary: of the byte-pair encoding.
     """
 
-    samples: int = 640
+    samples: int = 400
     questions: int = 20
     tokens: int = 32
-    batch: int = 32
+    batch: int = 16
     epochs: int = 4
     layers: int = 2
     width: int = 48
