@@ -110,6 +110,51 @@ def query(
 
 
 @app.command()
+def groups(
+    run: RunUrl,
+    by: Annotated[
+        str,
+        typer.Option(
+            help="shard, duplicates, a member of the samples such as cls, or member:field of a "
+            "JSON member"
+        ),
+    ],
+    stage: Annotated[
+        int | None, typer.Option(help="the stage; by default the last indexed one")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="a target of the plan; by default the one pruned for")
+    ] = None,
+    top: Annotated[int, typer.Option(help="how many groups")] = 10,
+    harmful: Annotated[
+        bool, typer.Option("--harmful", help="list the groups that most raised the loss")
+    ] = False,
+    estimate: Annotated[
+        str, typer.Option(help="of the scores: embedding, pull_back or replay, as in a query")
+    ] = "embedding",
+    removals: Annotated[
+        int,
+        typer.Option(
+            help="how many of the groups to leave out in real training, one at a time; each costs "
+            "up to one training of the stage"
+        ),
+    ] = 0,
+    similarity: Annotated[
+        float | None, typer.Option(help="least similarity of duplicates, from 0 to 1")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Add up scores by label, domain, shard or copies, and test what whole groups did."""
+    from secateur.flows import tables
+    from secateur.tasks.analysis.groups import value_groups
+    from secateur.tasks.run import Run
+
+    opened = Run.open(run)
+    found = value_groups(opened, by, stage, target, top, harmful, estimate, removals, similarity)
+    show_result(found, as_json, lambda: tables.print_groups(found))
+
+
+@app.command()
 def prune(
     run: RunUrl,
     stage: Annotated[int, typer.Option(help="the stage to prune; the first is 0")],

@@ -6,7 +6,7 @@ The names are shown in Prefect's UI, and are part of the tags that concurrency l
 from __future__ import annotations
 
 from secateur.storage.outputs import Output
-from secateur.tasks.analysis import audit, influence_profile, retraining, windows
+from secateur.tasks.analysis import audit, groups, influence_profile, retraining, windows
 from secateur.tasks.comparison import arm_runs, figures
 from secateur.tasks.data import samples
 from secateur.tasks.engine.pipeline_task import PipelineTask
@@ -115,6 +115,7 @@ write_report = PipelineTask(
     outputs=lambda run, stage: run.folder.stage(stage).report,
 )
 find_influential = PipelineTask("search", query.find_influential, uses_random_numbers=True)
+value_groups = PipelineTask("value groups", groups.value_groups, uses_random_numbers=True)
 suggest_windows = PipelineTask("suggest windows", windows.suggest_windows)
 share_outputs = PipelineTask("share", arm_runs.share_outputs)
 write_figures = PipelineTask(

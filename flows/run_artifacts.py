@@ -12,6 +12,7 @@ from prefect.artifacts import (
     create_table_artifact,
 )
 
+from secateur.tasks.analysis.groups import SampleGroup
 from secateur.tasks.comparison.comparison_report import Comparison
 from secateur.tasks.engine.prefect_server import has_lasting_server
 from secateur.tasks.engine.ui_artifacts import artifact_key, post_artifact
@@ -69,9 +70,18 @@ def post_query(run_url: str, hits: list[QueryHit]) -> None:
     """Post the samples that a query found."""
     if not has_lasting_server():
         return
-    columns = {"rank", "score", "key", "stage", "step", "shard"}
+    columns = {"rank", "score", "key", "stage", "step", "shard", "copies"}
     rows = [hit.model_dump(include=columns) for hit in hits]
     key = artifact_key(Run.open(run_url), "query")
+    post_artifact(create_table_artifact, table=rows, key=key)
+
+
+def post_groups(run_url: str, groups: list[SampleGroup]) -> None:
+    """Post the groups of samples that were valued."""
+    if not has_lasting_server():
+        return
+    rows = [group.model_dump(exclude={"members"}) for group in groups]
+    key = artifact_key(Run.open(run_url), "groups")
     post_artifact(create_table_artifact, table=rows, key=key)
 
 

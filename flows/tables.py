@@ -12,6 +12,7 @@ from rich.table import Table
 from secateur.tasks.comparison.arms import RANDOM, UNPRUNED
 
 if TYPE_CHECKING:  # what prints a result must not import what makes it
+    from secateur.tasks.analysis.groups import SampleGroup
     from secateur.tasks.analysis.windows import WindowSuggestion
     from secateur.tasks.comparison.comparison_report import Comparison
     from secateur.tasks.reporting.dry_run import RunEstimate
@@ -67,10 +68,31 @@ def print_pruning(result: PruneResult) -> None:
 
 def print_hits(hits: list[QueryHit]) -> None:
     """Print the samples that a query found."""
-    table = Table("rank", "score", "key", "stage", "step", "shard")
+    table = Table("rank", "score", "key", "copies", "stage", "step", "shard")
     for hit in hits:
         score = f"{hit.score:+.3e}"
-        table.add_row(str(hit.rank), score, hit.key, str(hit.stage), str(hit.step), hit.shard)
+        copies = str(hit.copies or "")
+        table.add_row(
+            str(hit.rank), score, hit.key, copies, str(hit.stage), str(hit.step), hit.shard
+        )
+    print_table(table)
+    if any(hit.copies for hit in hits):
+        print("`secateur groups --by duplicates` adds up the scores of copies")
+
+
+def print_groups(groups: list[SampleGroup]) -> None:
+    """Print groups of samples, what their scores sum up to, and what removing them did."""
+    if not groups:
+        print("no recorded use is in such a group")
+        return
+    columns = ("samples", "uses", "sum of scores", "per sample", "removed at once")
+    table = Table("rank", "group", *columns, "kept", "dropped")
+    for group in groups:
+        removal = "" if group.removal is None else f"{group.removal:+.3e}"
+        values = (f"{group.score:+.3e}", f"{group.mean:+.3e}", removal)
+        counts = ["" if n is None else str(n) for n in (group.kept, group.dropped)]
+        name = ", ".join(group.members) or group.group
+        table.add_row(str(group.rank), name, str(group.samples), str(group.uses), *values, *counts)
     print_table(table)
 
 

@@ -21,6 +21,7 @@ INDEX_FILE = "index.faiss"
 # A quantized index rescores this many candidates for k results.
 CANDIDATES_PER_RESULT = 4
 EXTRA_CANDIDATES = 200
+SEARCHED_TOGETHER = 1024  # vectors whose neighbours are searched in one call
 
 VectorReader = Callable[[np.ndarray], np.ndarray]
 
@@ -133,6 +134,26 @@ def search_index(
         valid = found_ids >= 0
         results.append(_best_results(scores[valid], found_ids[valid], query, k, exact))
     return results
+
+
+def similar_pairs(vectors: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows of all pairs whose inner product is above a least one.
+
+    Both orders of a pair are returned. Every vector is compared with every other.
+
+    Args:
+        vectors: array of shape `n width`.
+        least: products of pairs are above it.
+    """
+    vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+    index = build_index([vectors], "flat", vectors.shape[1])
+    found = []
+    for start in range(0, len(vectors), SEARCHED_TOGETHER):
+        limits, _, ids = index.range_search(vectors[start : start + SEARCHED_TOGETHER], least)
+        rows = np.repeat(np.arange(start, start + len(limits) - 1), np.diff(limits.astype(int)))
+        found.append((rows[rows != ids], ids[rows != ids]))
+    firsts, seconds = zip(*found, strict=True)
+    return np.concatenate(firsts), np.concatenate(seconds)
 
 
 def _selector(ids: np.ndarray, total: int) -> faiss.IDSelector:

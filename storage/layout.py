@@ -3,8 +3,8 @@
 <root>/<run>/plan, basis, figures
 <root>/<run>/stages/00/samples, windows, start, ledger/seg-00000, trained, local/seg-00000,
 embeddings, index, targets, scores, report, profile, replay/<target>/seg-00000, gradients/00000,
-removals/<step>-<sample>, audit/<removals>, trial/<name>, decided/<name>, rewritten/<name>/00000,
-prune/<name>
+removals/<step>-<sample>, removals/group-<hash>, copies/<similarity>, audit/<removals>,
+trial/<name>, decided/<name>, rewritten/<name>/00000, prune/<name>
 <root>/<run>-compare/seed-<seed>/<arm>, each of which is a run, and report/<name>
 
 The methods below say what each output holds. `local`, `decided` and `rewritten` are intermediate:
@@ -82,6 +82,14 @@ class StageFolder:
     def removal(self, step: int, sample: int) -> Output:
         """Return the effect of leaving a sample out of a step, for an audit."""
         return self._output(f"removals/{step:07d}-{sample}")
+
+    def group_removal(self, digest: str) -> Output:
+        """Return the effect of leaving a group of uses out, by a hash of the uses."""
+        return self._output(f"removals/group-{digest}")
+
+    def copies(self, similarity: float) -> Output:
+        """Return which samples are copies, with this least similarity between two of them."""
+        return self._output(f"copies/{similarity:g}")
 
     def audit(self, removals: int) -> Output:
         """Return the audit with this number of removals."""

@@ -14,7 +14,8 @@ _INTERVAL = ("mean", "low", "high")
 # samples.parquet: a row per sample of a stage, in the order of its shards. `shard` is a position
 # among the shards. The lists have an entry per member of the sample: its extension (`names`), the
 # byte at which its header begins, the byte at which its payload begins, and its size in bytes.
-# `sha256` is of the sample's bytes including headers, `shard_xxh3` of its whole shard.
+# `sha256` is of the sample's bytes including headers, `content` of its members without key and
+# headers (XXH3), `shard_xxh3` of its whole shard.
 SAMPLES: Schema = {
     "sample": pl.UInt32,
     "key": pl.String,
@@ -24,6 +25,7 @@ SAMPLES: Schema = {
     "offsets": pl.List(pl.UInt64),
     "sizes": pl.List(pl.UInt64),
     "sha256": pl.Binary,
+    "content": pl.Binary,
     "shard_xxh3": pl.Binary,
 }
 
@@ -40,6 +42,15 @@ SCORES: Schema = {
     "norm": pl.Float64,
     "grand": pl.Float64,
     "el2n": pl.Float64,
+}
+
+# copies.parquet: a row per sample of a stage that has copies. `group` is the row of the first
+# sample of its group, `exact` that of the first sample with the same members.
+COPIES: Schema = {
+    "sample": pl.UInt32,
+    "key": pl.String,
+    "exact": pl.UInt32,
+    "group": pl.UInt32,
 }
 
 # decisions.parquet: a row per sample of a stage. A sample that was not used in a window has no

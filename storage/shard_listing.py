@@ -8,7 +8,13 @@ from typing import Any
 import polars as pl
 
 from secateur.errors import StorageError, UnavailableError
-from secateur.storage.sample_hashes import hash_shard, sample_spans, shard_changed_error
+from secateur.storage.sample_hashes import (
+    content_hashes,
+    hash_shard,
+    payload_spans,
+    sample_spans,
+    shard_changed_error,
+)
 from secateur.storage.schemas import SAMPLES, Schema
 from secateur.storage.shard_members import Member, iter_sample_members
 from secateur.storage.tars import shard_exists, shard_version
@@ -23,7 +29,7 @@ MEMBERS: Schema = {
     "offsets": pl.UInt64,
     "sizes": pl.UInt64,
 }
-HASHES: Schema = {name: SAMPLES[name] for name in ("sha256", "shard_xxh3")}
+HASHES: Schema = {name: SAMPLES[name] for name in ("sha256", "content", "shard_xxh3")}
 
 
 class WrongShardError(StorageError):
@@ -140,13 +146,14 @@ def _hash_samples(
             # A changed shard may have become a tar without samples.
             _check_whole_shard(url, expected)
             continue
-        hashes = hash_shard(url, sample_spans(rows), with_sha256=url in expected)
+        hashes = hash_shard(url, sample_spans(rows), payload_spans(rows), url in expected)
         if url in expected and hashes.sha256 != expected[url]:
             raise WrongShardError(url, "changed")
         # Without this check, the byte offsets could be those of an earlier version.
         if shard_version(url) != versions[shard]:
             raise shard_changed_error(url)
         columns["sha256"] += hashes.samples
+        columns["content"] += content_hashes(rows, hashes.payloads)
         columns["shard_xxh3"] += [hashes.xxh3] * len(rows)
     return pl.DataFrame(columns, schema=HASHES)
 

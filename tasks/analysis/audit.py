@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import polars as pl
-import torch
 from scipy import stats
 
 from secateur.storage import schemas
@@ -22,14 +21,9 @@ from secateur.tasks.results.audit_results import (
     read_audit,
 )
 from secateur.tasks.results.training_results import check_replayable
-from secateur.tasks.results.valuation_results import (
-    read_embeddings,
-    read_replay_scores,
-    read_scoring_gradients,
-)
 from secateur.tasks.run import Run
-from secateur.tasks.valuation.embedding_space import start_query, to_embedding_space
 from secateur.tasks.valuation.replay import replay_stage
+from secateur.tasks.valuation.stage_effects import stage_effects
 
 ESTIMATES = ("embedding", "replay")
 RESAMPLES = 2000
@@ -77,10 +71,15 @@ def write_audit(run: Run, stage: int, removals: int | None = None) -> AuditResul
 def _compare_with_retraining(run: Run, stage: int, uses: pl.DataFrame) -> pl.DataFrame:
     """The uses with the true effect of leaving each out, and what each estimate predicted."""
     replay_stage(run, stage)
+    rows = uses["row"].to_list()
+    target = run.plan.pruning_target
+    predicted = [
+        pl.Series(name, stage_effects(run, stage, target, name)[rows].tolist())
+        for name in ESTIMATES
+    ]
     return uses.with_columns(
         pl.Series("truth", retraining_effects(run, stage, uses)),
-        pl.Series("embedding", _embedding_scores(run, stage, uses)),
-        pl.Series("replay", _replay_scores(run, stage, uses)),
+        *predicted,
     )
 
 
@@ -88,23 +87,6 @@ def _measure_fidelity(run: Run, stage: int, frame: pl.DataFrame) -> dict[str, Fi
     seed = seed_for(run.plan.seed, "bootstrap", stage) % 2**32
     truth = frame["truth"].to_numpy()
     return {name: _fidelity(frame[name].to_numpy(), truth, seed) for name in ESTIMATES}
-
-
-def _embedding_scores(run: Run, stage: int, uses: pl.DataFrame) -> list[float]:
-    """The embeddings' scores of some uses, for the target's mean loss at the stage's end."""
-    embeddings = run.folder.stage(stage).embeddings
-    gradients = read_scoring_gradients(run, stage, run.plan.pruning_target)
-    mean = gradients.mean(0, keepdim=True)
-    vector = to_embedding_space(run, stage, start_query(run, mean))[0].double()
-    products = torch.cat([part.double() @ vector for part in read_embeddings(embeddings)])
-    return products[uses["row"].to_list()].tolist()
-
-
-def _replay_scores(run: Run, stage: int, uses: pl.DataFrame) -> list[float]:
-    target = run.plan.pruning_target
-    count = len(run.folder.stage(stage).segments())
-    parts = [read_replay_scores(run, stage, number)[target] for number in range(count)]
-    return torch.cat(parts)[uses["row"].to_list()].tolist()
 
 
 def _fidelity(scores: np.ndarray, truth: np.ndarray, seed: int) -> Fidelity:

@@ -1,14 +1,20 @@
-"""An audit's removals: which uses are left out, what that costs, and retraining without them."""
+"""Retraining of a stage without some uses, and an audit's removals and what they cost."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 
 import numpy as np
 import polars as pl
+import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from secateur.errors import PlanError
 from secateur.storage.attempt import Attempt
+from secateur.storage.outputs import Output
+from secateur.storage.shards import Samples
 from secateur.tasks.data.batches import BatchSchedule
 from secateur.tasks.data.held_out import scoring_rows
 from secateur.tasks.data.samples import list_target_samples, read_stage_samples
@@ -36,8 +42,7 @@ def retrain_without(run: Run, stage: int, step: int, row: int) -> None:
     Args:
         row: the sample's row in the stage's sample list.
     """
-    if not run.folder.stage(stage).removal(step, row).committed:
-        _Retraining(run, stage).remove(step, row)
+    _remove_use(Retraining(run, stage, run.plan.pruning_target), step, row)
 
 
 def remaining_removals(run: Run, stage: int, removals: int | None = None) -> list[tuple[int, int]]:
@@ -56,56 +61,74 @@ def retraining_effects(run: Run, stage: int, uses: pl.DataFrame) -> list[float]:
 
     Each removal is stored once it is made, so an interrupted audit continues.
     """
-    retraining = _Retraining(run, stage)
+    retraining = Retraining(run, stage, run.plan.pruning_target)
     base = retraining.loss_with_all_samples()
     effects = []
     label = f"stage {stage}, retraining without a sample"
     pairs = uses.select("step", "sample").iter_rows()
     for step, row in track(pairs, label, len(uses)):
-        output = run.folder.stage(stage).removal(step, row)
-        if not output.committed:
-            retraining.remove(step, row)
-        effects.append(float(output.manifest.facts["loss"]) - base)
+        effects.append(_remove_use(retraining, step, row) - base)
     return effects
 
 
-class _Retraining:
-    """A stage's loop, and the loss of the pruning target."""
+def _remove_use(retraining: Retraining, step: int, row: int) -> float:
+    output = retraining.run.folder.stage(retraining.stage).removal(step, row)
+    return retraining.loss_without({step: torch.tensor([row])}, output)
 
-    def __init__(self, run: Run, stage: int) -> None:
-        self._run = run
-        self._stage = stage
-        self._target = list_target_samples(run, run.plan.pruning_target)
+
+class Retraining:
+    """A stage that is trained again without some uses, for the loss of a target at its end.
+
+    The loss is the mean over those target samples that score training samples.
+    """
+
+    def __init__(self, run: Run, stage: int, target: str) -> None:
+        self.run = run
+        self.stage = stage
+        self._name = target
+
+    @cached_property
+    def _target(self) -> Samples:
+        return list_target_samples(self.run, self._name)
 
     @cached_property
     def _loop(self) -> TrainingLoop:
-        return TrainingLoop(self._run, self._stage, read_stage_samples(self._run, self._stage))
+        return TrainingLoop(self.run, self.stage, read_stage_samples(self.run, self.stage))
 
     def loss_with_all_samples(self) -> float:
-        """The target's loss at the stage's end, as it was trained."""
+        """Return the target's loss at the stage's end, as it was trained."""
         count = len(segment_bounds(self._loop.schedule))
-        restore_segment_start(self._run, self._loop, self._stage, count)
+        restore_segment_start(self.run, self._loop, self.stage, count)
         return self._loss()
 
-    def remove(self, step: int, row: int) -> None:
-        """Retrain without a use, and commit the loss."""
-        loop = self._loop
-        size = self._run.plan.segment_steps
-        segment = step // size
+    def loss_without(self, uses: Mapping[int, Int[Tensor, " n"]], output: Output) -> float:
+        """Return the target's loss after training without some uses.
+
+        Training starts from the segment checkpoint before the first of them. The other samples of a
+        step keep their weights.
+
+        Args:
+            uses: the samples' rows in the stage's sample list, by step.
+            output: where the loss is stored, or found if it is there already.
+        """
 
         def write(attempt: Attempt) -> None:
-            restore_segment_start(self._run, loop, self._stage, segment)
-            loop.excluded = (step, row)
-            for later in range(segment * size, loop.schedule.steps):
-                loop.step(later)
-            attempt.facts["loss"] = self._loss()
+            attempt.facts["loss"] = self._retrain(uses)
 
-        folder = self._run.folder.stage(self._stage)
-        folder.removal(step, row).write_once("removal", {}, write)
+        return float(output.write_once("removal", {}, write).facts["loss"])
+
+    def _retrain(self, uses: Mapping[int, Int[Tensor, " n"]]) -> float:
+        loop = self._loop
+        size = self.run.plan.segment_steps
+        segment = min(uses) // size
+        restore_segment_start(self.run, loop, self.stage, segment)
+        loop.excluded = dict(uses)
+        for step in range(segment * size, loop.schedule.steps):
+            loop.step(step)
+        return self._loss()
 
     def _loss(self) -> float:
-        plan = self._run.plan
-        rows = scoring_rows(plan, plan.pruning_target, len(self._target))
+        rows = scoring_rows(self.run.plan, self._name, len(self._target))
         return target_loss(self._loop, self._target, rows)
 
 

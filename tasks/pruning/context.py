@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import polars as pl
 
-from secateur.errors import PlanError
 from secateur.storage.shards import Samples
+from secateur.tasks.data.groups import read_group_names
 from secateur.tasks.data.samples import read_stage_samples
 from secateur.tasks.data.seeds import seed_for
 from secateur.tasks.results.valuation_results import read_scores
 from secateur.tasks.run import Run
-
-READ_TOGETHER = 1024  # samples that are read from their shards in one request
 
 
 @dataclass(frozen=True)
@@ -59,16 +56,4 @@ class PruningContext:
         Raises:
             PlanError: a sample has none.
         """
-        member, _, field = by.partition(":")
-        names = []
-        for start in range(0, len(rows), READ_TOGETHER):
-            for sample in self.samples.read(rows[start : start + READ_TOGETHER]):
-                try:
-                    text = sample[member].decode()
-                    names.append(str(json.loads(text)[field]) if field else text.strip())
-                except (KeyError, TypeError, ValueError) as error:
-                    raise PlanError(
-                        f"sample {sample['__key__']} has no {by} to balance by; `by` names a "
-                        f"member, or a field of a JSON member as member:field"
-                    ) from error
-        return names
+        return read_group_names(self.samples, by, rows)

@@ -66,11 +66,20 @@ def read_scores(run: Run, stage: int) -> pl.DataFrame:
 
 def read_replay_scores(run: Run, stage: int, number: int) -> dict[str, Float[Tensor, " records"]]:
     """Return every target's replay scores of a segment, in the order of its ledger."""
-    folder = run.folder.stage(stage)
     return {
-        target: read_tensors(folder.replay(target, number), REPLAY_FILE)[REPLAY_SCORES]
-        for target in run.plan.targets
+        target: _read_replayed_segment(run, stage, target, number) for target in run.plan.targets
     }
+
+
+def read_replayed_target(run: Run, stage: int, target: str) -> Float[Tensor, " uses"]:
+    """Return a target's replay scores of all uses, in the order of `scores.parquet`."""
+    count = len(run.folder.stage(stage).segments())
+    return torch.cat([_read_replayed_segment(run, stage, target, n) for n in range(count)])
+
+
+def _read_replayed_segment(run: Run, stage: int, target: str, number: int) -> Tensor:
+    replay = run.folder.stage(stage).replay(target, number)
+    return read_tensors(replay, REPLAY_FILE)[REPLAY_SCORES]
 
 
 def read_target_gradients(run: Run, stage: int, target: str) -> Float[Tensor, "samples p"]:

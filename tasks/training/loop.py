@@ -63,7 +63,7 @@ class TrainingLoop:
 
     Attributes:
         scale: factor that clipping multiplied the last step's gradient by.
-        excluded: a step and the row of a sample that weighs nothing in that step.
+        excluded: the rows of samples that weigh nothing in a step.
         selected_rows: rows that online selection chose for a step, in place of the schedule's.
         segment_processes: how many processes trained each committed segment. A single process that
             repeats such a segment makes the parts of all of them, with their random draws.
@@ -85,7 +85,7 @@ class TrainingLoop:
         self.run = run
         self.samples = samples
         self.scale = 1.0
-        self.excluded = (-1, -1)
+        self.excluded: dict[int, Tensor] = {}
         self.selected_rows: dict[int, Tensor] = {}
         self.segment_processes: list[int] = []
         self.ranks = ranks or Ranks()
@@ -196,9 +196,10 @@ class TrainingLoop:
         if self.run.plan.task.reduction != "sum":
             total = self.ranks.sum(torch.cat(sizes).sum())
             weights = [size / total for size in sizes]
-        if self.excluded[0] == step:
+        excluded = self.excluded.get(step)
+        if excluded is not None:
             weights = [
-                torch.where(part.rows == self.excluded[1], 0, weight)
+                torch.where(torch.isin(part.rows, excluded), 0, weight)
                 for part, weight in zip(parts, weights, strict=True)
             ]
         return [

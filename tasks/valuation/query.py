@@ -17,6 +17,7 @@ from secateur.tasks.results.valuation_results import (
     read_scores,
 )
 from secateur.tasks.run import Run
+from secateur.tasks.valuation.copies import count_copies
 from secateur.tasks.valuation.embedding_space import (
     pull_back_query,
     start_query,
@@ -30,7 +31,12 @@ ESTIMATES = ("embedding", "pull_back", "replay")
 
 
 class QueryHit(BaseModel):
-    """A use of a sample. A positive score means that it lowered the loss asked about."""
+    """A use of a sample. A positive score means that it lowered the loss asked about.
+
+    Attributes:
+        copies: how many other samples of the stage are copies of this one, among which its value is
+            split; see `count_copies`.
+    """
 
     rank: int
     score: float
@@ -39,6 +45,7 @@ class QueryHit(BaseModel):
     stage: int
     step: int
     window: int
+    copies: int = 0
 
 
 def find_influential(
@@ -75,7 +82,7 @@ def find_influential(
         raise PlanError(f"--estimate is {estimate}; give one of {', '.join(ESTIMATES)}")
     if top < 1:
         raise PlanError(f"--top is {top}; ask for at least one sample")
-    stages = _indexed_stages(run, stage)
+    stages = indexed_stages(run, stage)
     question = find_question(run, target, sample)
     if estimate != "embedding":
         score_uses = pull_back_scores if estimate == "pull_back" else replay_scores
@@ -86,7 +93,7 @@ def find_influential(
         if stage in (None, number):
             signed = -query if harmful else query
             frames.append(_search_stage(run, number, signed, top, harmful, window))
-    return _rank_samples(frames, top, harmful)
+    return _rank_samples(run, frames, top, harmful)
 
 
 def _rank_uses(
@@ -103,14 +110,18 @@ def _rank_uses(
         uses = _with_scores(read_scores(run, number), scores.numpy(), number)
         if stage in (None, number):
             frames.append(uses if window is None else uses.filter(pl.col("window") == window))
-    return _rank_samples(frames, top, harmful)
+    return _rank_samples(run, frames, top, harmful)
 
 
-def _rank_samples(frames: list[pl.DataFrame], top: int, harmful: bool) -> list[QueryHit]:
+def _rank_samples(run: Run, frames: list[pl.DataFrame], top: int, harmful: bool) -> list[QueryHit]:
     """The best samples, each by its strongest use."""
     order = pl.concat(frames).sort("score", "stage", "step", descending=[not harmful, False, False])
     best = order.unique("key", keep="first", maintain_order=True).head(top)
-    return [QueryHit(rank=rank, **row) for rank, row in enumerate(best.iter_rows(named=True), 1)]
+    hits = [QueryHit(rank=rank, **row) for rank, row in enumerate(best.iter_rows(named=True), 1)]
+    copies = {stage: count_copies(run, stage) for stage in {hit.stage for hit in hits}}
+    for hit in hits:
+        hit.copies = copies[hit.stage].get(hit.key, 0)
+    return hits
 
 
 def _with_scores(uses: pl.DataFrame, scores: np.ndarray, stage: int) -> pl.DataFrame:
@@ -140,7 +151,12 @@ def stage_queries(
     return queries
 
 
-def _indexed_stages(run: Run, stage: int | None) -> list[int]:
+def indexed_stages(run: Run, stage: int | None) -> list[int]:
+    """Return the indexed stages.
+
+    Raises:
+        PlanError: there are none, or `stage` is not among them.
+    """
     stages = [n for n in range(len(run.plan.stages)) if run.folder.stage(n).index.committed]
     if not stages:
         raise PlanError(f"{run.url} has no indexed stage yet; `secateur run` its plan first")

@@ -26,7 +26,7 @@ class Question:
     Attributes:
         samples: reads the samples that they are among.
         rows: their places there; None for all.
-        target: the name of the target that they are, if they are one.
+        target: the name of the target that they are of, if they are of one.
     """
 
     samples: Callable[[], Samples]
@@ -64,7 +64,9 @@ def find_question(run: Run, target: str | None, sample: str | None) -> Question:
 def question_gradient(run: Run, stage: int, question: Question) -> Float[Tensor, "1 p"]:
     """Return the gradient of the loss asked about at a stage's end, in the run's basis."""
     if question.target is not None:
-        return read_target_gradients(run, stage, question.target).mean(0, keepdim=True)
+        gradients = read_target_gradients(run, stage, question.target)
+        asked = gradients if question.rows is None else gradients[question.rows]
+        return asked.mean(0, keepdim=True)
     assert question.rows is not None
     loop = loop_at_stage_end(run, stage)
     return differentiate_samples(loop, question.samples(), question.rows)[0]

@@ -141,6 +141,21 @@ def test_query(finished: subprocess.CompletedProcess[str], folder: Path) -> None
     assert all(hit["key"] in table for hit in helpful)
 
 
+def test_groups(finished: subprocess.CompletedProcess[str], folder: Path) -> None:
+    words = ("groups", f"{folder}/runs/small", "--by", "json:parity", "--stage", "0")
+    helpful = json.loads(secateur(*words, "--removals", "1", "--json").stdout)
+    assert {group["group"] for group in helpful} == {"even", "odd"}
+    assert helpful[0]["score"] > helpful[1]["score"]
+    assert helpful[0]["removal"] is not None
+    assert helpful[1]["removal"] is None
+    assert sum(group["samples"] for group in helpful) == 140
+    harmful = secateur(*words, "--harmful").stdout
+    assert harmful.index(helpful[1]["group"]) < harmful.index(helpful[0]["group"])
+    assert f"{helpful[0]['score']:+.3e}" in harmful
+    none = secateur("groups", f"{folder}/runs/small", "--by", "duplicates", "--similarity", "0.999")
+    assert none.stdout == "no recorded use is in such a group\n"
+
+
 def test_pruning_by_another_policy_leaves_the_plans_own(
     finished: subprocess.CompletedProcess[str], folder: Path, server: dict[str, str]
 ) -> None:
@@ -230,6 +245,7 @@ def test_mistakes_of_a_user_are_one_sentence(folder: Path, server: dict[str, str
     )
     assert "has no target x" in sentence(secateur("query", run, "--target", "x"))
     assert "holds no run" in sentence(secateur("query", str(folder), "--target", "clean"))
+    assert "no colour to group by" in sentence(secateur("groups", run, "--by", "colour"))
     assert "holds no run" in sentence(secateur("prune", str(folder), "--stage", "0", **server))
     assert "has no stage 7; its last is 1" in sentence(
         secateur("prune", run, "--stage", "7", **server)
@@ -289,6 +305,7 @@ def test_help_names_every_command() -> None:
             "run",
             "plan",
             "query",
+            "groups",
             "prune",
             "audit",
             "windows",

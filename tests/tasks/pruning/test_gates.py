@@ -101,7 +101,7 @@ def test_an_interrupted_audit_continues(
 
     def interrupt_once(loop: TrainingLoop, step: int, recording: object = None) -> object:
         nonlocal steps
-        steps += loop.excluded[0] >= 0
+        steps += bool(loop.excluded)
         if steps == 40:
             steps += 1
             raise KeyboardInterrupt

@@ -169,7 +169,7 @@ def test_balanced_keeps_the_same_share_of_every_group(samples: Samples, by: str)
 
 @pytest.mark.parametrize("by", ["nothing", "json:nothing", "raw:x"])
 def test_balancing_by_a_missing_field_is_one_sentence(samples: Samples, by: str) -> None:
-    with pytest.raises(PlanError, match=f"sample digit-0000 has no {by} to balance by"):
+    with pytest.raises(PlanError, match=f"sample digit-0000 has no {by} to group by"):
         decide([(0, 1.0, 1.0)], samples, {"policy": "balanced", "keep": 0.5, "by": by})
 
 
