@@ -21,14 +21,9 @@ from benchmarks.mislabelled import read_images
 from examples.shards import write_shards
 from secateur.tasks.data.samples import read_stage_samples
 from secateur.tasks.plan import Plan
-from secateur.tasks.results.valuation_results import (
-    read_replay_scores,
-    read_scores,
-    read_scoring_gradients,
-)
+from secateur.tasks.results.valuation_results import read_scores
 from secateur.tasks.run import Run
-from secateur.tasks.valuation.replay import replay_stage
-from secateur.tasks.valuation.score import aggregate_scores, scored_vectors
+from secateur.tasks.valuation.stage_effects import stage_effects
 
 IMAGES, EACH, TARGET = 3000, 200, 500
 COPIES = (2, 4, 8)
@@ -70,7 +65,8 @@ def _score_uses(run: Run) -> pl.DataFrame:
     facts = [json.loads(sample["json"]) for sample in samples.read(range(len(samples)))]
     images = pl.DataFrame(facts).with_row_index("sample")
     scores = read_scores(run, 0).select("sample", "step")
-    scores = scores.with_columns(embedding=_embedding_scores(run), replay=_replay_scores(run))
+    effects = [pl.Series(kind, stage_effects(run, 0, "clean", kind).numpy()) for kind in KINDS]
+    scores = scores.with_columns(effects)
     uses = scores.join(images, "sample", maintain_order="left").sort("step", maintain_order=True)
     return uses.with_columns(
         place=pl.int_range(1, pl.len() + 1).over("image"),
@@ -125,16 +121,3 @@ def _members(
         "cls": str(labels[row]),
         "json": json.dumps(facts).encode(),
     }
-
-
-def _embedding_scores(run: Run) -> np.ndarray:
-    gradients = read_scoring_gradients(run, 0, "clean")
-    parts = [aggregate_scores(run, vectors, gradients) for _, vectors in scored_vectors(run, 0)]
-    return np.concatenate(parts)
-
-
-def _replay_scores(run: Run) -> np.ndarray:
-    replay_stage(run, 0)
-    segments = range(len(run.folder.stage(0).segments()))
-    parts = [read_replay_scores(run, 0, number)["clean"].numpy() for number in segments]
-    return np.concatenate(parts)

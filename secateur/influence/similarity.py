@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 from secateur.influence.moments import LARGEST_SIDE, Moment, SketchedMoment
 
 # Principal components that are compared, and what is added to their energies, relative to the
-# largest. `benchmarks.duplicates` measures what is found with them.
+# largest. `benchmarks.groups` measures what is found with them.
 COMPONENTS = 256
 SHIFT = 1e-4
 

@@ -72,7 +72,8 @@ def count_copies(run: Run, stage: int) -> dict[str, int]:
     if output.committed:
         copies = _read_copies(output)
     else:
-        copies = _group_copies(read_stage_samples(run, stage), (np.empty(0, int), np.empty(0, int)))
+        exact = _with_exact(read_stage_samples(run, stage))
+        copies = exact.filter(pl.col("exact").is_duplicated()).rename({"exact": "group"})
     return dict(copies.select("key", pl.len().over("group") - 1).iter_rows())
 
 
@@ -95,16 +96,20 @@ def _alike(
 
 def _group_copies(samples: Samples, alike: tuple[np.ndarray, np.ndarray]) -> pl.DataFrame:
     """The groups that pairs of samples, and samples of the same content, are connected to."""
-    frame = samples.frame
-    # A list of samples that an earlier version wrote has no hash of their content.
-    hashed = "content" in frame.columns
-    same = pl.col("sample").first().over("content") if hashed else pl.col("sample")
-    exact = frame.select("sample", "key", exact=same)
+    exact = _with_exact(samples)
     firsts = np.concatenate([alike[0], exact["sample"].to_numpy()])
     seconds = np.concatenate([alike[1], exact["exact"].to_numpy()])
-    edges = coo_array((np.ones(len(firsts), bool), (firsts, seconds)), shape=(len(frame),) * 2)
+    edges = coo_array((np.ones(len(firsts), bool), (firsts, seconds)), shape=(len(exact),) * 2)
     _, labels = connected_components(edges, directed=False)
     grouped = exact.with_columns(label=pl.Series(labels)).with_columns(
         group=pl.col("sample").first().over("label"), size=pl.len().over("label")
     )
     return grouped.filter(pl.col("size") > 1).select(*schemas.COPIES)
+
+
+def _with_exact(samples: Samples) -> pl.DataFrame:
+    """The samples, with the row of the first one that has the same members as `exact`."""
+    # A list of samples that an earlier version wrote has no hash of their content.
+    hashed = "content" in samples.frame.columns
+    same = pl.col("sample").first().over("content") if hashed else pl.col("sample")
+    return samples.frame.select("sample", "key", exact=same)

@@ -156,6 +156,27 @@ def test_groups(finished: subprocess.CompletedProcess[str], folder: Path) -> Non
     assert none.stdout == "no recorded use is in such a group\n"
 
 
+FLOW = """
+import sys
+from secateur.tasks.engine.prefect_server import prefect_server
+with prefect_server(()):
+    from secateur.flows.groups import groups
+    found = groups(sys.argv[1], "cls", stage=0, top=3, removals=1)
+print([(group.rank, group.group, group.score, group.removal) for group in found])
+"""
+
+
+def test_groups_as_a_flow(finished: subprocess.CompletedProcess[str], folder: Path) -> None:
+    run = f"{folder}/runs/small"
+    done = subprocess.run(
+        [sys.executable, "-c", FLOW, run], capture_output=True, text=True, check=False, timeout=300
+    )
+    words = ("groups", run, "--by", "cls", "--stage", "0", "--top", "3", "--removals", "1")
+    expected = json.loads(secateur(*words, "--json").stdout)
+    keys = ("rank", "group", "score", "removal")
+    assert done.stdout.splitlines()[-1:] == [str([tuple(g[k] for k in keys) for g in expected])]
+
+
 def test_pruning_by_another_policy_leaves_the_plans_own(
     finished: subprocess.CompletedProcess[str], folder: Path, server: dict[str, str]
 ) -> None:

@@ -283,3 +283,24 @@ def test_header_of_a_huge_size_takes_no_memory(tmp_path: Path, kind: bytes) -> N
     (tmp_path / "a.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(4096))
     with pytest.raises(StorageError, match=r"a\.tar is truncated, damaged"):
         list_shards([str(tmp_path / "a.tar")])
+
+
+def test_content_is_equal_where_members_are_whatever_their_keys_and_order(tmp_path: Path) -> None:
+    long = b"x" * (1 << 20)  # reaches over the chunks that a shard is read in
+    samples = {
+        "0": [("a", long), ("b", b"two"), ("c", b"")],
+        "a longer key": [("c", b""), ("b", b"two"), ("a", long)],
+        "other bytes": [("a", long), ("b", b"too"), ("c", b"")],
+        "other names": [("a", b"two"), ("b", long), ("c", b"")],
+        "fewer": [("a", long), ("b", b"two")],
+        "moved": [("a", long + b"t"), ("b", b"wo"), ("c", b"")],
+    }
+    urls = [
+        write_tar(tmp_path / f"{n}.tar", [(f"{key}.{name}", data) for name, data in members])
+        for n, (key, members) in enumerate(samples.items())
+    ]
+    frame = list_shards(urls)
+    content = dict(frame.select("key", "content").iter_rows())
+    assert content["0"] == content["a longer key"]
+    assert len(set(content.values())) == len(samples) - 1
+    assert frame["sha256"].n_unique() == len(samples)
