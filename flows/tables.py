@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # what prints a result must not import what makes it
 
 # Wide enough for every table, so that files and pipes get whole cells.
 WIDTH_WITHOUT_TERMINAL = 200
+SHOWN_COPIES = 4
 
 
 def print_run(url: str, summary: list[StageSummary]) -> None:
@@ -91,9 +92,16 @@ def print_groups(groups: list[SampleGroup]) -> None:
         removal = "" if group.removal is None else f"{group.removal:+.3e}"
         values = (f"{group.score:+.3e}", f"{group.mean:+.3e}", removal)
         counts = ["" if n is None else str(n) for n in (group.kept, group.dropped)]
-        name = ", ".join(group.members) or group.group
-        table.add_row(str(group.rank), name, str(group.samples), str(group.uses), *values, *counts)
+        sizes = (str(group.samples), str(group.uses))
+        table.add_row(str(group.rank), _name_group(group), *sizes, *values, *counts)
     print_table(table)
+
+
+def _name_group(group: SampleGroup) -> str:
+    """A group's name, or the keys of the first few copies."""
+    keys = list(group.members)
+    more = f" and {len(keys) - SHOWN_COPIES} more" if len(keys) > SHOWN_COPIES else ""
+    return ", ".join(keys[:SHOWN_COPIES]) + more or group.group
 
 
 def print_audits(audits: list[AuditResult]) -> None:
