@@ -84,7 +84,7 @@ def _print_influential(run: Run, harmful: bool, describe: Describe) -> None:
     kind = "harmful" if harmful else "helpful"
     title = f"the 5 most {kind} samples for target {target}"
     table = Table("rank", "score", "key", "stage", "step", "sample", title=title)
-    for hit in query(run.url, target=target, top=5, harmful=harmful):
+    for hit in query(run.url, target=target, top=5, harmful=harmful).hits:
         (sample,) = samples.read([rows[hit.key]])
         place = (str(hit.stage), str(hit.step))
         table.add_row(str(hit.rank), f"{hit.score:+.2e}", hit.key, *place, describe(sample))

@@ -105,8 +105,8 @@ def query(
     from secateur.tasks.valuation.query import find_influential
 
     opened = Run.open(run)
-    hits = find_influential(opened, target, sample, top, harmful, stage, window, estimate)
-    show_result(hits, as_json, lambda: tables.print_hits(hits))
+    answer = find_influential(opened, target, sample, top, harmful, stage, window, estimate)
+    show_result(answer, as_json, lambda: tables.print_answer(answer))
 
 
 @app.command()
@@ -202,6 +202,14 @@ def audit(
         int | None,
         typer.Option(min=4, help="samples left out, one at a time; by default the plan's number"),
     ] = None,
+    questions: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="compare answers about so many single target samples with replay instead, which "
+            "needs no retraining",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Check how far scores can be trusted: retrain without a few samples, one at a time."""
@@ -211,10 +219,10 @@ def audit(
         from secateur.tasks.reporting.dry_run import estimate_audit_cost
         from secateur.tasks.run import Run
 
-        cost = estimate_audit_cost(Run.open(run), stage, removals)
+        cost = estimate_audit_cost(Run.open(run), stage, removals, questions)
         print(f"the audit costs about {cost:.1f} trainings of stage {stage}", file=sys.stderr)
-        result = audit_flow(run, stage, removals)
-    show_result(result, as_json, lambda: tables.print_audits([result]))
+        result = audit_flow(run, stage, removals, questions)
+    show_result(result, as_json, lambda: tables.print_audit(result))
 
 
 @app.command()

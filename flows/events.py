@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field
 from secateur.flows.run_lock import absolute_url
 from secateur.storage.outputs import Output
 from secateur.tasks.engine.prefect_server import has_lasting_server
+from secateur.tasks.results.agreement_results import read_agreement
 from secateur.tasks.results.audit_results import Fidelity, audit_output, read_audit
 from secateur.tasks.results.pruning_results import DECISIONS, read_prune_result
 from secateur.tasks.results.training_results import SECATEUR
@@ -91,12 +92,27 @@ class FidelityLow(StageEvent):
     )
 
 
+class AgreementLow(StageEvent):
+    """`secateur.agreement.low`: a stage's answers agree with replay less than the plan demands.
+
+    The demand is `trust.min_agreement`. Without it there is no such event.
+    """
+
+    estimate: str = Field(description="`embedding` or `pull_back`, whichever agrees less")
+    spearman: float = Field(
+        description="rank correlation of its answers with replay, the median over the questions"
+    )
+    questions: int = Field(description="how many single target samples were asked about")
+    least: float = Field(description="the least correlation that is accepted")
+
+
 NAMES: dict[type[RunEvent], str] = {
     StageTrained: "secateur.stage.trained",
     StageEmbedded: "secateur.stage.embedded",
     StageIndexed: "secateur.stage.indexed",
     StagePruned: "secateur.stage.pruned",
     RunFinished: "secateur.run.finished",
+    AgreementLow: "secateur.agreement.low",
     FidelityLow: "secateur.fidelity.low",
 }
 
@@ -170,6 +186,26 @@ def emit_low_fidelity(run_url: str, stage: int) -> None:
         least=least or 0.0,
     )
     _emit(run, payload, audit_output(run, stage, audit.removals))
+
+
+def emit_low_agreement(run_url: str, stage: int) -> None:
+    """Report that a stage's answers agree with replay less than the plan demands, if they do."""
+    run = _open_run(run_url)
+    least = run.plan.trust.min_agreement
+    if least is None:
+        return
+    found = read_agreement(run, stage)
+    estimate, lowest = min(found.estimates.items(), key=lambda item: item[1].spearman)
+    if lowest.spearman < least:
+        payload = AgreementLow(
+            run=run.url,
+            stage=stage,
+            estimate=estimate,
+            spearman=lowest.spearman,
+            questions=found.questions,
+            least=least,
+        )
+        _emit(run, payload, run.folder.stage(stage).agreement)
 
 
 def is_low(fidelity: Fidelity, least: float | None) -> bool:

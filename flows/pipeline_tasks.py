@@ -6,7 +6,15 @@ The names are shown in Prefect's UI, and are part of the tags that concurrency l
 from __future__ import annotations
 
 from secateur.storage.outputs import Output
-from secateur.tasks.analysis import audit, groups, influence_profile, retraining, windows
+from secateur.tasks.analysis import (
+    agreement,
+    audit,
+    groups,
+    influence_profile,
+    question_replays,
+    retraining,
+    windows,
+)
 from secateur.tasks.comparison import arm_runs, figures
 from secateur.tasks.data import samples
 from secateur.tasks.engine.pipeline_task import PipelineTask
@@ -99,6 +107,15 @@ retrain_without = PipelineTask(
 )
 audit_scores = PipelineTask(
     "audit", audit.write_audit, outputs=audit_output, uses_random_numbers=True
+)
+replay_drawn = PipelineTask(
+    "replay questions", question_replays.replay_drawn, uses_random_numbers=True
+)
+measure_agreement = PipelineTask(
+    "measure agreement",
+    agreement.write_agreement,
+    outputs=lambda run, stage, questions: run.folder.stage(stage).agreement,
+    uses_random_numbers=True,
 )
 run_trial = PipelineTask(
     "try what is kept",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from prefect import flow
 
 from secateur.flows import pipeline_tasks, run_artifacts
-from secateur.tasks.valuation.query import QueryHit
+from secateur.tasks.valuation.query_answer import QueryAnswer
 
 
 @flow(name="query", flow_run_name="query {run}")
@@ -18,8 +18,8 @@ def query(
     stage: int | None = None,
     window: int | None = None,
     estimate: str = "embedding",
-) -> list[QueryHit]:
-    """Return the samples that most lowered the loss of a target or a sample at the run's end.
+) -> QueryAnswer:
+    """Find the samples that most lowered the loss of a target or a sample at the run's end.
 
     Args:
         run: path or URL of the run's folder.
@@ -27,9 +27,13 @@ def query(
         stage: search one stage only.
         window: search one window of each stage only.
         estimate: `embedding`, `pull_back` through the ledgers, or `replay` of the training.
+
+    Returns:
+        The samples under `hits`, and how far the answer agrees with replay if the plan measured
+        that (`trust.questions`).
     """
-    hits = pipeline_tasks.find_influential(
+    answer = pipeline_tasks.find_influential(
         run, target, sample, top, harmful, stage, window, estimate
     )
-    run_artifacts.post_query(run, hits)
-    return hits
+    run_artifacts.post_query(run, answer)
+    return answer

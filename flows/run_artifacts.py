@@ -21,7 +21,7 @@ from secateur.tasks.reporting.previews import Preview
 from secateur.tasks.reporting.summary import StageSummary, summarize_stage
 from secateur.tasks.results.profile_results import PROFILE_PLOT
 from secateur.tasks.run import Run
-from secateur.tasks.valuation.query import QueryHit
+from secateur.tasks.valuation.query_answer import QueryAnswer
 
 Rows = list[dict[str, str | float]]
 
@@ -66,14 +66,15 @@ def post_stage(run_url: str, number: int) -> None:
     )
 
 
-def post_query(run_url: str, hits: list[QueryHit]) -> None:
-    """Post the samples that a query found."""
+def post_query(run_url: str, answer: QueryAnswer) -> None:
+    """Post the samples that a query found, with how far the answer can be trusted as caption."""
     if not has_lasting_server():
         return
     columns = {"rank", "score", "key", "stage", "step", "shard", "copies"}
-    rows = [hit.model_dump(include=columns) for hit in hits]
+    rows = [hit.model_dump(include=columns) for hit in answer.hits]
     key = artifact_key(Run.open(run_url), "query")
-    post_artifact(create_table_artifact, table=rows, key=key)
+    caption = escape_markdown("; ".join(answer.trust()))
+    post_artifact(create_table_artifact, table=rows, key=key, description=caption)
 
 
 def post_groups(run_url: str, groups: list[SampleGroup]) -> None:

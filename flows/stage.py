@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from secateur.flows import events, pipeline_tasks, run_artifacts
 from secateur.flows.workers import Call, Workers
+from secateur.tasks.analysis.question_replays import remaining_questions
 from secateur.tasks.analysis.retraining import remaining_removals
 from secateur.tasks.engine.ui_artifacts import ProgressArtifact
 from secateur.tasks.plan import LaunchConfig, Policy
 from secateur.tasks.pruning.decide import resolve_policy
 from secateur.tasks.pruning.prune import pruning_name
+from secateur.tasks.results.agreement_results import AgreementResult
 from secateur.tasks.results.audit_results import AuditResult
 from secateur.tasks.results.pruning_results import PruneResult
 from secateur.tasks.results.training_results import end_checkpoint
 from secateur.tasks.results.valuation_results import is_reduced
 from secateur.tasks.run import Run
+from secateur.tasks.valuation.drawn_questions import draw_questions
 from secateur.tasks.valuation.embed import count_parts
-from secateur.tasks.valuation.replay import group_targets
+from secateur.tasks.valuation.replay import group_walks
 
 
 def train_stage(
@@ -29,7 +32,12 @@ def train_stage(
 
     Args:
         launch: the processes that train; those of the plan that started the run if None.
+
+    Raises:
+        PlanError: the plan asks more questions (`trust.questions`) than its targets have samples.
     """
+    run = Run.open(run_url)
+    draw_questions(run, run.plan.trust.asked)
     workers.call(pipeline_tasks.list_samples, run_url, stage)
     workers.call(pipeline_tasks.freeze_windows, run_url, stage)
     if stage == 0:
@@ -63,11 +71,34 @@ def score_stage(workers: Workers, run_url: str, stage: int) -> None:
 
 
 def analyze_stage(workers: Workers, run_url: str, stage: int) -> None:
-    """Write the influence profile of a scored stage, and audit it if the plan says so."""
+    """Write a scored stage's influence profile, and compare its answers and audit it if planned."""
     workers.call(pipeline_tasks.profile_influence, run_url, stage)
-    if Run.open(run_url).plan.audits(stage):
+    plan = Run.open(run_url).plan
+    if plan.trust.asked:
+        measure_agreement(workers, run_url, stage)
+        events.emit_low_agreement(run_url, stage)
+    if plan.audits(stage):
         audit_stage(workers, run_url, stage)
         events.emit_low_fidelity(run_url, stage)
+
+
+def measure_agreement(
+    workers: Workers, run_url: str, stage: int, questions: int | None = None
+) -> AgreementResult:
+    """Compare an embedded stage's answers with replay. Its replays run in parallel if they can.
+
+    Args:
+        questions: how many, in place of the plan's number.
+    """
+    run = Run.open(run_url)
+    count = questions or run.plan.trust.asked
+    numbers = remaining_questions(run, stage, count)
+    if numbers and workers.count != 1:
+        groups = group_walks(numbers, _walks(workers, len(numbers)))
+        arguments = [(run.url, stage, count, group) for group in groups]
+        calls = [Call(pipeline_tasks.replay_drawn, one) for one in arguments]
+        workers.map(calls, f"stage {stage}, replaying questions")
+    return workers.call(pipeline_tasks.measure_agreement, run_url, stage, questions)
 
 
 def audit_stage(
@@ -122,14 +153,16 @@ def report_stage(workers: Workers, run_url: str, stage: int) -> None:
 
 
 def _replay_calls(workers: Workers, run: Run, stage: int) -> list[Call]:
-    """The replays that are missing: one walk per worker, or per target if there are fewer.
+    """The replays for targets that are missing."""
+    folder = run.folder.stage(stage)
+    targets = [name for name in run.plan.targets if not folder.replay(name, 0).committed]
+    groups = group_walks(targets, _walks(workers, len(targets)))
+    return [Call(pipeline_tasks.replay_targets, (run.url, stage, group)) for group in groups]
+
+
+def _walks(workers: Workers, questions: int) -> int:
+    """How many walks replay so many questions: one per worker, or per question if there are fewer.
 
     Threads take turns at replays, so they share one walk.
     """
-    folder = run.folder.stage(stage)
-    targets = [name for name in run.plan.targets if not folder.replay(name, 0).committed]
-    walks = workers.count or len(targets)
-    if workers.kind in ("threads", "inline"):
-        walks = 1
-    groups = group_targets(targets, walks)
-    return [Call(pipeline_tasks.replay_targets, (run.url, stage, group)) for group in groups]
+    return 1 if workers.kind in ("threads", "inline") else workers.count or questions

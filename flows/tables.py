@@ -17,9 +17,10 @@ if TYPE_CHECKING:  # what prints a result must not import what makes it
     from secateur.tasks.comparison.comparison_report import Comparison
     from secateur.tasks.reporting.dry_run import RunEstimate
     from secateur.tasks.reporting.summary import StageSummary
+    from secateur.tasks.results.agreement_results import AgreementResult
     from secateur.tasks.results.audit_results import AuditResult
     from secateur.tasks.results.pruning_results import PruneResult
-    from secateur.tasks.valuation.query import QueryHit
+    from secateur.tasks.valuation.query_answer import QueryAnswer
 
 # Wide enough for every table, so that files and pipes get whole cells.
 WIDTH_WITHOUT_TERMINAL = 200
@@ -47,6 +48,9 @@ def print_run(url: str, summary: list[StageSummary]) -> None:
     for stage in summary:
         for sentence in stage.skipped:
             print(f"left out: {sentence}")
+    agreements = [stage.agreement for stage in summary if stage.agreement]
+    if agreements:
+        print_agreements(agreements)
     audits = [stage.audited for stage in summary if stage.audited]
     if audits:
         print_audits(audits)
@@ -67,18 +71,20 @@ def print_pruning(result: PruneResult) -> None:
         print(shard)
 
 
-def print_hits(hits: list[QueryHit]) -> None:
-    """Print the samples that a query found."""
+def print_answer(answer: QueryAnswer) -> None:
+    """Print the samples that a query found, and how far the answer can be trusted."""
     table = Table("rank", "score", "key", "copies", "stage", "step", "shard")
-    for hit in hits:
+    for hit in answer.hits:
         score = f"{hit.score:+.3e}"
         copies = str(hit.copies or "")
         table.add_row(
             str(hit.rank), score, hit.key, copies, str(hit.stage), str(hit.step), hit.shard
         )
     print_table(table)
-    if any(hit.copies for hit in hits):
+    if any(hit.copies for hit in answer.hits):
         print("`secateur groups --by duplicates` adds up the scores of copies")
+    for sentence in answer.trust():
+        print(sentence)
 
 
 def print_groups(groups: list[SampleGroup]) -> None:
@@ -104,6 +110,16 @@ def _name_group(group: SampleGroup) -> str:
     return ", ".join(keys[:SHOWN_COPIES]) + more or group.group
 
 
+def print_audit(result: AuditResult | AgreementResult) -> None:
+    """Print what an audit found."""
+    from secateur.tasks.results.agreement_results import AgreementResult
+
+    if isinstance(result, AgreementResult):
+        print_agreements([result])
+    else:
+        print_audits([result])
+
+
 def print_audits(audits: list[AuditResult]) -> None:
     """Print how well scores agree with retraining."""
     table = Table("stage", "target", "removals", "estimate", "Spearman (95%)", "Pearson (95%)")
@@ -116,6 +132,19 @@ def print_audits(audits: list[AuditResult]) -> None:
     print_table(table)
     for audit in audits:
         print(audit.plot)
+
+
+def print_agreements(agreements: list[AgreementResult]) -> None:
+    """Print how far answers agree with replay."""
+    columns = ("questions", "estimate", "Spearman (lowest)", "found", "gradient held")
+    table = Table("stage", *columns, title="answers compared with replay, medians over questions")
+    for one in agreements:
+        for name, agreement in one.estimates.items():
+            spearman = f"{agreement.spearman:.2f} ({agreement.lowest:.2f})"
+            found = f"{agreement.found:.0%} of {one.most} in {one.best:,}"
+            cells = (str(one.questions), name, spearman, found, f"{one.held:.0%}")
+            table.add_row(str(one.stage), *cells)
+    print_table(table)
 
 
 def print_comparison(comparison: Comparison) -> None:
@@ -170,6 +199,11 @@ def print_estimate(estimate: RunEstimate) -> None:
         )
     for stage, trainings in estimate.audits.items():
         print(f"the audit of stage {stage} costs about {trainings:.1f} trainings of that stage")
+    for stage, trainings in estimate.questions.items():
+        print(
+            f"comparing answers of stage {stage} with replay costs about {trainings:.1f} trainings "
+            f"of that stage"
+        )
     for stage, steps in estimate.trials.items():
         print(f"the trial of stage {stage} trains {steps} steps")
     if estimate.launch:
@@ -251,7 +285,7 @@ def _stages_table(estimate: RunEstimate) -> Table:
             _format_bytes(stage.embedding_bytes),
             _format_bytes(stage.index_bytes),
             _format_bytes(stage.checkpoint_bytes),
-            _format_bytes(stage.replay_bytes),
+            _format_bytes(stage.replay_bytes + stage.question_bytes),
         )
     return table
 

@@ -1,13 +1,14 @@
 """The folders of a run, and the output that each of them holds.
 
 <root>/<run>/plan, basis, figures
-<root>/<run>/stages/00/samples, windows, start, ledger/seg-00000, trained, local/seg-00000,
-embeddings, index, targets, scores, report, profile, replay/<target>/seg-00000, gradients/00000,
-removals/<step>-<sample>, removals/group-<hash>, copies/<similarity>, audit/<removals>,
-trial/<name>, decided/<name>, rewritten/<name>/00000, prune/<name>
+<root>/<run>/stages/00/samples, windows, start, ledger/seg-00000, trained, embedded/00000,
+components, embeddings, index, targets, scores, report, profile, agreement,
+replay/<target>/seg-00000, gradients/00000, removals/<step>-<sample>, removals/group-<hash>,
+copies/<similarity>, audit/<removals>, trial/<name>, decided/<name>, rewritten/<name>/00000,
+prune/<name>
 <root>/<run>-compare/seed-<seed>/<arm>, each of which is a run, and report/<name>
 
-The methods below say what each output holds. `local`, `decided` and `rewritten` are intermediate:
+The methods below say what each output holds. `embedded`, `decided` and `rewritten` are intermediate:
 they are removed once the outputs that are made from them are committed.
 """
 
@@ -34,6 +35,7 @@ class StageFolder:
         scores: the score of every use of a sample.
         report: the HTML report.
         profile: the influence profile.
+        agreement: how far the answers of the stage's embeddings agree with replay.
     """
 
     def __init__(self, root: Folder) -> None:
@@ -49,6 +51,7 @@ class StageFolder:
         self.scores = self._output("scores")
         self.report = self._output("report")
         self.profile = self._output("profile")
+        self.agreement = self._output("agreement")
 
     def segment(self, number: int) -> Output:
         """Return the ledger of a segment and the checkpoint at its end, committed together."""
@@ -68,9 +71,15 @@ class StageFolder:
         """
         return self._output(f"embedded/{number:05d}")
 
-    def replay(self, target: str, number: int) -> Output:
-        """Return the scores of a segment by replay for a target, and the adjoint at its start."""
-        return self._output(f"replay/{target}/seg-{number:05d}")
+    def replay(self, name: str, number: int) -> Output:
+        """Return the scores of a segment by replay, and the adjoint at its start.
+
+        Args:
+            name: a target, or a question that `agreement` is measured by. Those of questions are
+                removed once it is.
+            number: of the segment.
+        """
+        return self._output(f"replay/{name}/seg-{number:05d}")
 
     def gradients(self, number: int) -> Output:
         """Return the targets' gradients at the start of a segment.

@@ -121,6 +121,22 @@ AUDIT: Schema = {
     "replay": pl.Float64,
 }
 
+# agreement.parquet: a row per question, about the sample `key` of a target. `held` is the share of
+# its gradient's squared norm that the basis holds, `most` and `best` are numbers of uses. For each
+# estimate there are Spearman's correlation with replay over all uses, and the share of replay's
+# `most` most helpful uses that are among the estimate's `best` most helpful.
+AGREEMENT: Schema = {
+    "target": pl.String,
+    "key": pl.String,
+    "held": pl.Float64,
+    "most": pl.UInt32,
+    "best": pl.UInt32,
+    "spearman_embedding": pl.Float64,
+    "found_embedding": pl.Float64,
+    "spearman_pull_back": pl.Float64,
+    "found_pull_back": pl.Float64,
+}
+
 # figures.parquet: a row per seed, arm, stage, target and metric (`figure`) of a comparison.
 # `judges` is true for targets of held-out samples. `kept` is null for a stage without pruning,
 # `select_seconds` if the time is unknown. See also `figures_schema`.

@@ -15,11 +15,13 @@ from secateur.tasks.plan import Plan
 from secateur.tasks.results.pruning_results import read_decisions
 from secateur.tasks.run import Run
 
-NOT_SHARED = ("decided", "rewritten", "prune", "trial", "audit", "removals", "report")
+NOT_SHARED = ("decided", "rewritten", "prune", "trial", "audit", "removals", "agreement", "report")
 
 
 def comparable_plan(plan: Plan, judge: str | None = None) -> Plan:
-    """Return the plan with held-out samples to evaluate on, and audits only if a gate needs them.
+    """Return the plan with held-out samples to evaluate on.
+
+    It has audits, and questions about its agreement, only if a gate needs them.
 
     If no target is free for evaluation, half of the pruning target is held out.
 
@@ -52,7 +54,10 @@ def comparable_plan(plan: Plan, judge: str | None = None) -> Plan:
         share = plan.held_out_share(name) or (0.5 if name == split else 0.0)
         targets[name] = target.model_copy(update={"judging": share})
     audit = plan.audit if plan.trust.min_fidelity is not None else None
-    return plan.model_copy(update={"targets": targets, "audit": audit})
+    trust = plan.trust
+    if not plan.gates_by_agreement:
+        trust = trust.model_copy(update={"questions": None, "min_agreement": None})
+    return plan.model_copy(update={"targets": targets, "audit": audit, "trust": trust})
 
 
 def held_out_targets(plan: Plan, judge: str | None = None) -> list[str]:

@@ -44,6 +44,11 @@ def check_plan(plan: Plan, stage: int) -> None:
             f"the plan has stage {stage} audited, and {reason}; take the stage out of "
             f"`audit.stages` and leave out `trust.min_fidelity`"
         )
+    if plan.trust.asked:
+        raise PlanError(
+            f"the plan compares answers with replay, and {reason}; leave out `trust.questions` and "
+            f"`trust.min_agreement`"
+        )
     if plan.stages[stage].selections:
         raise PlanError(
             f"a window of stage {stage} selects online, which only `secateur run` does; leave out "

@@ -179,10 +179,16 @@ class Plan(Config):
     def _check_precision(self) -> Plan:
         if self.autocast and self.dtype != "float32":
             raise ValueError(f"`autocast` is for `dtype: float32`, and it is {self.dtype}")
-        if self.score.estimate == "replay" and (self.autocast or self.dtype == "bfloat16"):
+        if self.score.estimate == "replay" and self.is_half_precise:
             raise ValueError(
                 "`score.estimate: replay` takes differences that half precision cannot hold; use "
                 "`embedding`, or train in float32"
+            )
+        if self.trust.asked and self.is_half_precise:
+            raise ValueError(
+                "`trust.questions` and `trust.min_agreement` compare answers with replay, which "
+                "takes differences that half precision cannot hold; leave them out, or train in "
+                "float32"
             )
         return self
 
@@ -234,6 +240,11 @@ class Plan(Config):
         return self
 
     @property
+    def is_half_precise(self) -> bool:
+        """Whether the model computes in half precision, which replay's differences cannot use."""
+        return self.autocast is not None or self.dtype == "bfloat16"
+
+    @property
     def number_type(self) -> str:
         """The type of contributions and embeddings."""
         return "float32" if self.dtype == "bfloat16" else self.dtype
@@ -254,6 +265,15 @@ class Plan(Config):
     def estimate(self) -> Literal["embedding", "replay"]:
         """How scores are estimated: the plan's choice, or replay if it can answer."""
         return self.score.estimate or ("replay" if self.score.is_effect else "embedding")
+
+    @property
+    def gates_by_agreement(self) -> bool:
+        """Whether a stage is pruned only if its embeddings agree with replay.
+
+        The plan must demand an agreement, and its scores be read from embeddings.
+        """
+        reads_embeddings = self.estimate == "embedding" and self.score.horizon == "stage"
+        return reads_embeddings and self.trust.min_agreement is not None
 
     @property
     def pruning_target(self) -> str:
@@ -302,6 +322,7 @@ class Plan(Config):
         readers = {
             "replay": self.estimate == "replay",
             "the audit": self.audits(stage),
+            "the comparison of answers (trust.questions)": self.trust.asked > 0,
             f"the policy {policy.policy if policy else None}": policy is not None
             and policy.reads_checkpoints,
         }

@@ -74,9 +74,23 @@ class TrialConfig(Config):
     draws: PositiveInt = Field(3, description="random choices to compare with")
 
 
-class TrustConfig(Config):
-    """Gates: conditions that must hold before a stage is pruned."""
+QUESTIONS = 8  # asked if a plan demands an agreement and does not say over how many questions
 
+
+class TrustConfig(Config):
+    """Gates: conditions that must hold before a stage is pruned or a query is answered."""
+
+    questions: PositiveInt | None = Field(
+        None,
+        description="single target samples about which each stage compares the answers of its "
+        "embeddings with replay; null means 8 if `min_agreement` is set, else none",
+    )
+    min_agreement: Annotated[float, Field(ge=-1, le=1)] | None = Field(
+        None,
+        description="least Spearman correlation between a stage's answers and replay, the median "
+        "over the questions: for a query by embedding or pull_back to be answered, and for a stage "
+        "to be pruned by scores that are read from embeddings",
+    )
     min_fidelity: Annotated[float, Field(ge=-1, le=1)] | None = Field(
         None, description="least Spearman correlation between the scores and an audit"
     )
@@ -84,3 +98,8 @@ class TrustConfig(Config):
     otherwise: Literal["keep_all", "fail"] = Field(
         "keep_all", description="what happens if a gate does not hold"
     )
+
+    @property
+    def asked(self) -> int:
+        """How many questions each stage is asked, to measure how far its answers agree."""
+        return self.questions or (0 if self.min_agreement is None else QUESTIONS)

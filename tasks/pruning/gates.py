@@ -17,6 +17,7 @@ from secateur.tasks.data.seeds import seed_for
 from secateur.tasks.plan import Policy, ScheduleConfig
 from secateur.tasks.pruning.context import PruningContext
 from secateur.tasks.pruning.decide import decide_samples
+from secateur.tasks.results.agreement_results import read_agreement
 from secateur.tasks.results.audit_results import audit_output, read_audit
 from secateur.tasks.results.training_results import end_checkpoint
 from secateur.tasks.run import Run
@@ -71,6 +72,14 @@ def evaluate_gates(run: Run, stage: int, name: str) -> Gates:
             "least": trust.min_fidelity,
             **fidelity.model_dump(mode="json"),
         }
+    if run.plan.gates_by_agreement:
+        assert trust.min_agreement is not None
+        agreement = read_agreement(run, stage).estimates["embedding"]
+        gates["min_agreement"] = {
+            "holds": agreement.spearman >= trust.min_agreement,
+            "least": trust.min_agreement,
+            **agreement.model_dump(mode="json"),
+        }
     if trust.trial is not None:
         facts = run.folder.stage(stage).trial(name).manifest.facts
         holds = facts["kept"] <= float(np.mean(facts["random"]))
@@ -102,6 +111,8 @@ def refusal_reason(run: Run, stage: int, name: str) -> str | None:
     evaluated = []
     if trust.min_fidelity is not None:
         evaluated.append(audit_output(run, stage))
+    if run.plan.gates_by_agreement:
+        evaluated.append(run.folder.stage(stage).agreement)
     if trust.trial is not None:
         evaluated.append(run.folder.stage(stage).trial(name))
     if trust.otherwise != "fail" or not all(output.committed for output in evaluated):
@@ -123,6 +134,11 @@ def _first_problem(gates: Gates) -> str | None:
             return (
                 f"the audit's Spearman correlation is {gate['spearman']:.2f}, under the plan's "
                 f"{gate['least']:g}"
+            )
+        if name == "min_agreement":
+            return (
+                f"the embeddings' answers agree with replay to {gate['spearman']:.2f}, under the "
+                f"plan's {gate['least']:g}"
             )
         return (
             f"the trial's loss is {gate['kept']:.4f} on the samples that are kept and "

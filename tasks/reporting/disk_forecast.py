@@ -22,6 +22,8 @@ class StageEstimate(BaseModel):
             the one that the run starts from as well.
         kept_checkpoint_bytes: of those that stay when the stage is finished.
         replay_bytes: of replay's adjoints at most, two per target at one time.
+        question_bytes: of the adjoints of the plan's questions at most, two each at one time. They
+            are removed once the answers are compared.
     """
 
     stage: int
@@ -35,6 +37,7 @@ class StageEstimate(BaseModel):
     checkpoint_bytes: int
     kept_checkpoint_bytes: int
     replay_bytes: int
+    question_bytes: int
 
 
 def estimate_stage(plan: Plan, number: int, samples: int, sizes: Sizes) -> StageEstimate:
@@ -56,6 +59,7 @@ def estimate_stage(plan: Plan, number: int, samples: int, sizes: Sizes) -> Stage
     checkpoint = sizes.weights + sizes.slots
     start = sizes.weights if number == 0 else 0  # before the first step there are no slots
     replayed = plan.estimate == "replay" or plan.audits(number)
+    adjoints = min(segments, 2) * slots * sizes.trained  # of one target or question
     return StageEstimate(
         stage=number,
         samples=samples,
@@ -67,7 +71,8 @@ def estimate_stage(plan: Plan, number: int, samples: int, sizes: Sizes) -> Stage
         index_bytes=uses * kept * INDEX_BYTES[plan.index],
         checkpoint_bytes=start + most * checkpoint,
         kept_checkpoint_bytes=start + staying * checkpoint,
-        replay_bytes=min(segments, 2) * len(plan.targets) * slots * sizes.trained * replayed,
+        replay_bytes=len(plan.targets) * adjoints * replayed,
+        question_bytes=plan.trust.asked * adjoints,
     )
 
 
@@ -78,8 +83,10 @@ def largest_disk(stages: list[StageEstimate]) -> int:
         lasting = (
             stage.ledger_bytes + stage.embedding_bytes + stage.index_bytes + stage.replay_bytes
         )
-        # Each segment's own embeddings are on disk until the stage's are composed from them.
-        largest = max(largest, held + lasting + stage.embedding_bytes + stage.checkpoint_bytes)
+        # Each segment's own embeddings are on disk until the stage's are composed from them. The
+        # questions are replayed later.
+        passing = max(stage.embedding_bytes, stage.question_bytes)
+        largest = max(largest, held + lasting + passing + stage.checkpoint_bytes)
         held += lasting + stage.kept_checkpoint_bytes
     return largest
 

@@ -6,6 +6,7 @@ from pydantic import BaseModel
 
 from secateur.storage.shard_listing import list_shards
 from secateur.storage.shards import Samples, expand_shard_urls
+from secateur.tasks.analysis.question_replays import expected_agreement_cost
 from secateur.tasks.analysis.retraining import expected_audit_cost
 from secateur.tasks.analysis.windows import preview_windows
 from secateur.tasks.data.batches import BatchSchedule
@@ -28,6 +29,7 @@ from secateur.tasks.reporting.pass_memory import PassMemory, most_coefficients
 from secateur.tasks.reporting.replay_memory import replay_disk, replays
 from secateur.tasks.results.training_results import check_replayable
 from secateur.tasks.run import Run
+from secateur.tasks.valuation.drawn_questions import draw_questions
 
 # The time of scoring one sample in online selection, as a multiple of the time of training on one
 # sample. It was measured by benchmarks/selection.py.
@@ -58,6 +60,8 @@ class RunEstimate(BaseModel):
         automatic: where the windows of a stage are taken from, in a sentence.
         selections: online selection by stage, for the stages that select.
         audits: cost of each stage's audit, in trainings of the stage.
+        questions: cost of comparing each stage's answers with replay, in trainings of the stage;
+            none if the plan asks no questions.
         trials: steps of each stage's trial.
         disk_bytes: the largest size of all stages' outputs together.
         replay_disk_bytes: temporary files of one walk of replay, where `TMPDIR` says.
@@ -76,6 +80,7 @@ class RunEstimate(BaseModel):
     automatic: dict[int, str]
     selections: dict[int, SelectionEstimate]
     audits: dict[int, float]
+    questions: dict[int, float]
     trials: dict[int, int]
     disk_bytes: int
     replay_disk_bytes: int
@@ -96,6 +101,7 @@ def estimate_run(plan: Plan) -> RunEstimate:
     parameters = sum(p.numel() for p in passes.model.parameters())
     target_samples = {name: list_target_samples(run, name) for name in plan.targets}
     targets = {name: len(samples) for name, samples in target_samples.items()}
+    draw_questions(run, plan.trust.asked)
     samples = _list_samples(plan)
     plan, stages, automatic = _estimate_stages(plan, len(samples), sizes)
     audits = {
@@ -116,6 +122,7 @@ def estimate_run(plan: Plan) -> RunEstimate:
         automatic=automatic,
         selections={stage: one for stage, one in selections.items() if one.steps},
         audits=audits,
+        questions=_question_costs(plan),
         trials=_trial_steps(plan),
         disk_bytes=largest_disk(stages),
         replay_disk_bytes=replay_disk(sizes, records) if replays(plan) else 0,
@@ -125,9 +132,18 @@ def estimate_run(plan: Plan) -> RunEstimate:
     )
 
 
-def estimate_audit_cost(run: Run, stage: int, removals: int | None = None) -> float:
-    """Return the expected cost of auditing a trained stage, in trainings of the stage."""
+def estimate_audit_cost(
+    run: Run, stage: int, removals: int | None = None, questions: int | None = None
+) -> float:
+    """Return the expected cost of auditing a trained stage, in trainings of the stage.
+
+    Args:
+        removals: how many samples are left out, in place of the plan's number.
+        questions: how many questions are asked instead, if any.
+    """
     check_replayable(run, stage)
+    if questions is not None:
+        return expected_agreement_cost(questions)
     schedule = BatchSchedule(run.plan, stage, len(read_stage_samples(run, stage)))
     return expected_audit_cost(run.plan, schedule, removals)
 
@@ -172,6 +188,12 @@ def _estimate_selection(
         scored += len(window) * (candidates + min(config.select.samples, target_samples))
     trained = stage.steps * min(schedule.stage.batch_size, stage.samples)
     return SelectionEstimate(steps=steps, judged=scored, cost=SELECTION_COST * scored / trained)
+
+
+def _question_costs(plan: Plan) -> dict[int, float]:
+    if not plan.trust.asked:
+        return {}
+    return dict.fromkeys(range(len(plan.stages)), expected_agreement_cost(plan.trust.asked))
 
 
 def _trial_steps(plan: Plan) -> dict[int, int]:

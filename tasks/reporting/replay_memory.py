@@ -13,8 +13,14 @@ from secateur.tasks.training.pass_size import pass_size
 
 
 def replays(plan: Plan) -> bool:
-    """Return whether a plan replays a stage: for its scores, or for an audit."""
-    return plan.estimate == "replay" or any(plan.audits(n) for n in range(len(plan.stages)))
+    """Return whether a plan replays a stage: for its scores, an audit, or its questions."""
+    return _walks_together(plan) > 0
+
+
+def _walks_together(plan: Plan) -> int:
+    """The most targets or questions that one walk replays."""
+    scored = plan.estimate == "replay" or any(plan.audits(n) for n in range(len(plan.stages)))
+    return max(len(plan.targets) * scored, plan.trust.asked)
 
 
 def replay_disk(sizes: Sizes, stages: list[RecordedStage]) -> int:
@@ -38,7 +44,7 @@ def forecast_replay(
     start = _replay_start(plan, passes, targets)
     slots = sizes.rule.state_tensors
     loop = sizes.weights + sizes.slots
-    adjoints = len(targets) * slots * sizes.trained
+    adjoints = _walks_together(plan) * slots * sizes.trained
     vector = sizes.trained
     state = loop + vector  # the last step's gradients stay
     moments = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel
 
 from secateur.storage.layout import PLAN_PRUNING
+from secateur.tasks.results.agreement_results import AgreementResult, find_agreement
 from secateur.tasks.results.audit_results import AuditResult, read_audit
 from secateur.tasks.results.pruning_results import PruneResult, read_prune_result
 from secateur.tasks.results.training_results import count_selected
@@ -20,6 +21,7 @@ class StageSummary(BaseModel):
         chosen: samples that it chose.
         targets: every target's mean loss and metrics at the stage's end.
         pruned: the result of pruning by the plan's own policy, or None.
+        agreement: how far its answers agree with replay, or None if the plan asks no questions.
         audited: the result of its audit, or None if the plan does not have it audited.
     """
 
@@ -30,6 +32,7 @@ class StageSummary(BaseModel):
     chosen: int
     targets: dict[str, dict[str, float]]
     pruned: PruneResult | None
+    agreement: AgreementResult | None
     audited: AuditResult | None
 
 
@@ -55,5 +58,6 @@ def summarize_stage(run: Run, stage: int) -> StageSummary:
         **count_selected(folder),
         targets=folder.targets.manifest.facts,
         pruned=read_prune_result(run, stage) if is_pruned else None,
+        agreement=find_agreement(run, stage),
         audited=read_audit(run, stage) if run.plan.audits(stage) else None,
     )

@@ -78,7 +78,7 @@ def forecast_composing(plan: Plan, sizes: Sizes, stage: RecordedStage) -> PartMe
 def forecast_targets(
     plan: Plan, sizes: Sizes, passes: PassMemory, targets: dict[str, Samples]
 ) -> PartMemory:
-    """Return the largest target: its passes, its check, and the gradients that they return."""
+    """Return the largest target: its passes, its check, and its gradients with their mean."""
     parts = []
     for samples in targets.values():
         size = pass_size(plan, partial(passes.target, samples), len(samples))
@@ -90,6 +90,15 @@ def forecast_targets(
                 state=sizes.weights,
                 # To check the gradients, some samples run alone.
                 passes=max(largest, passes.mean_gradient(samples, 1)),
+                records=gradients,
+            )
+        )
+        size = pass_size(plan, partial(passes.mean_gradient, samples), len(samples))
+        parts.append(
+            PartMemory(
+                part="targets",
+                state=sizes.weights + sizes.trained,  # the gradient so far
+                passes=passes.mean_gradient(samples, size),
                 records=gradients,
             )
         )

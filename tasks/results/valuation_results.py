@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import polars as pl
 import torch
 from jaxtyping import Float
@@ -15,6 +17,7 @@ from secateur.tasks.data.held_out import scoring_rows
 from secateur.tasks.run import Run
 
 DIRECTIONS = "directions.safetensors"
+GRADIENTS, SQUARED_NORM = "gradients", "squared_norm"  # tensors in a target's file
 REPLAY_FILE = "replay.safetensors"
 REPLAY_SCORES = "scores"  # a tensor in that file
 SCORES = "scores.parquet"
@@ -64,10 +67,17 @@ def read_scores(run: Run, stage: int) -> pl.DataFrame:
     return read_frame(run.folder.stage(stage).scores, SCORES)
 
 
-def read_replay_scores(run: Run, stage: int, number: int) -> dict[str, Float[Tensor, " records"]]:
-    """Return every target's replay scores of a segment, in the order of its ledger."""
+def read_replay_scores(
+    run: Run, stage: int, number: int, names: Iterable[str] | None = None
+) -> dict[str, Float[Tensor, " records"]]:
+    """Return replay scores of a segment by name, in the order of its ledger.
+
+    Args:
+        number: of the segment.
+        names: targets or questions; all targets if None.
+    """
     return {
-        target: _read_replayed_segment(run, stage, target, number) for target in run.plan.targets
+        name: _read_replayed_segment(run, stage, name, number) for name in names or run.plan.targets
     }
 
 
@@ -84,7 +94,16 @@ def _read_replayed_segment(run: Run, stage: int, target: str, number: int) -> Te
 
 def read_target_gradients(run: Run, stage: int, target: str) -> Float[Tensor, "samples p"]:
     """Return the stored loss gradients of a target's samples, in the run's basis."""
-    return read_tensors(run.folder.stage(stage).targets, f"{target}.safetensors")["gradients"]
+    return read_tensors(run.folder.stage(stage).targets, f"{target}.safetensors")[GRADIENTS]
+
+
+def read_squared_norm(run: Run, stage: int, target: str) -> float | None:
+    """Return the squared norm of a target's mean gradient in all parameters.
+
+    None if an earlier version of this package wrote the stage, which did not store it.
+    """
+    tensors = read_tensors(run.folder.stage(stage).targets, f"{target}.safetensors")
+    return float(tensors[SQUARED_NORM]) if SQUARED_NORM in tensors else None
 
 
 def read_scoring_gradients(run: Run, stage: int, target: str) -> Float[Tensor, "samples p"]:

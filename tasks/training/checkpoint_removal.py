@@ -38,5 +38,6 @@ def _may_remove(run: Run, stage: int) -> bool:
     return (
         (plan.estimate != "replay" or folder.scores.committed)
         and (not plan.audits(stage) or audit_output(run, stage).committed)
+        and (not plan.trust.asked or folder.agreement.committed)
         and (policy is None or not policy.reads_checkpoints or folder.prune(PLAN_PRUNING).committed)
     )

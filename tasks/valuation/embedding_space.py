@@ -33,6 +33,14 @@ def to_embedding_space(
     return whole @ read_directions(run, stage).to(whole.dtype)
 
 
+def share_in_embeddings(run: Run, stage: int, gradients: Float[Tensor, "m p"]) -> float:
+    """Return the share of gradients' squared coefficients that a stage's embeddings hold."""
+    if not is_reduced(run):
+        return 1.0
+    held = to_embedding_space(run, stage, start_query(run, gradients)).double().square().sum()
+    return float(held / gradients.double().square().sum().clamp(min=torch.finfo().tiny))
+
+
 def pull_back_query(
     run: Run, stage: int, query: list[Float[Tensor, "m _"]]
 ) -> list[Float[Tensor, "m _"]]:

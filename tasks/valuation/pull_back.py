@@ -1,6 +1,6 @@
-"""Scores of every recorded use for one question, which is taken back through the ledgers.
+"""Scores of every recorded use for a few questions, which are taken back through the ledgers.
 
-Embeddings carry every use forward to the stage's end, at a cost of the coefficients' square. One
+Embeddings carry every use forward to the stage's end, at a cost of the coefficients' square. A
 question that is carried backward to every use costs a scan of the ledgers, so that a basis may have
 as many coefficients as the disk has room for.
 """
@@ -18,29 +18,28 @@ from secateur.tasks.engine.progress import track
 from secateur.tasks.results.valuation_results import coupled_spans
 from secateur.tasks.run import Run
 from secateur.tasks.valuation.dynamics import count_slots, plan_dynamics, read_segment
-from secateur.tasks.valuation.question import Question, question_gradient
 
 
 def pull_back_scores(
-    run: Run, stages: list[int], question: Question
-) -> Iterator[tuple[int, Float[Tensor, " uses"]]]:
+    run: Run, stages: list[int], gradients: Float[Tensor, "m p"]
+) -> Iterator[tuple[int, Float[Tensor, "uses m"]]]:
     """Yield each stage and the scores of its uses, the last stage first.
 
     Uses are in the order of `scores.parquet`. Scores equal the products of the question with
     embeddings of all coefficients, up to rounding.
 
     Args:
-        stages: consecutive stages. The question is about the end of the last one.
+        stages: consecutive stages.
+        gradients: of the losses asked about, at the end of the last one.
     """
-    gradient = question_gradient(run, stages[-1], question)
-    query = _start(run, gradient)
+    query = _start(run, gradients)
     for stage in reversed(stages):
         ledgers = run.folder.stage(stage).segments()
         parts: list[Tensor] = []
         for ledger in track(reversed(ledgers), f"stage {stage}, pulling back", len(ledgers)):
             dynamics = plan_dynamics(run, read_segment(ledger))
             effects, query = walk_segment(dynamics, query)
-            parts.append(torch.stack(effects).sum(0)[:, 0])
+            parts.append(torch.stack(effects).sum(0))
         yield stage, torch.cat(parts[::-1])
         if run.plan.optimizer.at_stage == "reset":
             # The stage began with an empty state, which the stage before has no part in.
@@ -48,11 +47,14 @@ def pull_back_scores(
                 matrix[:, 1:] = 0
 
 
-def _start(run: Run, gradient: Float[Tensor, "1 p"]) -> Transition:
-    """The question as a transition of one row. A loss does not depend on the optimizer's slots."""
+def _start(run: Run, gradients: Float[Tensor, "m p"]) -> Transition:
+    """The questions as a transition, a row for each.
+
+    A loss does not depend on the optimizer's slots, so their part is zero.
+    """
     matrices = []
     for span in coupled_spans(run):
-        matrix = gradient.new_zeros(1, count_slots(run), span.stop - span.start)
-        matrix[:, 0] = gradient[:, span]
+        matrix = gradients.new_zeros(len(gradients), count_slots(run), span.stop - span.start)
+        matrix[:, 0] = gradients[:, span]
         matrices.append(matrix.to(getattr(torch, run.plan.number_type)))
     return matrices

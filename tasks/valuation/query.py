@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import polars as pl
 from jaxtyping import Float
-from pydantic import BaseModel
 from torch import Tensor
 
 from secateur.errors import PlanError
 from secateur.storage.faiss_index import read_index, search_index
+from secateur.tasks.results.agreement_results import find_agreement
 from secateur.tasks.results.valuation_results import (
     read_embeddings,
     read_scores,
@@ -20,32 +20,16 @@ from secateur.tasks.run import Run
 from secateur.tasks.valuation.copies import count_copies
 from secateur.tasks.valuation.embedding_space import (
     pull_back_query,
+    share_in_embeddings,
     start_query,
     to_embedding_space,
 )
 from secateur.tasks.valuation.pull_back import pull_back_scores
+from secateur.tasks.valuation.query_answer import QueryAnswer, QueryHit, check_agreement
 from secateur.tasks.valuation.question import find_question, question_gradient
 from secateur.tasks.valuation.replay_question import replay_scores
 
 ESTIMATES = ("embedding", "pull_back", "replay")
-
-
-class QueryHit(BaseModel):
-    """A use of a sample. A positive score means that it lowered the loss asked about.
-
-    Attributes:
-        copies: how many other samples of the stage are copies of this one, among which its value is
-            split; see `count_copies`.
-    """
-
-    rank: int
-    score: float
-    key: str
-    shard: str
-    stage: int
-    step: int
-    window: int
-    copies: int = 0
 
 
 def find_influential(
@@ -57,8 +41,8 @@ def find_influential(
     stage: int | None = None,
     window: int | None = None,
     estimate: str = "embedding",
-) -> list[QueryHit]:
-    """Return the samples that most lowered a loss at the end of the last indexed stage.
+) -> QueryAnswer:
+    """Find the samples that most lowered a loss at the end of the last indexed stage.
 
     The loss is the mean over a target's samples, held out or not, or that of one sample. A training
     sample is listed once, by its strongest use.
@@ -76,7 +60,8 @@ def find_influential(
 
     Raises:
         PlanError: neither or both of target and sample are given, one is not known, no stage is
-            indexed, or the stages cannot be replayed.
+            indexed, the stages cannot be replayed, or answers by this estimate agree with replay
+            less than the plan demands.
     """
     if estimate not in ESTIMATES:
         raise PlanError(f"--estimate is {estimate}; give one of {', '.join(ESTIMATES)}")
@@ -84,33 +69,40 @@ def find_influential(
         raise PlanError(f"--top is {top}; ask for at least one sample")
     stages = indexed_stages(run, stage)
     question = find_question(run, target, sample)
-    if estimate != "embedding":
-        score_uses = pull_back_scores if estimate == "pull_back" else replay_scores
-        return _rank_uses(run, score_uses(run, stages, question), top, harmful, stage, window)
-    gradient = question_gradient(run, stages[-1], question)
-    frames = []
-    for number, query in stage_queries(run, stages, gradient):
-        if stage in (None, number):
-            signed = -query if harmful else query
-            frames.append(_search_stage(run, number, signed, top, harmful, window))
-    return _rank_samples(run, frames, top, harmful)
+    searched = stages if stage is None else [stage]
+    if estimate == "replay":
+        found = replay_scores(run, stages, question)
+        hits = _rank_samples(run, _all_uses(run, found, searched, window), top, harmful)
+        return QueryAnswer(hits=hits, estimate=estimate, held=None, agreement={})
+    agreement = {number: find_agreement(run, number) for number in searched}
+    check_agreement(run, estimate, agreement)
+    gradient, held = question_gradient(run, stages[-1], question)
+    if estimate == "pull_back":
+        pulled = ((n, scores[:, 0]) for n, scores in pull_back_scores(run, stages, gradient))
+        frames = _all_uses(run, pulled, searched, window)
+    else:
+        queries = [one for one in stage_queries(run, stages, gradient) if one[0] in searched]
+        signed = [(number, -query if harmful else query) for number, query in queries]
+        frames = [_search_stage(run, n, query, top, harmful, window) for n, query in signed]
+        if held is not None:
+            held *= share_in_embeddings(run, stages[-1], gradient)
+    hits = _rank_samples(run, frames, top, harmful)
+    return QueryAnswer(hits=hits, estimate=estimate, held=held, agreement=agreement)
 
 
-def _rank_uses(
+def _all_uses(
     run: Run,
     scored: Iterator[tuple[int, Float[Tensor, " uses"]]],
-    top: int,
-    harmful: bool,
-    stage: int | None,
+    searched: list[int],
     window: int | None,
-) -> list[QueryHit]:
-    """The best samples, from the scores of every use."""
+) -> list[pl.DataFrame]:
+    """The uses of the stages that are searched, from the scores of every use."""
     frames = []
     for number, scores in scored:
         uses = _with_scores(read_scores(run, number), scores.numpy(), number)
-        if stage in (None, number):
+        if number in searched:
             frames.append(uses if window is None else uses.filter(pl.col("window") == window))
-    return _rank_samples(run, frames, top, harmful)
+    return frames
 
 
 def _rank_samples(run: Run, frames: list[pl.DataFrame], top: int, harmful: bool) -> list[QueryHit]:
@@ -152,7 +144,7 @@ def stage_queries(
 
 
 def indexed_stages(run: Run, stage: int | None) -> list[int]:
-    """Return the indexed stages.
+    """Return the indexed stages, from the one that is searched: a question goes no further back.
 
     Raises:
         PlanError: there are none, or `stage` is not among them.
@@ -165,7 +157,7 @@ def indexed_stages(run: Run, stage: int | None) -> list[int]:
         raise PlanError(
             f"stage {stage} of {run.url} is not indexed; the indexed stages are {indexed}"
         )
-    return stages
+    return [number for number in stages if stage is None or number >= stage]
 
 
 def _search_stage(

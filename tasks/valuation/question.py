@@ -14,9 +14,14 @@ from torch import Tensor
 from secateur.errors import PlanError
 from secateur.storage.shards import Samples
 from secateur.tasks.data.samples import list_target_samples, read_stage_samples
-from secateur.tasks.results.valuation_results import read_target_gradients
+from secateur.tasks.results.valuation_results import read_squared_norm, read_target_gradients
 from secateur.tasks.run import Run
-from secateur.tasks.valuation.target_gradients import differentiate_samples, loop_at_stage_end
+from secateur.tasks.valuation.target_gradients import (
+    differentiate_samples,
+    loop_at_stage_end,
+    mean_gradient,
+    squared_norm,
+)
 
 
 @dataclass(frozen=True)
@@ -61,12 +66,34 @@ def find_question(run: Run, target: str | None, sample: str | None) -> Question:
     )
 
 
-def question_gradient(run: Run, stage: int, question: Question) -> Float[Tensor, "1 p"]:
-    """Return the gradient of the loss asked about at a stage's end, in the run's basis."""
+def question_gradient(
+    run: Run, stage: int, question: Question
+) -> tuple[Float[Tensor, "1 p"], float | None]:
+    """Return the gradient of the loss asked about at a stage's end, in the run's basis.
+
+    Returns:
+        The gradient, and the share of its squared norm that the basis holds. The share is None if
+        the question is about a target, and an earlier version of this package wrote the stage.
+    """
     if question.target is not None:
-        gradients = read_target_gradients(run, stage, question.target)
-        asked = gradients if question.rows is None else gradients[question.rows]
-        return asked.mean(0, keepdim=True)
+        gradient = read_target_gradients(run, stage, question.target).mean(0, keepdim=True)
+        whole = read_squared_norm(run, stage, question.target)
+        return gradient, None if whole is None else share_held(gradient, whole)
     assert question.rows is not None
     loop = loop_at_stage_end(run, stage)
-    return differentiate_samples(loop, question.samples(), question.rows)[0]
+    samples = question.samples()
+    gradient = differentiate_samples(loop, samples, question.rows)[0]
+    whole = float(squared_norm(mean_gradient(loop, samples, question.rows)))
+    return gradient, share_held(gradient, whole)
+
+
+def share_held(gradient: Float[Tensor, "_ p"], whole: float) -> float:
+    """Return the share of a gradient's squared norm that a basis holds. Every basis is orthonormal.
+
+    Args:
+        gradient: its coefficients.
+        whole: its squared norm in all parameters.
+    """
+    held = float(gradient.double().square().sum())
+    # Rounding may take it above 1. A gradient of zero is held in full.
+    return min(held / whole, 1.0) if whole else 1.0

@@ -1,8 +1,10 @@
-"""Replay a stage backwards for its targets, segment by segment from the checkpoints."""
+"""Replay a stage backwards for some questions, segment by segment from the checkpoints."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -22,22 +24,46 @@ from secateur.tasks.engine.progress import track
 from secateur.tasks.results.training_results import check_replayable, end_checkpoint
 from secateur.tasks.results.valuation_results import REPLAY_FILE, REPLAY_SCORES
 from secateur.tasks.run import Run
-from secateur.tasks.training.loop import MicroBatch, TrainingLoop, eval_mode
+from secateur.tasks.training.loop import MicroBatch, TrainingLoop
 from secateur.tasks.training.optimizers import plan_update_rule
-from secateur.tasks.training.pass_size import split_by_memory
 from secateur.tasks.training.segments import restore_segment_start, segment_bounds
 from secateur.tasks.valuation.stored_steps import StoredSteps
+from secateur.tasks.valuation.target_gradients import mean_gradient
 
 ADJOINT_FILE = "adjoint.safetensors"
 # Largest relative distance between the end of a repeated segment and its checkpoint.
 REPRODUCED = 1e-3
 
+T = TypeVar("T")
+# Returns some samples, and the places among them of those whose mean loss is asked about.
+Ask = Callable[[], tuple[Samples, Int[Tensor, " n"]]]
+
 
 def replay_stage(run: Run, stage: int, targets: list[str] | None = None) -> int:
-    """Score every selected record of a stage by the adjoint of its training.
+    """Score every selected record of a stage for targets, by the adjoint of its training.
 
-    Some targets (all if None) are walked together. One segment's states are on disk, and those of
-    one step in memory. Segments that an interrupted walk committed are not walked again.
+    Some targets (all if None) are walked together, as by `replay_questions`.
+
+    Returns:
+        Number of segments.
+
+    Raises:
+        PlanError: another trainer trained the stage, or training does not repeat itself exactly on
+            this machine.
+    """
+    names = targets or run.plan.targets
+    questions = {name: partial(_scoring_samples, run, name) for name in names}
+    return replay_questions(run, stage, questions)
+
+
+def replay_questions(run: Run, stage: int, questions: Mapping[str, Ask]) -> int:
+    """Score every selected record of a stage for questions, which are walked together.
+
+    One segment's states are on disk, and those of one step in memory. Segments that an interrupted
+    walk committed are not walked again.
+
+    Args:
+        questions: for every name, returns the samples whose mean loss is asked about.
 
     Returns:
         Number of segments.
@@ -52,14 +78,13 @@ def replay_stage(run: Run, stage: int, targets: list[str] | None = None) -> int:
     segments = segment_bounds(loop.schedule)
     adjoints: dict[str, Adjoint] = {}
     for number in reversed(range(len(segments))):
-        wanted = targets or run.plan.targets
-        missing = [name for name in wanted if not folder.replay(name, number).committed]
+        missing = [name for name in questions if not folder.replay(name, number).committed]
         if not missing:
             adjoints = {}
             continue
         for name in missing:
             if name not in adjoints:
-                adjoints[name] = _adjoint_after(run, loop, stage, number, name)
+                adjoints[name] = _adjoint_after(run, loop, number, name, questions[name])
         # Taken from the dict, so that they can be released while the walk replaces them.
         later = {name: adjoints.pop(name) for name in missing}
         scores, adjoints = walk_back(run, loop, number, segments[number], later)
@@ -68,12 +93,12 @@ def replay_stage(run: Run, stage: int, targets: list[str] | None = None) -> int:
     return len(segments)
 
 
-def group_targets(targets: list[str], count: int) -> list[list[str]]:
-    """Divide targets into at most `count` groups, one walk each.
+def group_walks(questions: Sequence[T], count: int) -> list[list[T]]:
+    """Divide targets or questions into at most `count` groups, one walk each.
 
-    A further target in a walk costs less than another walk.
+    A further one in a walk costs less than another walk.
     """
-    return [targets[start::count] for start in range(min(count, len(targets)))]
+    return [list(questions[start::count]) for start in range(min(count, len(questions)))]
 
 
 def last_replay_outputs(run: Run, stage: int, targets: list[str] | None) -> list[Output]:
@@ -82,7 +107,7 @@ def last_replay_outputs(run: Run, stage: int, targets: list[str] | None) -> list
 
 
 def _commit_replay(
-    run: Run, stage: int, number: int, target: str, scores: Tensor, adjoint: Adjoint
+    run: Run, stage: int, number: int, name: str, scores: Tensor, adjoint: Adjoint
 ) -> None:
     """Commit a segment's scores, and the adjoint at its start, from which the walk goes on.
 
@@ -90,11 +115,11 @@ def _commit_replay(
     """
     folder = run.folder.stage(stage)
     inputs = {"segment": folder.segment(number).fingerprint}
-    with folder.replay(target, number).attempt("replay", inputs) as attempt:
+    with folder.replay(name, number).attempt("replay", inputs) as attempt:
         tensors = {f"{group:05d}": part for group, part in enumerate(adjoint)}
         write_tensors(attempt, REPLAY_FILE, {REPLAY_SCORES: scores}, {})
         write_tensors(attempt, ADJOINT_FILE, tensors, {})
-    later = folder.replay(target, number + 1)
+    later = folder.replay(name, number + 1)
     if later.committed:
         later.remove_file(ADJOINT_FILE)
 
@@ -189,18 +214,22 @@ def _check_reproduced(run: Run, loop: TrainingLoop, number: int) -> None:
                 )
 
 
-def _adjoint_after(run: Run, loop: TrainingLoop, stage: int, number: int, target: str) -> Adjoint:
-    """A target's adjoint at the end of a segment.
+def _adjoint_after(run: Run, loop: TrainingLoop, number: int, name: str, ask: Ask) -> Adjoint:
+    """A question's adjoint at the end of a segment.
 
-    It is stored with the next segment's replay. At the stage's end it is the target's loss
-    gradient, in all parameters.
+    It is stored with the next segment's replay. At the stage's end it is the gradient of the loss
+    asked about, in all parameters.
     """
-    folder = run.folder.stage(stage)
+    folder = run.folder.stage(loop.schedule.number)
     if number < len(folder.segments()) - 1:
-        tensors = read_tensors(folder.replay(target, number + 1), ADJOINT_FILE)
-        return [tensors[name] for name in sorted(tensors)]
+        tensors = read_tensors(folder.replay(name, number + 1), ADJOINT_FILE)
+        return [tensors[group] for group in sorted(tensors)]
+    return start_adjoint(run, loop, *ask())
+
+
+def _scoring_samples(run: Run, target: str) -> tuple[Samples, Int[Tensor, " n"]]:
     samples = list_target_samples(run, target)
-    return start_adjoint(run, loop, samples, scoring_rows(run.plan, target, len(samples)))
+    return samples, scoring_rows(run.plan, target, len(samples))
 
 
 def start_adjoint(
@@ -210,23 +239,4 @@ def start_adjoint(
     loop.load_state(read_checkpoint(end_checkpoint(run, loop.schedule.number)))
     slots = len(plan_update_rule(run.plan.optimizer).slots)
     groups = ParameterGroups(loop.model, loop.optimizer)
-    return groups.start_adjoint(_mean_gradient(run, loop, samples, rows), slots)
-
-
-def _mean_gradient(
-    run: Run, loop: TrainingLoop, samples: Samples, rows: Int[Tensor, " n"]
-) -> dict[str, Tensor]:
-    """The gradient of some samples' mean loss, in all parameters."""
-    parameters = {name: p for name, p in loop.model.named_parameters() if p.requires_grad}
-
-    def gradients(part: Int[Tensor, " m"]) -> tuple[Tensor, ...]:
-        losses = loop.losses(loop.batch(part, samples))
-        mean = losses.sum() / len(rows)
-        return torch.autograd.grad(mean, list(parameters.values()), materialize_grads=True)
-
-    total = [torch.zeros_like(p) for p in parameters.values()]
-    with eval_mode(loop.model):
-        for part in split_by_memory(run.plan, samples, rows, gradients):
-            for sum_so_far, gradient in zip(total, gradients(part), strict=True):
-                sum_so_far += gradient
-    return dict(zip(parameters, total, strict=True))
+    return groups.start_adjoint(mean_gradient(loop, samples, rows), slots)

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from secateur.tasks.data.held_out import scoring_rows
-from secateur.tasks.data.samples import list_target_samples
 from secateur.tasks.results.valuation_results import (
     read_embeddings,
     read_replayed_target,
     read_scoring_gradients,
-    read_target_gradients,
 )
 from secateur.tasks.run import Run
 from secateur.tasks.valuation.embedding_space import start_query, to_embedding_space
 from secateur.tasks.valuation.pull_back import pull_back_scores
-from secateur.tasks.valuation.question import Question
 from secateur.tasks.valuation.replay import replay_stage
 
 
@@ -38,12 +32,10 @@ def stage_effects(run: Run, stage: int, target: str, estimate: str) -> Float[Ten
     if estimate == "replay":
         replay_stage(run, stage, [target])
         return read_replayed_target(run, stage, target)
-    if estimate == "pull_back":
-        rows = scoring_rows(run.plan, target, len(read_target_gradients(run, stage, target)))
-        question = Question(partial(list_target_samples, run, target), rows, target)
-        ((_, effects),) = pull_back_scores(run, [stage], question)
-        return effects
-    embeddings = run.folder.stage(stage).embeddings
     mean = read_scoring_gradients(run, stage, target).mean(0, keepdim=True)
+    if estimate == "pull_back":
+        ((_, effects),) = pull_back_scores(run, [stage], mean)
+        return effects[:, 0]
+    embeddings = run.folder.stage(stage).embeddings
     vector = to_embedding_space(run, stage, start_query(run, mean))[0].double()
     return torch.cat([part.double() @ vector for part in read_embeddings(embeddings)])

@@ -17,6 +17,7 @@ from secateur.tasks.data.held_out import held_out_rows
 from secateur.tasks.data.samples import list_target_samples, read_stage_samples
 from secateur.tasks.engine.progress import track
 from secateur.tasks.results.training_results import end_checkpoint
+from secateur.tasks.results.valuation_results import GRADIENTS, SQUARED_NORM
 from secateur.tasks.run import Run
 from secateur.tasks.training.loop import TrainingLoop, eval_mode
 from secateur.tasks.training.pass_size import split_by_memory
@@ -26,6 +27,9 @@ FIRST_PASS = 3  # samples, which is as many as the search for where to capture t
 
 def write_target_gradients(run: Run, stage: int) -> dict[str, dict[str, float]]:
     """Write each target sample's loss gradient at the stage's end, in the run's basis.
+
+    With them goes the squared norm of their mean in all parameters, of which the basis holds a
+    share.
 
     Returns:
         For every target the mean `loss` and the means of the task's metrics over its held-out
@@ -40,7 +44,9 @@ def write_target_gradients(run: Run, stage: int) -> dict[str, dict[str, float]]:
         for name in run.plan.targets:
             samples = list_target_samples(run, name)
             gradients, metrics = _differentiate_target(loop, samples, name)
-            write_tensors(attempt, f"{name}.safetensors", {"gradients": gradients}, {})
+            mean = mean_gradient(loop, samples, torch.arange(len(samples)))
+            tensors = {GRADIENTS: gradients, SQUARED_NORM: squared_norm(mean)}
+            write_tensors(attempt, f"{name}.safetensors", tensors, {})
             attempt.facts[name] = metrics
 
     inputs = {"basis": run.folder.basis.fingerprint}
@@ -97,6 +103,33 @@ def differentiate_samples(
             with torch.no_grad(), loop.precision():
                 metrics = loop.task.metrics(loop.model, batch)
     return gradients.cpu(), losses.cpu(), metrics
+
+
+def mean_gradient(
+    loop: TrainingLoop, samples: Samples, rows: Int[Tensor, " n"]
+) -> dict[str, Tensor]:
+    """Return the gradient of some samples' mean loss with the loop's weights, in all parameters.
+
+    The model is in eval mode.
+    """
+    parameters = {name: p for name, p in loop.model.named_parameters() if p.requires_grad}
+
+    def gradients(part: Int[Tensor, " m"]) -> tuple[Tensor, ...]:
+        losses = loop.losses(loop.batch(part, samples))
+        mean = losses.sum() / len(rows)
+        return torch.autograd.grad(mean, list(parameters.values()), materialize_grads=True)
+
+    total = [torch.zeros_like(p) for p in parameters.values()]
+    with eval_mode(loop.model):
+        for part in split_by_memory(loop.run.plan, samples, rows, gradients):
+            for sum_so_far, gradient in zip(total, gradients(part), strict=True):
+                sum_so_far += gradient
+    return dict(zip(parameters, total, strict=True))
+
+
+def squared_norm(gradient: dict[str, Tensor]) -> Float[Tensor, ""]:
+    """Return the squared norm of a gradient in all parameters, in float64."""
+    return torch.stack([g.double().square().sum().cpu() for g in gradient.values()]).sum()
 
 
 def _differentiate_target(

@@ -132,13 +132,15 @@ def test_the_dry_run_estimates_what_the_run_writes(
 
 def test_query(finished: subprocess.CompletedProcess[str], folder: Path) -> None:
     words = ("query", f"{folder}/runs/small", "--target", "clean", "--top", "4")
-    helpful = json.loads(secateur(*words, "--json").stdout)
-    harmful = json.loads(secateur(*words, "--harmful", "--stage", "0", "--json").stdout)
+    helpful = json.loads(secateur(*words, "--json").stdout)["hits"]
+    harmful = json.loads(secateur(*words, "--harmful", "--stage", "0", "--json").stdout)["hits"]
     assert [hit["rank"] for hit in helpful] == [1, 2, 3, 4]
     assert all(hit["score"] > 0 for hit in helpful)
     assert all(hit["score"] < 0 and hit["stage"] == 0 for hit in harmful)
     table = secateur(*words).stdout
     assert all(hit["key"] in table for hit in helpful)
+    assert "stage 1: how far answers agree with replay was not measured" in table
+    assert re.search(r"the basis holds \d+% of this question's squared gradient", table)
 
 
 def test_groups(finished: subprocess.CompletedProcess[str], folder: Path) -> None:
@@ -234,6 +236,21 @@ def test_audit(folder: Path, server: dict[str, str]) -> None:
     assert found["fidelity"]["replay"]["spearman"] > 0.8
     assert Path(found["plot"]).exists()
     assert "replay" in secateur(*words, **server).stdout
+
+
+def test_an_audit_may_ask_questions(
+    finished: subprocess.CompletedProcess[str], folder: Path
+) -> None:
+    run = f"{folder}/runs/small"
+    done = secateur("audit", run, "--stage", "1", "--questions", "2", "--json")
+    found = json.loads(done.stdout)
+    assert "the audit costs about 5.7 trainings of stage 1" in done.stderr
+    assert found["questions"] == 2
+    spearman = found["estimates"]["embedding"]["spearman"]
+    answer = secateur("query", run, "--target", "clean", "--stage", "1").stdout
+    assert f"agree with replay to {spearman:.2f} (Spearman, median of 2 single questions" in answer
+    both = secateur("audit", run, "--stage", "1", "--questions", "2", "--removals", "4")
+    assert "give one of --removals and --questions" in sentence(both)
 
 
 def test_verify_and_gc(folder: Path, server: dict[str, str]) -> None:

@@ -12,6 +12,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from secateur.flows import events
 from secateur.flows.run_lock import absolute_url, limit_name
 from secateur.storage.layout import PLAN_PRUNING
+from secateur.tasks.results.agreement_results import read_agreement
 from secateur.tasks.results.audit_results import Fidelity, read_audit
 from secateur.tasks.results.pruning_results import unpruned_before
 from secateur.tasks.run import Run
@@ -116,6 +117,25 @@ def test_low_fidelity_is_emitted(tmp_path: Path, emitted: list[dict[str, Any]]) 
     assert event["payload"] == events.FidelityLow(**event["payload"]).model_dump(mode="json")
     assert event["payload"]["spearman"] == read_audit(run, 0).fidelity["embedding"].spearman
     assert (event["payload"]["least"], event["payload"]["estimate"]) == (1.0, "embedding")
+
+
+@pytest.mark.parametrize("least", [None, -1.0, 1.0])
+def test_low_agreement_is_emitted_if_the_plan_demands_more(
+    tmp_path: Path, emitted: list[dict[str, Any]], least: float | None
+) -> None:
+    make_data(tmp_path)
+    trust = {"questions": 2, "min_agreement": least}
+    stages = [{"steps": 4, "batch_size": 10}]
+    run = curate_small(small_plan(tmp_path, stages=stages, trust=trust))
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:1/api"}):
+        events.emit_low_agreement(run.url, 0)
+    assert len(emitted) == (least == 1)
+    for event in emitted:
+        assert event["event"] == "secateur.agreement.low"
+        payload = event["payload"]
+        measured = [one.spearman for one in read_agreement(run, 0).estimates.values()]
+        assert (payload["spearman"], payload["questions"]) == (min(measured), 2)
+        assert payload["least"] == 1
 
 
 def test_unpruned_stages_before_a_stage(run: Run) -> None:

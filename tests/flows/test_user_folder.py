@@ -131,7 +131,7 @@ def test_the_commands_work(folder: Path) -> None:
     summary = json.loads(run_python(folder, *command, "run", "small.yaml", "--json"))
     assert [stage["samples"] for stage in summary] == [140, summary[0]["pruned"]["kept"]]
     question = ("query", "runs/small", "--target", "clean", "--top", "3", "--json")
-    hits = json.loads(run_python(folder, *command, *question))
+    hits = json.loads(run_python(folder, *command, *question))["hits"]
     assert [hit["rank"] for hit in hits] == [1, 2, 3]
 
 

@@ -157,6 +157,7 @@ def remove_results(run: Run) -> None:
         stage.profile,
         stage.prune(PLAN_PRUNING),
         stage.audit(4),
+        stage.agreement,
     ):
         output.remove()
     for name in ("replay", "removals"):
@@ -164,7 +165,8 @@ def remove_results(run: Run) -> None:
 
 
 def test_parts_in_any_order_write_what_the_serial_run_wrote(folder: Path) -> None:
-    run = curate_small(small_plan(folder, run="parts", **two_targets(folder)))
+    changes = {**two_targets(folder), "trust": {"questions": 3}}
+    run = curate_small(small_plan(folder, run="parts", **changes))
     before = content(run)
     workers = InlineProcesses()
     remove_results(run)
@@ -181,6 +183,8 @@ def test_parts_in_any_order_write_what_the_serial_run_wrote(folder: Path) -> Non
         "differentiate targets": 1,
         "score": 1,
         "profile": 1,
+        "replay questions": 2,
+        "measure agreement": 1,
         "replay": 2,
         "retrain without a sample": 4,
         "audit": 2,

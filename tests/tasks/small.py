@@ -11,7 +11,13 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 from examples.shards import write_shards
-from secateur.flows.stage import audit_stage, prune_stage, score_stage, train_stage
+from secateur.flows.stage import (
+    audit_stage,
+    measure_agreement,
+    prune_stage,
+    score_stage,
+    train_stage,
+)
 from secateur.flows.workers import InlineWorkers
 from secateur.tasks.plan import Plan
 from secateur.tasks.run import Run
@@ -98,7 +104,9 @@ def curate_small(plan: Plan) -> Run:
 
 
 def score_small(run: Run, stage: int) -> None:
-    """Embed, index and score a trained stage, and audit it if the plan says so."""
+    """Embed, index and score a trained stage, and compare its answers and audit it if planned."""
     score_stage(INLINE, run.url, stage)
+    if run.plan.trust.asked:
+        measure_agreement(INLINE, run.url, stage)
     if run.plan.audits(stage):
         audit_stage(INLINE, run.url, stage)

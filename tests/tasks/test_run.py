@@ -350,7 +350,9 @@ def test_a_query_finds_the_samples_that_walking_it_back_finds(
                     "key", keep="first", maintain_order=True
                 )
                 for estimate in ("embedding", "pull_back"):
-                    hits = find_influential(run, "clean", None, 7, harmful, stage, window, estimate)
+                    hits = find_influential(
+                        run, "clean", None, 7, harmful, stage, window, estimate
+                    ).hits
                     assert [hit.key for hit in hits] == ordered["key"][:7].to_list()
                     assert [hit.score for hit in hits] == pytest.approx(
                         ordered["score"][:7].to_list(), rel=1e-4
@@ -363,11 +365,11 @@ def test_a_query_finds_the_samples_that_walking_it_back_finds(
         .unique("key", keep="first", maintain_order=True)["key"][:5]
         .to_list()
     )
-    assert [hit.key for hit in find_influential(run, "clean", top=5)] == best
+    assert [hit.key for hit in find_influential(run, "clean", top=5).hits] == best
 
 
 def test_a_query_about_one_sample_uses_its_gradient(run: Run) -> None:
-    hits = find_influential(run, sample="digit-0203", top=3)
+    hits = find_influential(run, sample="digit-0203", top=3).hits
     gradient = read_target_gradients(run, 1, "clean")[3:4]
     expected = walk_back(run, gradient, False)
     best = max(max(expected[0]), max(expected[1]))

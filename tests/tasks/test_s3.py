@@ -35,8 +35,8 @@ def test_a_run_on_s3_equals_the_run_on_disk(
     remote = curate_small(remote_plan)
     assert read_decisions(remote, 0).equals(read_decisions(local, 0))
     assert read_scores(remote, 1).drop("shard").equals(read_scores(local, 1).drop("shard"))
-    assert [hit.key for hit in find_influential(remote, "clean")] == [
-        hit.key for hit in find_influential(local, "clean")
+    assert [hit.key for hit in find_influential(remote, "clean").hits] == [
+        hit.key for hit in find_influential(local, "clean").hits
     ]
     pruned = read_stage_samples(remote, 1).urls
     assert all(url.startswith(f"{bucket}/runs/small/") for url in pruned)

@@ -148,6 +148,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_comparison_asks_questions_only_if_a_gate_needs_the_answers(folder: Path) -> None:
+    by_embedding = {"estimate": "embedding", "horizon": "stage"}
+    trust = {"questions": 3, "min_agreement": 0.5}
+    gated = comparable_plan(small_plan(folder, score=by_embedding, trust=trust))
+    assert gated.trust.asked == 3
+    assert arm_plan(gated, "random", STANDARD_ARMS["random"], {0: 0.5}).trust.asked == 0
+    for score, demand in (({}, 0.5), (by_embedding, None)):
+        plan = small_plan(folder, score=score, trust={"questions": 3, "min_agreement": demand})
+        assert comparable_plan(plan).trust.asked == 0
+
+
 def test_a_comparison_evaluates_on_samples_that_do_not_score(folder: Path) -> None:
     target = f"{folder}/target-0.tar"
     other = f"{folder}/train-0.tar"

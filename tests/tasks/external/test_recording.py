@@ -302,6 +302,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"audit": {"removals": 4}},
         "has stage 0 audited, and another trainer's steps cannot be repeated",
     ),
+    (
+        {"trust": {"questions": 2}},
+        "compares answers with replay, and another trainer's steps cannot be repeated",
+    ),
     ({"stages": [SELECTING]}, "selects online"),
     ({"curvature": {"kind": "hessian"}}, "`curvature.kind: hessian` needs more passes"),
     ({"model": WIDE}, r"0\.weight of the trainer's model is \(12, 64\)"),

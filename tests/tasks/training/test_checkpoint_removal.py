@@ -39,6 +39,7 @@ READ: dict[str, dict[str, Any]] = {
     "replay": {"score": EFFECT},
     "audit": {"audit": {"removals": 4, "stages": [0]}},
     "gate": {"score": {**EFFECT, "estimate": "embedding"}, "trust": {"min_fidelity": -1}},
+    "questions": {"trust": {"questions": 2}},
     "tracin": {
         "stages": [
             {"steps": 14, "batch_size": 20, "prune": TRACIN},
@@ -109,8 +110,8 @@ def test_only_the_ends_of_stages_stay_and_nothing_else_changes(
     assert len(checkpoints(whole)) == 7
     assert differing(whole, run) == []
     assert_intact(run)
-    assert [hit.key for hit in find_influential(run, sample="digit-0003")] == [
-        hit.key for hit in find_influential(whole, sample="digit-0003")
+    assert [hit.key for hit in find_influential(run, sample="digit-0003").hits] == [
+        hit.key for hit in find_influential(whole, sample="digit-0003").hits
     ]
 
 
@@ -184,10 +185,18 @@ def test_an_interrupted_stage_continues_at_its_last_whole_segment(
 
 @pytest.mark.parametrize(
     "name",
-    ["replay", "tracin", *(pytest.param(n, marks=pytest.mark.server) for n in ("audit", "gate"))],
+    [
+        "replay",
+        "questions",
+        "tracin",
+        *(pytest.param(n, marks=pytest.mark.server) for n in ("audit", "gate")),
+    ],
 )
 def test_what_the_plan_reads_is_kept_until_it_is_read(folder: Path, name: str) -> None:
-    """Stage 1 has no audit and no policy, so its checkpoints go as it trains, unless it replays."""
+    """Stage 1 has no audit and no policy, so its checkpoints go as it trains, unless it replays.
+
+    It does for scores and for questions.
+    """
     kept = curate(small_plan(folder, run=f"{name}-kept", **READ[name]))
     plan = small_plan(folder, run=name, **READ[name], **STAGE_ENDS)
     run = Run.start(plan)

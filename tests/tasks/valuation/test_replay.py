@@ -213,7 +213,7 @@ def test_questions_pulled_back_and_replayed_agree(folder: Path, at_stage: str) -
         found = [
             {(hit.key, hit.stage, hit.step): hit.score for hit in hits}
             for hits in (
-                find_influential(run, top=1000, estimate=estimate, **question)
+                find_influential(run, top=1000, estimate=estimate, **question).hits
                 for estimate in ("embedding", "pull_back", "replay")
             )
         ]
@@ -225,7 +225,7 @@ def test_questions_pulled_back_and_replayed_agree(folder: Path, at_stage: str) -
 
 def test_a_replayed_question_about_a_target_has_the_stored_scores(folder: Path) -> None:
     run = curate_by_replay(folder, "asked", optimizer=CLIPPED)
-    hits = find_influential(run, target="clean", top=1000, stage=1, estimate="replay")
+    hits = find_influential(run, target="clean", top=1000, stage=1, estimate="replay").hits
     stored = read_scores(run, 1).select("key", "step", "score_clean")
     expected = {(key, step): score for key, step, score in stored.iter_rows()}
     assert len(hits) == stored["key"].n_unique()
