@@ -69,11 +69,6 @@ def write_agreement(run: Run, stage: int, questions: int | None = None) -> Agree
     drawn = draw_questions(run, count)
 
     def write(attempt: Attempt) -> None:
-        if run.plan.is_half_precise:
-            raise PlanError(
-                f"{run.url} was trained in half precision, which cannot hold the differences that "
-                f"replay takes; compare answers in a run that trains in float32"
-            )
         replay_drawn(run, stage, count)
         truth = _replay_scores(run, stage, drawn)
         frame = _compare(run, stage, drawn, truth)

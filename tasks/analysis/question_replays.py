@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from secateur.errors import PlanError
 from secateur.storage.shards import Samples
 from secateur.tasks.analysis.retraining import FURTHER_REPLAY_COST, REPLAY_COST
 from secateur.tasks.data.samples import list_target_samples
@@ -21,7 +22,16 @@ def replay_drawn(run: Run, stage: int, questions: int, numbers: list[int] | None
 
     Returns:
         Number of segments.
+
+    Raises:
+        PlanError: the targets have fewer samples, the plan's precision does not allow replay,
+            another trainer trained the stage, or training does not repeat itself.
     """
+    if run.plan.is_half_precise:
+        raise PlanError(
+            f"{run.url} was trained in half precision, which cannot hold the differences that "
+            f"replay takes; compare answers in a run that trains in float32"
+        )
     drawn = draw_questions(run, questions)
     chosen = drawn if numbers is None else [drawn[number] for number in numbers]
     asked: dict[str, Ask] = {one.name: partial(sample_asked, run, one) for one in chosen}

@@ -316,6 +316,9 @@ def test_what_cannot_be_compared_is_refused_before_training(
     for changes in ({"dtype": "bfloat16"}, {"dtype": "float32", "autocast": "bfloat16"}):
         with pytest.raises(ValueError, match="differences that half precision cannot hold"):
             asking_plan(folder, "half", **changes)
+        half = Run.of_plan(asking_plan(folder, "half", trust={}, **changes))
+        with pytest.raises(PlanError, match="was trained in half precision"):
+            replay_drawn(half, 0, 2)
     monkeypatch.setattr(TrainingLoop, "step", None)
     plan = asking_plan(folder, "many", trust={"questions": 95})
     sentence = r"95 questions are to be asked \(trust\.questions\) and the targets have 94 samples"
