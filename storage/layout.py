@@ -8,8 +8,8 @@ copies/<similarity>, audit/<removals>, trial/<name>, decided/<name>, rewritten/<
 prune/<name>
 <root>/<run>-compare/seed-<seed>/<arm>, each of which is a run, and report/<name>
 
-The methods below say what each output holds. `embedded`, `decided` and `rewritten` are intermediate:
-they are removed once the outputs that are made from them are committed.
+The methods below say what each output holds. `embedded`, `decided` and `rewritten` are
+intermediate: they are removed once the outputs that are made from them are committed.
 """
 
 from __future__ import annotations

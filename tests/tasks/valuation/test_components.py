@@ -21,7 +21,8 @@ from secateur.tasks.results.valuation_results import (
 from secateur.tasks.run import Run
 from secateur.tasks.valuation import embed_reduced
 from secateur.tasks.valuation.dynamics import read_segment
-from secateur.tasks.valuation.query import stage_queries
+from secateur.tasks.valuation.embedding_space import share_in_embeddings
+from secateur.tasks.valuation.query import find_influential, stage_queries
 from tests.tasks.small import curate_small, make_data, small_plan
 
 COMMON: dict[str, Any] = {
@@ -96,6 +97,20 @@ def test_scores_are_of_the_part_of_a_gradient_that_the_directions_hold(
     held = (directions @ (directions.T @ gradient)).numpy()
     found = read_scores(reduced, 0)["score_clean"].to_numpy()
     np.testing.assert_allclose(found, stage_embeddings(whole, 0) @ held, rtol=1e-6, atol=1e-12)
+
+
+def test_the_share_that_embeddings_hold(reduced: Run) -> None:
+    gradient = read_target_gradients(reduced, 0, "clean")[:1]
+    held = (read_directions(reduced, 0).T @ gradient[0]).square().sum() / gradient.square().sum()
+    assert 0 < held < 1
+    assert share_in_embeddings(reduced, 0, gradient) == pytest.approx(float(held))
+    answer = find_influential(reduced, "clean", stage=1)
+    pulled = find_influential(reduced, "clean", stage=1, estimate="pull_back")
+    assert answer.held is not None
+    assert pulled.held is not None
+    mean = read_target_gradients(reduced, 1, "clean").mean(0, keepdim=True)
+    part = (read_directions(reduced, 1).T @ mean[0]).square().sum() / mean.square().sum()
+    assert answer.held / pulled.held == pytest.approx(float(part))
 
 
 def test_questions_reach_the_stage_before(reduced: Run) -> None:

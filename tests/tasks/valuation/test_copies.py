@@ -55,7 +55,7 @@ def groups_of(frame: pl.DataFrame) -> list[set[str]]:
 
 
 def test_a_query_counts_exact_copies_before_they_are_sought(run: Run) -> None:
-    counts = {hit.key: hit.copies for hit in find_influential(run, "clean", top=200)}
+    counts = {hit.key: hit.copies for hit in find_influential(run, "clean", top=200).hits}
     expected = {key: len(group) - 1 for group in expected_groups()[:3] for key in group}
     assert {key: count for key, count in counts.items() if count} == expected
     assert len(counts) == 147
@@ -68,7 +68,9 @@ def test_planted_copies_are_found_and_nothing_else(run: Run) -> None:
     assert set(same["key"]) == set.union(*expected_groups()[:3])
     expected = {key: len(group) - 1 for group in expected_groups() for key in group}
     assert count_copies(run, 0) == expected
-    assert {hit.key: hit.copies for hit in find_influential(run, "clean", top=200)}["near-40"] == 1
+    assert {hit.key: hit.copies for hit in find_influential(run, "clean", top=200).hits}[
+        "near-40"
+    ] == 1
 
 
 def test_less_similar_samples_join_groups(run: Run) -> None:
