@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 from prefect import flow
 
 from secateur.errors import PlanError
 from secateur.flows.run_lock import exclusive_run
 from secateur.flows.stage import analyze_stage, audit_stage, measure_agreement, score_stage
 from secateur.flows.workers import worker_pool
+from secateur.tasks.reporting.dry_run import estimate_audit_cost
 from secateur.tasks.results.agreement_results import AgreementResult
 from secateur.tasks.results.audit_results import AuditResult
 from secateur.tasks.run import Run
@@ -36,6 +39,8 @@ def audit(
             "and --questions"
         )
     opened = Run.open(run)
+    cost = estimate_audit_cost(opened, stage, removals, questions)
+    print(f"the audit costs about {cost:.1f} trainings of stage {stage}", file=sys.stderr)
     with exclusive_run(opened), worker_pool(opened.plan.workers) as workers:
         score_stage(workers, opened.url, stage)
         if questions is not None:

@@ -216,11 +216,7 @@ def audit(
     with _server():
         from secateur.flows import tables
         from secateur.flows.audit import audit as audit_flow
-        from secateur.tasks.reporting.dry_run import estimate_audit_cost
-        from secateur.tasks.run import Run
 
-        cost = estimate_audit_cost(Run.open(run), stage, removals, questions)
-        print(f"the audit costs about {cost:.1f} trainings of stage {stage}", file=sys.stderr)
         result = audit_flow(run, stage, removals, questions)
     show_result(result, as_json, lambda: tables.print_audit(result))
 

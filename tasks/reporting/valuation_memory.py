@@ -32,9 +32,9 @@ def forecast_embedding(sizes: Sizes, stage: RecordedStage) -> PartMemory:
     record = sizes.ledger(stage, stage.batch)
     if len(sizes.spans) > 1:
         record += stage.batch * stage.segment_steps * widest * sizes.item
-    # The transitions to start from, those of the spans before, and three of the widest span: the
-    # present one, the one before it, and a copy that the product makes.
-    matrices = 2 * sizes.transition + 2 * (slots * widest) ** 2 * sizes.item
+    # The transitions to start from and those found, and of the widest span `a` with `a H`, or with
+    # the slots that a step moves into others.
+    matrices = 2 * sizes.transition + max(2, slots - 1) * slots * widest**2 * sizes.item
     records = record + effects * (sizes.width + widest) + matrices + _jacobian(sizes, stage)
     return PartMemory(part="embedding", state=0, passes=0, records=records)
 

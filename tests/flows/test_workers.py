@@ -177,7 +177,7 @@ def test_parts_in_any_order_write_what_the_serial_run_wrote(folder: Path) -> Non
     assert content(run) == before
     names = [name for name, _ in workers.calls]
     assert {name: names.count(name) for name in set(names)} == {
-        "embed segment": 2,
+        "embed": 2,
         "compose embeddings": 1,
         "index": 1,
         "differentiate targets": 1,

@@ -119,7 +119,7 @@ def test_a_shard_that_was_forged_before_it_was_pruned_is_not_trained_on(
     Here it is replaced by one that is the same for every shard.
     """
     constant_hash = SimpleNamespace(
-        xxh3_128=lambda: SimpleNamespace(update=lambda data: None, digest=lambda: b"same")
+        xxh3_128=lambda data=b"": SimpleNamespace(update=lambda data: None, digest=lambda: b"same")
     )
     monkeypatch.setattr("secateur.storage.rewrite.xxhash", constant_hash)
     monkeypatch.setattr("secateur.storage.sample_hashes.xxhash", constant_hash)

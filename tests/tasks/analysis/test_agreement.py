@@ -26,7 +26,7 @@ from secateur.tasks.reporting.dry_run import estimate_run
 from secateur.tasks.reporting.html_report import HTML, write_report
 from secateur.tasks.results.agreement_results import read_agreement, read_agreement_frame
 from secateur.tasks.results.pruning_results import read_decisions
-from secateur.tasks.results.valuation_results import read_scores
+from secateur.tasks.results.valuation_results import read_directions, read_scores
 from secateur.tasks.run import Run
 from secateur.tasks.training.loop import MicroBatch, TrainingLoop, eval_mode
 from secateur.tasks.training.segments import restore_segment_start
@@ -136,19 +136,19 @@ def test_the_agreement_is_that_of_answers_with_retraining(run: Run) -> None:
     assert frame["spearman_embedding"].to_list() != frame["spearman_pull_back"].to_list()
 
 
-def test_the_share_of_the_gradient_is_that_of_the_chosen_coordinates(run: Run) -> None:
+def test_the_share_of_the_gradient_is_that_of_the_chosen_directions(run: Run) -> None:
     loop = TrainingLoop(run, 0, read_stage_samples(run, 0))
     restore_segment_start(run, loop, 0, 2)
     basis = run.basis(run.bindings(loop.model))
-    ones = basis.lift_to_tensors(torch.ones(basis.size, dtype=torch.float64))
     parameters = dict(loop.model.named_parameters())
-    assert sum(int((one != 0).sum()) for one in ones.values()) == basis.size == 60
+    lifted = [basis.lift_to_tensors(one) for one in read_directions(run, 0).double().T]
+    assert len(lifted) == 12
 
     def share(loss: Tensor) -> float:
         gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True)
         named = dict(zip(parameters, gradients, strict=True))
-        chosen = sum(float((named[n][one != 0] ** 2).sum()) for n, one in ones.items())
-        return chosen / sum(float((g**2).sum()) for g in gradients)
+        along = [sum(float((named[n] * part).sum()) for n, part in one.items()) for one in lifted]
+        return sum(a**2 for a in along) / sum(float((g**2).sum()) for g in gradients)
 
     expected = [share(loss) for loss in question_losses(run, loop)]
     assert read_agreement_frame(run, 0)["held"].to_list() == pytest.approx(expected, rel=1e-9)
@@ -361,7 +361,7 @@ def test_questions_count_in_what_the_plan_costs(
         return compare(run, stage, *others)
 
     monkeypatch.setattr(agreement, "_compare", measure)
-    wide = {"factory": "tests.tasks.small:network", "args": {"width": 200}}
+    wide = {"factory": "tests.tasks.digits:network", "args": {"width": 200}}
     few, more = (
         asking_plan(folder, f"cost{n}", model=wide, trust={"questions": n}) for n in (1, 4)
     )
