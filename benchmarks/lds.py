@@ -29,8 +29,9 @@ from safetensors.torch import save_file
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from benchmarks.lds_estimates import ESTIMATES, record_training, sum_over_uses
+from benchmarks.lds_estimates import ESTIMATES, sum_over_uses
 from benchmarks.lds_peers import PEERS
+from benchmarks.record import record_training
 from benchmarks.small_gpt2 import LR, WEIGHT_DECAY, Size, TextTraining, make_text_training
 from benchmarks.timing import format_spread
 
@@ -138,7 +139,9 @@ def score_ourselves(training: TextTraining) -> dict[str, Estimate]:
     """Return the scores of our estimates. Each one's seconds include the recorded training."""
     estimates = {}
     with tempfile.TemporaryDirectory() as folder:
-        record = record_training(training, Path(folder))
+        workload = training.workload
+        questions = len(workload.validation)
+        record = record_training(workload, questions, draws=0, folder=Path(folder))
         for name, estimate in ESTIMATES.items():
             start = time.process_time()
             effects = estimate(record)

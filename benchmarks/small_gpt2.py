@@ -81,20 +81,10 @@ class TextTraining:
         with torch.no_grad():
             return workload.target_losses(model)
 
-    def signed_losses(self, model: nn.Module, ids: Tensor, signs: Tensor, rows: Tensor) -> Tensor:
-        """Return the losses of some rows of a batch, each token's loss times its sign.
-
-        Args:
-            ids: the samples of the batch.
-            signs: 1 or -1, `batch tokens`.
-            rows: places in the batch.
-        """
-        return (_token_losses(model, self.texts[ids[rows]]) * signs[rows]).mean(1)
-
 
 def make_text_training(seed: int, size: Size) -> TextTraining:
     """Return a training on consecutive texts of the manual. The questions lie among them."""
-    tokenizer, tokens = _encode_manual(size.vocabulary)
+    tokenizer, tokens = encode_manual(size.vocabulary)
     length = size.tokens + 1
     pieces = torch.tensor(tokens[: len(tokens) // length * length]).view(-1, length)
     generator = torch.Generator().manual_seed(seed)
@@ -129,7 +119,7 @@ def make_text_training(seed: int, size: Size) -> TextTraining:
 
 
 @cache
-def _encode_manual(vocabulary: int) -> tuple[Any, list[int]]:
+def encode_manual(vocabulary: int) -> tuple[Any, list[int]]:
     """Return a byte-pair encoding of the Python language reference, and its tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
