@@ -46,7 +46,7 @@ def test_only_the_subset_differs_between_two_trainings() -> None:
 
 def test_every_estimate_is_measured() -> None:
     rows = measure(0, TINY, Protocol(retrainings=4, fraction=0.1, top_questions=1), peers=None)
-    assert len(rows) == 4
+    assert len(rows) == 5
     replay = rows["replay"]
     assert isinstance(replay, dict)
     assert replay["agreement"] == pytest.approx(1)
