@@ -85,7 +85,12 @@ def datamodeling_score(scores: Tensor, removed: Tensor, losses: Tensor) -> float
     """
     predicted = removed.double() @ scores.double().T
     pairs = zip(predicted.T, losses.T, strict=True)
-    return statistics.mean(float(spearmanr(a, b).statistic) for a, b in pairs)
+    return statistics.mean(_correlation(a, b) for a, b in pairs)
+
+
+def _correlation(a: Tensor, b: Tensor) -> float:
+    """Spearman's correlation. An estimate that tells no subset from another predicts nothing."""
+    return float(spearmanr(a, b).statistic) if len(a.unique()) > 1 else 0.0
 
 
 def top_removal(training: TextTraining, scores: Tensor, base: Tensor, protocol: Protocol) -> float:

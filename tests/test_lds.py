@@ -19,6 +19,8 @@ def test_true_scores_have_the_greatest_and_negated_ones_the_least_score() -> Non
     losses = 5 + removed.double() @ scores.T
     assert datamodeling_score(scores, removed, losses) == pytest.approx(1)
     assert datamodeling_score(-scores, removed, losses) == pytest.approx(-1)
+    scores[0] = 0
+    assert datamodeling_score(scores, removed, losses) == pytest.approx(2 / 3)
 
 
 def test_subsets_are_of_one_size_and_drawn_by_the_seed() -> None:
