@@ -7,12 +7,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
 
 from benchmarks.fidelity import fit_2048_coordinates
 from benchmarks.larger import make_images, make_text
+from benchmarks.record import random_losses
 from benchmarks.timing import format_spread, time_in_turns
 from benchmarks.workloads import Workload
 from secateur.influence.adjoint import step_back
@@ -30,9 +33,11 @@ def measure(workload: Workload, steps: int, repeats: int) -> None:
     workload.batches = workload.batches[:steps]
     basis = fit_2048_coordinates(workload, 0)
     recorder, segment = train_recorded(workload, basis)
-    functions = {
+    signed = {f"signs of {n} texts": n for n in (16, 4, 1)} if workload.name == "F" else {}
+    functions: dict[str, Callable[[], object]] = {
         "plain": lambda: train_plain(workload),
         "captured": lambda: train_recorded(workload, basis),
+        **{name: partial(train_recorded, workload, basis, n) for name, n in signed.items()},
         "embedded": lambda: embed(recorder, segment, basis),
         "one": lambda: replay(workload, 1),
         "two": lambda: replay(workload, 2),
@@ -45,6 +50,8 @@ def measure(workload: Workload, steps: int, repeats: int) -> None:
     further = [two - one for one, two in zip(ratios["one"], ratios["two"], strict=True)]
     print(f"workload {workload.name}, {steps} steps, times plain training:")
     print(f"  training with capture in 2,048 coordinates  {format_spread(ratios['captured'])}")
+    for name in signed:
+        print(f"  the same, with {name} per step {format_spread(ratios[name])}")
     print(f"  embeddings of these, empirical Fisher       {format_spread(ratios['embedded'])}")
     print(f"  replay of one target                        {format_spread(ratios['one'])}")
     print(f"  replay of each further target               {format_spread(further)}")
@@ -59,12 +66,24 @@ def train_plain(workload: Workload) -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, optimizer
 
 
-def train_recorded(workload: Workload, basis: Basis) -> tuple[Recorder, Segment]:
-    """Train and record every step."""
+def train_recorded(workload: Workload, basis: Basis, texts: int = 0) -> tuple[Recorder, Segment]:
+    """Train and record every step.
+
+    Args:
+        texts: how many of a step's texts give a gradient with a random sign per token, for the
+            curvature.
+    """
     model = workload.model()
     optimizer = workload.optimizer(model)
     recorder = Recorder(model, optimizer, bind_layers(model), basis)
-    for step in range(len(workload.batches)):
+    generator = torch.Generator().manual_seed(0)
+    for step, ids in enumerate(workload.batches):
+        if texts:
+            x, y = workload.data(ids[:texts])
+            weights = torch.full((texts,), 1 / len(ids), dtype=torch.float64)
+            factors = torch.full((texts,), y.shape[1] * len(ids) / texts)
+            (signed,) = random_losses(model, x, y, 0, generator)
+            recorder.record_fisher(signed, weights, factors)
         workload.step(model, optimizer, step, None, recorder)
     return recorder, recorder.take_segment()
 

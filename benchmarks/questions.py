@@ -78,6 +78,7 @@ class Row:
         equal: whether every block gets as many, of most energy in 10 steps.
         coupled: whether blocks are coupled.
         directions: how many numbers an embedding has; as many as coordinates if None.
+        texts: how many texts of each step the curvature is estimated from; all if None.
     """
 
     curvature: CurvatureOf = Fisher
@@ -86,12 +87,15 @@ class Row:
     equal: bool = False
     coupled: bool = True
     directions: int | None = None
+    texts: int | None = None
 
 
 ROWS = {
     "all, no curvature": Row(NoCurvature),
     "all, one gradient per text": Row(EmpiricalFisher),
     "all, signs": Row(),
+    "all, signs of 4 texts per step": Row(texts=4),
+    "all, signs of 1 text per step": Row(texts=1),
     "all, 1 draw": Row(draws=1),
     "all, 2 draws": Row(draws=2),
     "all, 4 draws": Row(draws=4),
@@ -140,7 +144,7 @@ def answer(trained: Trained, row: Row) -> tuple[Tensor, Tensor]:
         directions = trained.directions[row.coordinates][:, : row.directions]
         held = (held @ directions) @ directions.T
     draws = [] if row.curvature is not Fisher else [*map(str, range(row.draws))] or [SIGNS]
-    return walk_record(record, held, row.curvature, draws, places, row.coupled), held
+    return walk_record(record, held, row.curvature, draws, places, row.coupled, row.texts), held
 
 
 def measure(trained: Trained, row: Row) -> Measured:

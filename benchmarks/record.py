@@ -81,7 +81,7 @@ def record_training(workload: Workload, questions: int, draws: int, folder: Path
         x, y = workload.data(ids)
         weights = torch.full((len(ids),), 1 / len(ids), dtype=torch.float64)
         factors = torch.full((len(ids),), float(y.shape[1]))
-        for losses_of in _random_losses(model, x, y, draws, generator):
+        for losses_of in random_losses(model, x, y, draws, generator):
             recorder.record_fisher(losses_of, weights, factors)
         workload.step(model, optimizer, step, None, recorder)
         if (step + 1) % SEGMENT == 0 or step + 1 == len(workload.batches):
@@ -96,14 +96,14 @@ def record_training(workload: Workload, questions: int, draws: int, folder: Path
     return Record(workload, model, tape, rule, segments, spans, asked, gradients, seconds)
 
 
-def _random_losses(
+def random_losses(
     model: nn.Module, x: Tensor, y: Tensor, draws: int, generator: torch.Generator
 ) -> Iterator[Callable[[Tensor], Tensor]]:
     """Losses of a batch with labels drawn from the model, then with a random sign per token."""
-    with torch.no_grad():
-        logits = _logits(model, x)
     ones = torch.ones(y.shape)
     for _ in range(draws):
+        with torch.no_grad():
+            logits = _logits(model, x)
         drawn = logits.softmax(-1).flatten(0, 1).multinomial(1, generator=generator).view_as(y)
         yield partial(_weighted_losses, model, x, drawn, ones)
     signs = torch.randint(2, y.shape, generator=generator) * 2.0 - 1
@@ -155,6 +155,7 @@ def walk_record(
     draws: Sequence[str],
     places: Tensor | None,
     coupled: bool,
+    texts: int | None = None,
 ) -> Tensor:
     """Return the estimated effect of every use on each question, `questions uses`.
 
@@ -165,6 +166,7 @@ def walk_record(
         draws: which of the curvature's gradients count.
         places: the coordinates; all if None.
         coupled: whether blocks are coupled.
+        texts: how many texts of each step have such gradients; all if None.
     """
     spans = [slice(0, gradients.shape[1])]
     if not coupled:
@@ -176,6 +178,8 @@ def walk_record(
     found = []
     for path in reversed(record.segments):
         part = _read_segment(path, draws, places)
+        if texts is not None:
+            part = _keep_texts(part, texts, len(record.workload.batches[0]))
         dynamics = Dynamics.from_segment(part, record.update_rule, curvature(part, spans), spans)
         effects, query = walk_segment(dynamics, query)
         found.append(torch.stack(effects).sum(0))
@@ -226,6 +230,17 @@ def _read_segment(path: Path, draws: Sequence[str], places: Tensor | None) -> Se
         fisher_weights=weights.repeat(len(draws)) * len(draws),
     )
     return segment if places is None else _select(segment, places)
+
+
+def _keep_texts(segment: Segment, texts: int, batch: int) -> Segment:
+    """The segment with the curvature's gradients of a step's first texts, which stand for all."""
+    kept = torch.arange(len(segment.fisher)) % batch < texts
+    return replace(
+        segment,
+        fisher=segment.fisher[kept],
+        fisher_steps=segment.fisher_steps[kept],
+        fisher_weights=segment.fisher_weights[kept] * (texts / batch),
+    )
 
 
 def _select(segment: Segment, places: Tensor) -> Segment:
