@@ -19,7 +19,7 @@ from secateur.flows.trainers.recorded_forward import RecordedForward
 from secateur.flows.trainers.recording import Recording
 from secateur.flows.trainers.sample_losses import LossRule, fused_outputs
 from secateur.influence.recorded_batch import RecordedBatch
-from secateur.tasks.external.recording import count_committed_steps
+from secateur.tasks.external.stage_files import count_committed_steps
 from secateur.tasks.plan import Plan
 
 __all__ = ["KeepKeys", "RecordingCallback"]

@@ -19,11 +19,7 @@ from secateur.influence.process_group import current_ranks
 from secateur.influence.recorded_batch import RecordedBatch
 from secateur.influence.recorder import Recorder
 from secateur.influence.sharded_tensors import unwrap_model
-from secateur.storage.attempt import Attempt
-from secateur.storage.ledger import read_checkpoint, write_checkpoint
-from secateur.tasks.data.collate import Tensors
 from secateur.tasks.data.samples import list_stage_samples, read_stage_samples
-from secateur.tasks.engine.progress import print_status
 from secateur.tasks.external.compatibility import (
     check_model,
     check_optimizer,
@@ -34,30 +30,18 @@ from secateur.tasks.external.compatibility import (
 from secateur.tasks.external.recording_checks import (
     Keys,
     check_losses,
-    check_recorded,
     find_rows,
 )
+from secateur.tasks.external.stage_files import StageFiles, load_plan
 from secateur.tasks.plan import Plan
-from secateur.tasks.plan.plan_file import read_plan
 from secateur.tasks.results.training_results import (
     TrainingResult,
-    count_segments,
     read_training_result,
-    start_checkpoint,
 )
 from secateur.tasks.run import Run
-from secateur.tasks.training.checkpoint import capture_state, load_state
-from secateur.tasks.training.fit_basis import fit_basis
-from secateur.tasks.training.optimizers import build_optimizer
 from secateur.tasks.training.segments import (
-    commit_segment,
-    commit_training_result,
     window_of_step,
 )
-
-# Torch's random state, in addition to what every checkpoint holds. Of several processes, each but
-# the first adds its number to the name.
-RANDOM_STATE = "random"
 
 
 class StageRecording:
@@ -119,7 +103,7 @@ class StageRecording:
         by: str = "outside",
         tolerance: float | None = None,
     ) -> None:
-        self.plan = _load_plan(plan)
+        self.plan = load_plan(plan)
         self.stage = stage
         self.steps = steps
         self.by = by
@@ -129,8 +113,6 @@ class StageRecording:
         self._optimizer = unwrap_optimizer(optimizer)
         self._tolerance = tolerance
         self._recorder: Recorder | None = None
-        self._segments = 0
-        self._committed_steps = 0
 
     def __enter__(self) -> Self:
         self.prepare()
@@ -152,13 +134,14 @@ class StageRecording:
     @property
     def step(self) -> int:
         """The next optimizer step's number within the stage, from 0."""
-        return self._committed_steps if self._recorder is None else self._recorder.next_step
+        return self._files.committed_steps if self._recorder is None else self._recorder.next_step
 
     @property
     def at_boundary(self) -> bool:
         """Whether a segment has just been committed."""
-        recording = self._recorder is not None
-        return recording and self._segments > 0 and self.step == self._committed_steps
+        if self._recorder is None:
+            return False
+        return self._files.segments > 0 and self.step == self._files.committed_steps
 
     @property
     def is_next_recorded(self) -> bool:
@@ -173,31 +156,28 @@ class StageRecording:
             self.run = Run.start(self.plan)
             check_model(self.run, self._model)
             check_optimizer(self.plan, self._model, self._optimizer)
-            # Checkpoints number the parameters as the plan's optimizer does, and the user's
-            # optimizer may list them in another order.
-            self._numbered_like = build_optimizer(self.plan.optimizer, self._model)
             list_stage_samples(self.run, self.stage)
             self._samples = read_stage_samples(self.run, self.stage)
             self._rows = {key: row for row, key in enumerate(self._samples.frame["key"])}
             self._freeze_windows()
             count = len(self._samples)
             self._windows = resolve_windows(self.run.plan, self.stage, count, self.steps)
-            self._folder = self.run.folder.stage(self.stage)
-            self._segments = count_segments(self.run, self.stage, self.by)
+            self._files = StageFiles(
+                self.run, self.stage, self._model, self._optimizer, self.ranks, self.by
+            )
         if self.stage == 0:
-            self._create_start()
-        self.finished = self._folder.trained.committed
-        self._committed_steps = count_committed_steps(self.plan, self.stage)
+            self._files.create_start()
+        self.finished = self.run.folder.stage(self.stage).trained.committed
 
     def begin(self) -> None:
         """Load the state that the stage continues from, and record optimizer steps from here."""
-        self._load_start()
+        self._files.load_start()
         if self.finished:
             return
         bindings = self.run.bindings(self._model)
         basis = self.run.basis(bindings)
         self._recorder = Recorder(self._model, self._optimizer, bindings, basis, self._tolerance)
-        self._recorder.start_at(self._committed_steps)
+        self._recorder.start_at(self._files.committed_steps)
         self._step_hook = self._optimizer.register_step_post_hook(self._after_step)
 
     def reach(self, step: int) -> bool:
@@ -284,20 +264,11 @@ class StageRecording:
         If it was trained before, load the state of its end into model and optimizer.
         """
         if self.finished:
-            self._load_start()
+            self._files.load_start()
             return read_training_result(self.run, self.stage)
-        if self._recorder is not None and self.step > self._committed_steps:
+        if self._recorder is not None and self.step > self._files.committed_steps:
             self._commit()
-        result = TrainingResult(
-            stage=self.stage,
-            samples=len(self._samples),
-            steps=self._committed_steps,
-            segments=self._segments,
-            by=self.by,
-        )
-        with self.ranks.first_goes_first():
-            check_recorded(self.run, self.stage)
-            result = commit_training_result(self.run, result)
+        result = self._files.commit_result(len(self._samples))
         self.finished = True
         return result
 
@@ -325,80 +296,11 @@ class StageRecording:
         freeze_windows(self.run, self.stage)
         self.run = Run.open(self.run.url)
 
-    def _create_start(self) -> None:
-        """Commit the run's first checkpoint, and fit the basis on a copy of the model."""
-        start = self._folder.start
-        if not self.ranks.first_decides(start.committed):
-            state = self._capture_state()
-
-            def write(attempt: Attempt) -> None:
-                write_checkpoint(attempt, state)
-
-            if self.ranks.is_first:
-                start.write_once("checkpoint", {}, write)
-        with self.ranks.first_goes_first(), preserve_rng():
-            weights = {
-                name.removeprefix("model."): tensor
-                for name, tensor in read_checkpoint(start).items()
-                if name.startswith("model.")
-            }
-            fit_basis(self.run, weights)
-
-    def _load_start(self) -> None:
-        if self._segments:
-            state = read_checkpoint(self._folder.segment(self._segments - 1))
-            load_state(state, self._model, self._optimizer, numbered_like=self._numbered_like)
-            # A process that took no part before keeps the random state that it has.
-            if (name := _random_state_name(self.ranks.rank)) in state:
-                torch.set_rng_state(state[name])
-            if self.ranks.is_first:
-                print_status(
-                    f"stage {self.stage} of {self.run.url} continues at step "
-                    f"{self._committed_steps}"
-                )
-            return
-        carried = self.stage == 0 or self.plan.optimizer.at_stage == "carry"
-        state = read_checkpoint(start_checkpoint(self.run, self.stage))
-        load_state(state, self._model, self._optimizer, carried, self._numbered_like)
-
     def _after_step(self, *_: object) -> None:
         """Runs right after the optimizer's own step."""
-        if self.step - self._committed_steps >= self.plan.segment_steps:
+        if self.step - self._files.committed_steps >= self.plan.segment_steps:
             self._commit()
 
     def _commit(self) -> None:
         assert self._recorder is not None
-        segment = self._recorder.take_segment()
-        state = self._capture_state()
-        for rank, random_state in enumerate(self.ranks.gather(torch.get_rng_state())):
-            state[_random_state_name(rank)] = random_state
-        is_committed = self.ranks.is_first and commit_segment(
-            self.run, self.stage, self._segments, segment, state, self.by
-        )
-        if not self.ranks.first_decides(is_committed):
-            raise PlanError(
-                f"another process has recorded segment {self._segments} of stage {self.stage} of "
-                f"{self.run.url}; let one trainer continue, and give the other a run of another "
-                f"name"
-            )
-        self._segments += 1
-        self._committed_steps = self.step
-
-    def _capture_state(self) -> Tensors:
-        """Return what the first process writes into a checkpoint."""
-        keep = self.ranks.is_first
-        return capture_state(self._model, self._optimizer, self._numbered_like, keep)
-
-
-def _random_state_name(rank: int) -> str:
-    return f"{RANDOM_STATE}.{rank}" if rank else RANDOM_STATE
-
-
-def count_committed_steps(plan: Plan | str | Path, stage: int) -> int:
-    """Return how many steps of a stage the ledger has."""
-    segments = Run.of_plan(_load_plan(plan)).folder.stage(stage).segments()
-    return int(segments[-1].manifest.facts["next_step"]) if segments else 0
-
-
-def _load_plan(plan: Plan | str | Path) -> Plan:
-    return plan if isinstance(plan, Plan) else read_plan(plan)
+        self._files.commit(self._recorder.take_segment(), self.step)
