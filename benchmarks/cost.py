@@ -30,8 +30,8 @@ from secateur.influence.tape import Tape
 
 def measure(workload: Workload, steps: int, repeats: int) -> None:
     """Print one workload's ratios over its first steps, which are one segment."""
-    workload.batches = workload.batches[:steps]
     basis = fit_2048_coordinates(workload, 0)
+    workload.batches = workload.batches[:steps]
     recorder, segment = train_recorded(workload, basis)
     signed = {f"signs of {n} texts": n for n in (16, 4, 1)} if workload.name == "F" else {}
     functions: dict[str, Callable[[], object]] = {
