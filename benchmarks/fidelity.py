@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from benchmarks.larger import make_images, make_text
 from benchmarks.peers import ADAMW_ONLY, PEERS
+from benchmarks.record import replay_loss
 from benchmarks.workloads import Trained, Workload, make_digits
-from secateur.influence.adjoint import step_back
 from secateur.influence.basis import Basis
 from secateur.influence.basis_fitting import EnergyFit, MomentFit
 from secateur.influence.bindings import bind_layers
@@ -150,8 +150,6 @@ def embedding_scores(workload: Workload, basis: Basis, settings: EmbeddingSettin
     dynamics = Dynamics.from_segment(segment, trained.recorder.update_rule, curvature, spans)
     gradient = _target_gradient(workload, trained, basis)
     slots = len(trained.recorder.update_rule.slots) + 1
-    batch_size = len(workload.batches[0])
-    removed = torch.tensor([step * batch_size + place for step, place in workload.removals])
     if settings.components:
         directions = principal_directions(segment.contributions.clone(), settings.components)
         gradient = directions @ (directions.T @ gradient)
@@ -162,7 +160,7 @@ def embedding_scores(workload: Workload, basis: Basis, settings: EmbeddingSettin
         start[0, 0] = gradient[span]
         query.append(start)
     effects, _ = walk_segment(dynamics, query)
-    return torch.cat(effects, 1).sum(1)[removed]
+    return torch.cat(effects, 1).sum(1)[_removed_uses(workload)]
 
 
 def _train_recorded(
@@ -200,20 +198,15 @@ def replay_scores(workload: Workload) -> Tensor:
     for step in range(len(workload.batches)):
         workload.step(model, optimizer, step)
     tape.close()
-    parameters = dict(model.named_parameters())
-    loss = workload.target_losses(model).mean()
-    gradients = torch.autograd.grad(loss, list(parameters.values()))
-    adjoint = tape.groups.start_adjoint(
-        dict(zip(parameters, gradients, strict=True)), len(tape.update_rule.slots)
-    )
-    scores: dict[int, Tensor] = {}
-    for step in reversed(range(len(workload.batches))):
-        ids = workload.batches[step]
-        part = workload.loss_part(ids)
-        scores[step], adjoint = step_back(
-            model, tape.groups, tape.steps.pop(), tape.update_rule, [part], adjoint
-        )
-    return torch.stack([scores[step][place] for step, place in workload.removals])
+    steps = [tape.steps.pop() for _ in workload.batches]
+    effects = replay_loss(workload, model, tape, steps, workload.target_losses(model).mean())
+    return effects[_removed_uses(workload)]
+
+
+def _removed_uses(workload: Workload) -> Tensor:
+    """The place of every removal among all uses."""
+    size = len(workload.batches[0])
+    return torch.tensor([step * size + place for step, place in workload.removals])
 
 
 def time_plain_training(workload: Workload) -> float:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from benchmarks.lds_estimates import ESTIMATES, sum_over_uses
 from benchmarks.lds_peers import PEERS
-from benchmarks.record import record_training
+from benchmarks.record import agreement, record_training
 from benchmarks.small_gpt2 import LR, WEIGHT_DECAY, Size, TextTraining, make_text_training
 from benchmarks.timing import format_spread
 
@@ -104,12 +104,6 @@ def top_removal(training: TextTraining, scores: Tensor, base: Tensor, protocol: 
     return statistics.mean(rises)
 
 
-def agreement(scores: Tensor, truth: Tensor) -> float:
-    """Return Spearman's correlation of two estimates over samples, median of the questions."""
-    pairs = zip(scores, truth, strict=True)
-    return statistics.median(float(spearmanr(a, b).statistic) for a, b in pairs)
-
-
 def measure(
     seed: int, size: Size, protocol: Protocol, peers: str | None
 ) -> dict[str, dict[str, float] | str]:
@@ -163,9 +157,14 @@ def score_with_peers(training: TextTraining, python: str) -> dict[str, Estimate]
         hand_over(training, Path(folder))
         for number, name in enumerate(PEERS):
             scores = Path(folder) / f"scores-{number}.safetensors"
-            script = Path(__file__).with_name("lds_peers.py")
-            command = [python, str(script), folder, name, str(scores)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            command = [python, "-m", "benchmarks.lds_peers", folder, name, str(scores)]
+            done = subprocess.run(
+                command,
+                cwd=Path(__file__).parents[1],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
             if done.returncode:
                 last = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
                 estimates[name] = Estimate(None, refusal=last)

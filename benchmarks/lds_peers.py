@@ -1,6 +1,6 @@
 """Other projects' estimates for `benchmarks.lds`, run in an environment of their own.
 
-`PYTHON benchmarks/lds_peers.py FOLDER NAME OUT` reads the training from a folder, and writes the
+`PYTHON -m benchmarks.lds_peers FOLDER NAME OUT` reads the training from a folder, and writes the
 scores, `questions samples`, and the seconds of processor time. A positive score means that the
 question's loss would rise without the sample. It needs `bergson`, `dattri-llm`, `dattri`,
 `rank-bm25` and `transformers`.
@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from benchmarks.dattri_capture import capture_gradients
 
 DAMPING = 0.1  # bergson's own setting on its leaderboard
 
@@ -240,14 +242,14 @@ def dattri_llm(given: Given, mask: int | None) -> Tensor:
     projection = {"__default__": {"style": "mask", "proj_dim": mask}} if mask else None
     moments = peer.OptimizerStateCallback(model, optimizer, projection_kwargs=projection)
     stores = [f"{given.work}/dattri/train", f"{given.work}/dattri/test"]
-    with _collect(model, projection, stores[0], [moments]):
+    with capture_gradients(model, projection, stores[0], [moments]):
         for step, ids in enumerate(given.batches):
             for group in optimizer.param_groups:
                 group["lr"] = given.rates[step]
             _backward(model, given.texts[ids])
             optimizer.step()
             moments.record_post(step)
-    with _collect(model, projection, stores[1], []):
+    with capture_gradients(model, projection, stores[1], []):
         _backward(model, given.texts[given.samples :])
     arguments = peer.AttributionArguments(output_dir=f"{given.work}/dattri/out")
     attributor = peer.AdamWInfluenceAttributor(arguments)
@@ -259,20 +261,6 @@ def dattri_llm(given: Given, mask: int | None) -> Tensor:
     for step, ids in enumerate(given.batches):
         scores.index_add_(0, ids, result.scores[steps == step].double())
     return -scores.T.contiguous()  # a score there is the change as the sample's weight grows
-
-
-def _collect(model: Any, projection: Any, folder: str, callbacks: list[Any]) -> Any:
-    """A context in which dattri-llm stores the gradient of every sample."""
-    import dattri_llm as peer
-
-    store = peer.OffloadCallback(
-        offload_interval=1,
-        file_manager=peer.GradientStorageManager(folder),
-        recording_type="per_sample",
-    )
-    config = peer.HookManagerConfig(linear_io=peer.REGISTER_ALL, projection_kwargs=projection)
-    manager = peer.HookManager(model, config=config, callbacks=[store, *callbacks])
-    return manager.collect(deregister_on_exit=True)
 
 
 def _backward(model: Any, texts: Tensor) -> None:

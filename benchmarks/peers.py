@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.dattri_capture import capture_gradients
 from benchmarks.workloads import Workload
 
 Scores = Callable[[Workload], Tensor]
@@ -79,7 +80,7 @@ def dattri_llm(adamw: bool, mask: int | None = None) -> Scores:
             moments = peer.OptimizerStateCallback(model, optimizer, projection_kwargs=projection)
         with tempfile.TemporaryDirectory() as folder:
             callbacks = [moments] if moments else []
-            with _capture(model, projection, f"{folder}/train", callbacks):
+            with capture_gradients(model, projection, f"{folder}/train", callbacks):
                 for step, ids in enumerate(workload.batches):
                     for group in optimizer.param_groups:
                         group["lr"] = workload.rate(step)
@@ -87,7 +88,7 @@ def dattri_llm(adamw: bool, mask: int | None = None) -> Scores:
                     optimizer.step()
                     if moments:
                         moments.record_post(step)
-            with _capture(model, projection, f"{folder}/test", []):
+            with capture_gradients(model, projection, f"{folder}/test", []):
                 _backward(workload, model, None)
             result = _attribute(workload, folder, moments)
         # AdamWInfluence gives the change of the final loss as a sample's weight grows, DVEmb as the
@@ -99,20 +100,6 @@ def dattri_llm(adamw: bool, mask: int | None = None) -> Scores:
         return torch.stack([values[place] for place in places])
 
     return score
-
-
-def _capture(model: torch.nn.Module, projection: Any, folder: str, callbacks: list[Any]) -> Any:
-    """A context in which dattri-llm stores the gradient of every sample."""
-    import dattri_llm as peer
-
-    store = peer.OffloadCallback(
-        offload_interval=1,
-        file_manager=peer.GradientStorageManager(folder),
-        recording_type="per_sample",
-    )
-    config = peer.HookManagerConfig(linear_io=peer.REGISTER_ALL, projection_kwargs=projection)
-    manager = peer.HookManager(model, config=config, callbacks=[store, *callbacks])
-    return manager.collect(deregister_on_exit=True)
 
 
 def _backward(workload: Workload, model: torch.nn.Module, ids: Tensor | None) -> None:

@@ -25,7 +25,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor
 
 from benchmarks.larger import make_bpe_text, make_text
@@ -34,6 +33,7 @@ from benchmarks.record import (
     SIGNS,
     CurvatureOf,
     Record,
+    agreement,
     read_gradients,
     read_segment_gradients,
     record_training,
@@ -151,7 +151,6 @@ def measure(trained: Trained, row: Row) -> Measured:
     """Return a row's correlation, shares of the first uses found, and share of the gradient."""
     scores, held = answer(trained, row)
     pairs = list(zip(scores, trained.truth, strict=True))
-    correlation = statistics.median(float(spearmanr(a, b).statistic) for a, b in pairs)
     found = [
         statistics.median(
             float(torch.isin(b.topk(FIRST).indices, a.topk(best).indices).float().mean())
@@ -160,7 +159,7 @@ def measure(trained: Trained, row: Row) -> Measured:
         for best in BEST
     ]
     share = held.square().sum(1) / trained.record.questions.square().sum(1)
-    return correlation, *found, float(share.median())
+    return agreement(scores, trained.truth), *found, float(share.median())
 
 
 def measure_seed(

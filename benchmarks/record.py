@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -25,7 +27,7 @@ from secateur.influence.optimizers import UpdateRule
 from secateur.influence.recorder import Recorder
 from secateur.influence.recursion import Dynamics, walk_segment
 from secateur.influence.segment import Segment
-from secateur.influence.tape import Tape
+from secateur.influence.tape import StepState, Tape
 
 SEGMENT = 50  # steps, as in a plan that does not say otherwise
 SIGNS = "signs"  # name of the curvature's gradients with a random sign per token
@@ -126,26 +128,43 @@ def _logits(model: nn.Module, x: Tensor) -> Tensor:
 def replay(record: Record) -> Tensor:
     """Return the effect of every use on each question, by replay: `questions uses`."""
     workload, model, tape = record.workload, record.model, record.tape
-    parameters = dict(model.named_parameters())
-    final = {name: p.detach().clone() for name, p in parameters.items()}
+    final = {name: p.detach().clone() for name, p in model.named_parameters()}
     steps = [tape.steps.pop() for _ in workload.batches]
     found = []
     for question in record.asked:
         model.load_state_dict(final, strict=False)
         loss = workload.losses(model, question[None]).sum()
-        gradients = torch.autograd.grad(loss, list(parameters.values()))
-        named = dict(zip(parameters, gradients, strict=True))
-        adjoint = tape.groups.start_adjoint(named, len(tape.update_rule.slots))
-        scores = []
-        for state, ids in zip(steps, reversed(workload.batches), strict=True):
-            parts = [workload.loss_part(ids)]
-            effects, adjoint = step_back(
-                model, tape.groups, state, tape.update_rule, parts, adjoint
-            )
-            scores.append(effects)
-        found.append(torch.cat(scores[::-1]))
+        found.append(replay_loss(workload, model, tape, steps, loss))
     model.load_state_dict(final, strict=False)
     return torch.stack(found)
+
+
+def replay_loss(
+    workload: Workload, model: nn.Module, tape: Tape, steps: list[StepState], loss: Tensor
+) -> Tensor:
+    """Return the effect of every use on a loss at the end of training: `uses`.
+
+    Args:
+        model: as it is at the end. It is taken back to the start.
+        steps: of the tape, the last first.
+        loss: of the model, with its graph.
+    """
+    parameters = dict(model.named_parameters())
+    gradients = torch.autograd.grad(loss, list(parameters.values()))
+    named = dict(zip(parameters, gradients, strict=True))
+    adjoint = tape.groups.start_adjoint(named, len(tape.update_rule.slots))
+    found = []
+    for state, ids in zip(steps, reversed(workload.batches), strict=True):
+        parts = [workload.loss_part(ids)]
+        effects, adjoint = step_back(model, tape.groups, state, tape.update_rule, parts, adjoint)
+        found.append(effects)
+    return torch.cat(found[::-1])
+
+
+def agreement(scores: Tensor, truth: Tensor) -> float:
+    """Return Spearman's correlation of two estimates, the median of the questions."""
+    pairs = zip(scores, truth, strict=True)
+    return statistics.median(float(spearmanr(a, b).statistic) for a, b in pairs)
 
 
 def walk_record(

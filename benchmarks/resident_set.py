@@ -16,7 +16,7 @@ RETURNED_BLOCKS = 256 * 1024
 
 
 def run_apart(module: str, *arguments: str) -> float:
-    """Run `python -m module` in a process of its own, and return the number that it prints last."""
+    """Run a module in a new process, and return the number on the last line that it prints."""
     command = [sys.executable, "-m", module, *arguments]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(RETURNED_BLOCKS)}
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)

@@ -32,7 +32,7 @@ EMBEDDINGS = "embeddings.safetensors"
 
 
 def embed_segment(run: Run, stage: int, number: int) -> None:
-    """Write one segment's embeddings as of its own end, and its transition.
+    """Write a segment's embeddings, for questions about its own end, and its transition.
 
     Segments do not depend on one another, so they can run in parallel.
     """

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from sklearn.datasets import load_digits
 
 from examples.shards import write_shards
@@ -19,6 +20,7 @@ from secateur.flows.stage import (
     train_stage,
 )
 from secateur.flows.workers import InlineWorkers
+from secateur.influence.adjoint import step_back
 from secateur.tasks.plan import Plan
 from secateur.tasks.run import Run
 
@@ -110,3 +112,17 @@ def score_small(run: Run, stage: int) -> None:
         measure_agreement(INLINE, run.url, stage)
     if run.plan.audits(stage):
         audit_stage(INLINE, run.url, stage)
+
+
+def interrupt_replay(monkeypatch: pytest.MonkeyPatch, at: int) -> list[int]:
+    """Let replay be interrupted once, at its step of this number. Its steps are listed as taken."""
+    taken: list[int] = []
+
+    def step(*arguments: Any) -> Any:
+        taken.append(len(taken) + 1)
+        if taken[-1] == at:
+            raise KeyboardInterrupt
+        return step_back(*arguments)
+
+    monkeypatch.setattr("secateur.tasks.valuation.replay.step_back", step)
+    return taken

@@ -15,7 +15,6 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from secateur.errors import PlanError
-from secateur.influence.adjoint import step_back
 from secateur.storage.integrity import find_stray_files, verify_folder
 from secateur.storage.outputs import Output
 from secateur.tasks.analysis import agreement
@@ -34,7 +33,7 @@ from secateur.tasks.valuation import replay_question
 from secateur.tasks.valuation.drawn_questions import draw_questions
 from secateur.tasks.valuation.query import find_influential
 from secateur.tasks.valuation.replay import walk_back
-from tests.tasks.small import curate_small, make_data, small_plan
+from tests.tasks.small import curate_small, interrupt_replay, make_data, small_plan
 from tests.tasks.valuation.test_replay import ADAMW
 
 ONE_STAGE = [{"steps": 6, "batch_size": 10}]
@@ -201,16 +200,7 @@ def test_an_interrupted_comparison_continues(
 ) -> None:
     """It is interrupted in the second segment, and again before the replays are removed."""
     plan = asking_plan(folder, "resumed")
-    steps = 0
-
-    def interrupt(*arguments: Any) -> Any:
-        nonlocal steps
-        steps += 1
-        if steps == 11:
-            raise KeyboardInterrupt
-        return step_back(*arguments)
-
-    monkeypatch.setattr("secateur.tasks.valuation.replay.step_back", interrupt)
+    steps = interrupt_replay(monkeypatch, at=11)
     with pytest.raises(KeyboardInterrupt):
         curate_small(plan)
     resumed = Run.of_plan(plan)
@@ -225,12 +215,13 @@ def test_an_interrupted_comparison_continues(
     monkeypatch.setattr(Output, "remove", stop)
     with pytest.raises(KeyboardInterrupt):
         curate_small(plan)
-    assert steps == 11 + 9  # the last segment, of three steps for three questions, is not repeated
+    # The last segment, of three steps for three questions, is not repeated.
+    assert len(steps) == 11 + 9
     assert remaining_questions(resumed, 0, 3) == []
     assert resumed.folder.stage(0).replay("question-0002", 0).committed
     monkeypatch.setattr(Output, "remove", remove)
     curate_small(plan)
-    assert steps == 11 + 9
+    assert len(steps) == 11 + 9
     assert read_agreement_frame(resumed, 0).equals(read_agreement_frame(run, 0))
     for one in (run, resumed):
         assert not [name for name in one.folder.root.files() if "/replay/" in name]

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from secateur.errors import PlanError
-from secateur.influence.adjoint import step_back
 from secateur.influence.tape import StepState
 from secateur.tasks.data.samples import list_target_samples, read_stage_samples
 from secateur.tasks.results.valuation_results import read_replay_scores, read_scores
@@ -23,7 +22,7 @@ from secateur.tasks.valuation.dynamics import read_segment
 from secateur.tasks.valuation.query import find_influential
 from secateur.tasks.valuation.replay import replay_stage
 from secateur.tasks.valuation.stored_steps import StoredSteps
-from tests.tasks.small import curate_small, make_data, small_plan
+from tests.tasks.small import curate_small, interrupt_replay, make_data, small_plan
 
 REPLAYED = {"estimate": "replay", "horizon": "stage", "aggregate": "mean"}
 ADAMW = {
@@ -107,21 +106,13 @@ def test_an_interrupted_replay_continues_to_the_same_scores(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = read_scores(curate_by_replay(folder, "whole", optimizer=ADAMW), 0)
-    steps = 0
-
-    def interrupt(*arguments: Any) -> Any:
-        nonlocal steps
-        steps += 1
-        if steps == 9:
-            raise KeyboardInterrupt
-        return step_back(*arguments)
-
-    monkeypatch.setattr("secateur.tasks.valuation.replay.step_back", interrupt)
+    steps = interrupt_replay(monkeypatch, at=9)
     with pytest.raises(KeyboardInterrupt):
         curate_by_replay(folder, "resumed", optimizer=ADAMW)
     resumed = curate_by_replay(folder, "resumed", optimizer=ADAMW)
     assert read_scores(resumed, 0).equals(whole)
-    assert steps == 9 + 21 - 3 + 10  # the first walk had committed the last segment, of 3 steps
+    # The first walk had committed the last segment, of 3 steps.
+    assert len(steps) == 9 + 21 - 3 + 10
 
 
 def test_several_targets_of_one_walk_score_like_single_ones(folder: Path) -> None:
