@@ -168,7 +168,7 @@ def measure_seed(
     """Train once, and return every row's figures."""
     draws = max(row.draws for row in rows.values())
     with tempfile.TemporaryDirectory() as folder:
-        record = record_training(_in_float32(make(seed)), QUESTIONS, draws, Path(folder))
+        record = record_training(in_float32(make(seed)), QUESTIONS, draws, Path(folder))
         trained = Trained(record, replay(record))
         found = []
         for name, row in rows.items():
@@ -177,8 +177,8 @@ def measure_seed(
     return found
 
 
-def _in_float32(workload: Workload) -> Workload:
-    """Half the memory of float64."""
+def in_float32(workload: Workload) -> Workload:
+    """Return a workload in float32, which takes half the memory of float64."""
     return replace(
         workload,
         model=lambda: workload.model().float(),
