@@ -25,6 +25,7 @@ from secateur.influence.basis import Basis
 from secateur.influence.basis_fitting import EnergyFit, MomentFit
 from secateur.influence.bindings import bind_layers
 from secateur.influence.curvature import Curvature, EmpiricalFisher, Hessian
+from secateur.influence.gauss_newton import compute_gauss_newton
 from secateur.influence.hessian import compute_hessian
 from secateur.influence.hooks import capture_hooks, sample_gradients
 from secateur.influence.kronecker_basis import KroneckerBasis
@@ -59,14 +60,16 @@ class EmbeddingSettings:
     Attributes:
         basis: fits the basis, given a workload and a seed.
         coupling: `block` or `full`.
-        every: steps that one Hessian is used for; 0 means empirical Fisher.
+        every: steps that one evaluated matrix is used for; 0 means empirical Fisher.
         components: principal directions that embeddings are reduced to; 0 means none.
+        compute: evaluates the matrix.
     """
 
     basis: Callable[[Workload, int], Basis]
     coupling: str
     every: int = 0
     components: int = 0
+    compute: Callable[..., Tensor] = compute_hessian
 
 
 def fit_pca_basis(workload: Workload, seed: int) -> Basis:
@@ -119,6 +122,12 @@ ESTIMATORS: dict[str, EmbeddingSettings | None] = {
     "pca hessian/20 full": EmbeddingSettings(fit_pca_basis, "full", 20),
     "pca hessian/1 block": EmbeddingSettings(fit_pca_basis, "block", 1),
     "pca hessian/1 full": EmbeddingSettings(fit_pca_basis, "full", 1),
+    "pca gauss_newton/1 full": EmbeddingSettings(
+        fit_pca_basis, "full", 1, compute=compute_gauss_newton
+    ),
+    "coordinates gauss_newton/1 full": EmbeddingSettings(
+        fit_416_coordinates, "full", 1, compute=compute_gauss_newton
+    ),
     "coordinates empirical_fisher full": EmbeddingSettings(fit_416_coordinates, "full"),
     "coordinates hessian/5 full": EmbeddingSettings(fit_416_coordinates, "full", 5),
     "coordinates hessian/1 full": EmbeddingSettings(fit_416_coordinates, "full", 1),
@@ -166,17 +175,17 @@ def embedding_scores(workload: Workload, basis: Basis, settings: EmbeddingSettin
 def _train_recorded(
     workload: Workload, basis: Basis, settings: EmbeddingSettings, spans: list[slice]
 ) -> Trained:
-    """Train once, and record every step and the Hessians."""
+    """Train once, and record every step and the evaluated matrices."""
 
-    def record_hessian(step: int, model: nn.Module, recorder: Recorder) -> None:
+    def record_matrix(step: int, model: nn.Module, recorder: Recorder) -> None:
         if step % settings.every == 0:
             ids = torch.cat(workload.batches[step : step + settings.every])
             losses = [lambda: workload.losses(model, ids).mean()]
-            recorder.record_hessian(compute_hessian(losses, model, basis, spans))
+            recorder.record_hessian(settings.compute(losses, model, basis, spans))
 
     return workload.train(
         lambda model, optimizer: Recorder(model, optimizer, bind_layers(model), basis),
-        record_hessian if settings.every else None,
+        record_matrix if settings.every else None,
     )
 
 

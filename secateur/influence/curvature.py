@@ -94,7 +94,7 @@ class Fisher:
 
 
 class Hessian:
-    """`hessian`: the last exact evaluation at or before the step, times the step's scale.
+    """`hessian`, `gauss_newton`: the last evaluation at or before the step, times the step's scale.
 
     Args:
         segment: the segment.
@@ -112,7 +112,8 @@ class Hessian:
         if self._steps[:1] != [segment.first_step]:
             raise SecateurError(
                 f"the segment from step {segment.first_step} on was recorded without its Hessian; "
-                f"record it with `curvature: {{kind: hessian}}` or Recorder.record_hessian"
+                f"record it with `curvature: {{kind: hessian}}`, `{{kind: gauss_newton}}` or "
+                f"Recorder.record_hessian"
             )
         self._matrices = [_matrices_by_start(row, spans) for row in segment.hessian]
 

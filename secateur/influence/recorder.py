@@ -197,7 +197,11 @@ class Recorder:
         self._coming.fisher.append((rows[counted.to(rows.device)], divided[counted]))
 
     def record_hessian(self, flattened: Float[Tensor, " entries"]) -> None:
-        """Record the Hessian before the coming step, as `compute_hessian` returns it."""
+        """Record the Hessian or the Gauss-Newton matrix before the coming step.
+
+        Args:
+            flattened: as `compute_hessian` or `compute_gauss_newton` returns it.
+        """
         self._builder.hessian.append((self.next_step, flattened))
 
     def step_sensitivity(self, gradient: Float[Tensor, " p"]) -> Float[Tensor, " p"]:

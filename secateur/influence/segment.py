@@ -48,8 +48,8 @@ class Segment:
             products estimate the curvature (see `curvature.Fisher`); empty otherwise.
         fisher_steps: the step of each of these.
         fisher_weights: the weight of each of these, divided by the factor of its outer product.
-        hessian: evaluations of the Hessian (`curvature: hessian`), the spans' matrices flattened
-            and concatenated; empty otherwise.
+        hessian: evaluations of the Hessian or the Gauss-Newton matrix (`curvature: hessian`,
+            `gauss_newton`), the spans' matrices flattened and concatenated; empty otherwise.
         hessian_steps: the step before which each of these was made.
     """
 

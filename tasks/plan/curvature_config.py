@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
@@ -12,6 +12,9 @@ from secateur.tasks.plan.base import Config
 from secateur.tasks.plan.registry import Registry
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from secateur.influence.basis import Basis
     from secateur.influence.curvature import Curvature
     from secateur.influence.recorder import Recorder
     from secateur.influence.segment import Segment
@@ -61,6 +64,24 @@ class CurvatureConfig(Config, ABC):
             steps: of the segment.
         """
         return 0
+
+    def compute_matrices(
+        self,
+        losses: Sequence[Callable[[], Tensor]],
+        model: nn.Module,
+        basis: Basis,
+        spans: Sequence[slice],
+    ) -> Tensor:
+        """Return one of the matrices that `count_matrices` counts. By default there are none.
+
+        Args:
+            losses: each runs a forward pass and returns a scalar. Their matrices are added up.
+            spans: the coefficients that are coupled.
+
+        Returns:
+            One matrix per span, flattened and concatenated.
+        """
+        raise NotImplementedError(f"`curvature.kind: {self.kind}` records no matrices")
 
     def record_step(
         self, recorder: Recorder, loop: TrainingLoop, segment: range, step: int, recorded: bool

@@ -17,10 +17,10 @@ from secateur.influence.capture.site_hooks import Sink
 from secateur.influence.captures import Capture, LookupCapture
 from secateur.influence.coordinate_basis import CoordinateBasis, share_coefficients
 from secateur.influence.directional_derivatives import LossPart, differentiate_forward, run_pass
-from secateur.influence.hessian import PRODUCTS_AT_ONCE, compute_hessian
 from secateur.influence.hooks import ContributionSum, capture_hooks
 from secateur.influence.kronecker_basis import KroneckerBasis
 from secateur.influence.memory_meter import measure_peak, shape_mode
+from secateur.influence.vector_products import PRODUCTS_AT_ONCE
 from secateur.storage.shards import Samples
 from secateur.tasks.data.collate import Tensors, collate
 from secateur.tasks.data.take_samples import DOCUMENTS, take_samples
@@ -128,15 +128,16 @@ class PassMemory:
 
         return self._measure(run, samples, count)
 
-    def hessian(self, samples: Samples, count: int, spans: list[int]) -> int:
-        """The vector products of the Hessian that are made at one time, in the widest span."""
+    def matrices(self, samples: Samples, count: int, spans: list[int]) -> int:
+        """The vector products of the curvature that are made at one time, in the widest span."""
         basis = self._basis()
         # The products before stay until the next ones are there.
         repeat = 2 if sum(-(-span // PRODUCTS_AT_ONCE) for span in spans) > 1 else 1
 
         def run(products: int, batch: Tensors, size: int) -> None:
             losses = [lambda: self._losses(batch).mean()]
-            compute_hessian(losses, self.model, basis, [slice(0, products)] * repeat)
+            spans = [slice(0, products)] * repeat
+            self._run.plan.curvature.compute_matrices(losses, self.model, basis, spans)
 
         one = self._measure(partial(run, 1), samples, count)
         products = min(max(spans), PRODUCTS_AT_ONCE)

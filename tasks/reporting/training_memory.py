@@ -99,6 +99,6 @@ def _curvature(
     matrices = plan.curvature.count_matrices(stage.segment_steps)
     if not matrices:
         return recorded, 0
-    products = passes.hessian(samples, stage.micro_batch, sizes.spans)
+    products = passes.matrices(samples, stage.micro_batch, sizes.spans)
     # The matrices of a part of the samples, and their sum so far.
     return recorded + matrices * sizes.coupled, products + 2 * sizes.coupled

@@ -9,9 +9,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from jaxtyping import Float
 from pydantic import Field, PositiveInt
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.errors import PlanError
+from secateur.influence.basis import Basis
 from secateur.influence.bindings import LossesOf
 from secateur.influence.curvature import (
     Curvature,
@@ -20,6 +21,7 @@ from secateur.influence.curvature import (
     Hessian,
     NoCurvature,
 )
+from secateur.influence.gauss_newton import compute_gauss_newton
 from secateur.influence.hessian import compute_hessian
 from secateur.influence.recorder import Recorder
 from secateur.influence.segment import Segment
@@ -131,11 +133,9 @@ class FisherConfig(_DrawnConfig):
         self._record(recorder, loop, segment, step, draw)
 
 
-@register_curvature
-class HessianConfig(CurvatureConfig):
-    """Exact in the basis, by Hessian-vector products."""
+class _EvaluatedConfig(CurvatureConfig):
+    """A matrix that is evaluated once every few steps, exactly in the basis."""
 
-    kind: Literal["hessian"] = "hessian"
     coupling: Literal["block", "full"] = Field(
         "block", description="`full` if a change in one block changes the gradient of the others"
     )
@@ -159,7 +159,7 @@ class HessianConfig(CurvatureConfig):
             recorder.record_hessian(self._evaluate(recorder, loop, coming))
 
     def _evaluate(self, recorder: Recorder, loop: TrainingLoop, steps: range) -> Tensor:
-        """The Hessian now, of the mean loss of the coming steps.
+        """The matrix now, of the mean loss of the coming steps.
 
         A step that online selection has yet to choose for is left out, because its samples are not
         known. If there are more than `samples` samples, evenly spaced ones are read.
@@ -182,7 +182,39 @@ class HessianConfig(CurvatureConfig):
         ]
         basis = recorder.basis
         spans = basis.spans if self.coupling == "block" else [slice(0, basis.size)]
-        return compute_hessian(losses, loop.model, basis, spans)
+        return self.compute_matrices(losses, loop.model, basis, spans)
+
+
+@register_curvature
+class HessianConfig(_EvaluatedConfig):
+    """Exact, by Hessian-vector products."""
+
+    kind: Literal["hessian"] = "hessian"
+
+    def compute_matrices(
+        self,
+        losses: Sequence[Callable[[], Tensor]],
+        model: nn.Module,
+        basis: Basis,
+        spans: Sequence[slice],
+    ) -> Tensor:
+        return compute_hessian(losses, model, basis, spans)
+
+
+@register_curvature
+class GaussNewtonConfig(_EvaluatedConfig):
+    """Of a model taken as linear in its parameters. The task must call the model for its losses."""
+
+    kind: Literal["gauss_newton"] = "gauss_newton"
+
+    def compute_matrices(
+        self,
+        losses: Sequence[Callable[[], Tensor]],
+        model: nn.Module,
+        basis: Basis,
+        spans: Sequence[slice],
+    ) -> Tensor:
+        return compute_gauss_newton(losses, model, basis, spans)
 
 
 @register_curvature

@@ -57,3 +57,8 @@ def network(dropout: float = 0.1, uncaptured: bool = False, width: int = 12) -> 
     """Return a 64-12-10 network. Its dropout makes steps depend on their random draws."""
     layers = [nn.Linear(64, width), nn.Tanh(), nn.Dropout(dropout), nn.Linear(width, 10)]
     return nn.Sequential(*layers, *([nn.PReLU()] if uncaptured else []))
+
+
+def linear() -> nn.Module:
+    """Return a model that is linear in its parameters."""
+    return nn.Sequential(nn.Linear(64, 10))

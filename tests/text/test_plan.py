@@ -28,6 +28,7 @@ from secateur.text import NextToken
 from tests.tasks.small import curate_small
 
 PLAN = "examples/llama/plan.yaml"
+Values = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,37 @@ def test_the_page_shows_the_plan_and_arguments_that_exist() -> None:
         inspect.signature(factory).bind(**part["args"])
 
 
+def tiny_values(folder: Path, run: str, model: dict[str, Any], task: dict[str, Any]) -> Values:
+    """Return a plan's values for a Llama of width 16, with further arguments of model and task.
+
+    The last segment is one step, so autograd can start from the checkpoint before it.
+    """
+    plan = read_plan(PLAN)
+    tiny = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 600,
+    }
+    arguments = {"config": plan.model.args["config"] | tiny} | model
+    task_values = plan.task.model_dump()
+    task_values["args"] |= {"length": 40, "eos": False} | task
+    return {
+        "run": run,
+        "root": f"{folder}/runs",
+        "threads": 1,
+        "dtype": "float64",
+        "model": plan.model.model_dump() | {"args": arguments},
+        "task": task_values,
+        "data": {"shards": f"{folder}/data/text/train-000000.tar"},
+        "targets": {"manual": {"shards": f"{folder}/data/text/target-000000.tar"}},
+        "stages": [{"steps": 4, "batch_size": 6, "prune": {"policy": "top", "keep": 0.5}}],
+        "segment_steps": 3,
+        "basis": {"kind": "coordinates", "numbers": 400, "fit_steps": 1},
+        "score": {"aggregate": "mean"},
+    }
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -78,35 +110,9 @@ def test_the_page_shows_the_plan_and_arguments_that_exist() -> None:
 def test_contributions_and_scores_equal_autograd_one_sample_at_a_time(
     folder: Path, changes: dict[str, Any]
 ) -> None:
-    """The last segment is one step, so autograd can start from the checkpoint before it.
-
-    Each sample is collated alone, so its row has no padding.
-    """
-    plan = read_plan(PLAN)
-    tiny = {
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 600,
-    }
-    config = plan.model.args["config"] | tiny
-    arguments = {"config": config} | changes.get("model", {})
-    task = plan.task.model_dump()
-    task["args"] |= {"length": 40, "eos": False} | changes.get("task", {})
-    values = {
-        "run": f"tiny{len(str(changes))}",
-        "root": f"{folder}/runs",
-        "threads": 1,
-        "dtype": "float64",
-        "model": plan.model.model_dump() | {"args": arguments},
-        "task": task,
-        "data": {"shards": f"{folder}/data/text/train-000000.tar"},
-        "targets": {"manual": {"shards": f"{folder}/data/text/target-000000.tar"}},
-        "stages": [{"steps": 4, "batch_size": 6, "prune": {"policy": "top", "keep": 0.5}}],
-        "segment_steps": 3,
-        "basis": {"kind": "coordinates", "numbers": 400, "fit_steps": 1},
-        "score": {"aggregate": "mean"},
-    }
+    """Each sample is collated alone, so its row has no padding."""
+    model, task = changes.get("model", {}), changes.get("task", {})
+    values = tiny_values(folder, f"tiny{len(str(changes))}", model, task)
     run = curate_small(read_plan(PLAN, values))
     stage = run.folder.stage(0)
     segment = read_segment(stage.segment(1))
@@ -119,7 +125,7 @@ def test_contributions_and_scores_equal_autograd_one_sample_at_a_time(
     torch.testing.assert_close(segment.fisher_weights, segment.weights / sizes)
     assert float((segment.fisher - segment.contributions).norm()) > 0
     basis = run.basis(run.bindings(loop.model))
-    if task["args"].get("pack"):
+    if task.get("pack"):
         assert len(loop.batch(segment.samples)["documents"]) < len(segment.samples)
     rows = []
     for position, row in enumerate(segment.samples):
@@ -174,3 +180,33 @@ def test_the_commands_of_the_page_run_the_plan(
         for name in (b"manual", b"code", b"tables")
     ]
     assert kept == pytest.approx([0.75, 0.5, 0.25], abs=0.1)
+
+
+def test_the_gauss_newton_matrix_is_the_fisher_information_over_all_tokens(folder: Path) -> None:
+    changes = {
+        "curvature": {"kind": "gauss_newton", "coupling": "full", "every": 1},
+        "basis": {"kind": "coordinates", "numbers": 40, "fit_steps": 1},
+    }
+    values = tiny_values(folder, "gauss-newton", {}, {"length": 5}) | changes
+    run = curate_small(read_plan(PLAN, values))
+    stage = run.folder.stage(0)
+    segment = read_segment(stage.segment(1))
+    loop = TrainingLoop(run, 0, read_stage_samples(run, 0))
+    loop.load_state(read_checkpoint(stage.segment(0)))
+    basis = run.basis(run.bindings(loop.model))
+    names, parameters = zip(*loop.model.named_parameters(), strict=True)
+    expected = torch.zeros(basis.size, basis.size, dtype=torch.float64)
+    for position, row in enumerate(segment.samples):
+        tokens = loop.batch(row[None])["input_ids"]
+        log_shares = loop.model(input_ids=tokens).logits[0, :-1].log_softmax(-1).flatten()
+        each = torch.eye(len(log_shares), dtype=torch.float64)
+        gradients = torch.autograd.grad(
+            log_shares, parameters, each, is_grads_batched=True, materialize_grads=True
+        )
+        named = dict(zip(names, gradients, strict=True))
+        rows = torch.func.vmap(basis.project_tensors)(named)
+        # The recorded weight has the factor of clipping, and the matrix is of the loss itself.
+        weight = segment.weights[position] / segment.scales[0] / (tokens.shape[1] - 1)
+        expected += weight * (rows.T * log_shares.detach().exp()) @ rows
+    found = segment.hessian[0].view(expected.shape)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-10)

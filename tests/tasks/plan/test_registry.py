@@ -170,7 +170,8 @@ def test_the_built_in_names_are_known() -> None:
     assert set(POLICIES.names()) >= {
         "top", "threshold", "drop_harmful", "balanced", "random", "loss", "grand", "el2n", "tracin"
     }  # fmt: skip
-    assert set(CURVATURES.names()) >= {"empirical_fisher", "fisher", "hessian", "none"}
+    curvatures = {"empirical_fisher", "fisher", "gauss_newton", "hessian", "none"}
+    assert set(CURVATURES.names()) >= curvatures
     assert set(OPTIMIZERS.names()) >= {"sgd", "adamw", "adam", "rmsprop"}
 
 

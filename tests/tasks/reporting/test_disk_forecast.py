@@ -56,6 +56,7 @@ def measured(run: Run, stage: int, name: str) -> int:
             "curvature": {"kind": "empirical_fisher", "draws": 7},
         },
         {"curvature": {"kind": "hessian", "every": 4, "coupling": "full"}},
+        {"curvature": {"kind": "gauss_newton", "every": 4}},
         {**ADAMW, **EFFECT, "segment_steps": 5},
         {**ADAMW, **STAGE_ENDS, "components": 20},
     ],

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from secateur.influence.hessian import compute_hessian
 from secateur.influence.memory_meter import measure_peak
 from secateur.influence.recursion import identity_transition, walk_segment
 from secateur.tasks.data.samples import list_target_samples, read_stage_samples
@@ -103,12 +102,15 @@ def test_a_task_that_looks_at_values_is_measured_on_two_samples(folder: Path) ->
 
 
 @pytest.mark.parametrize("coupling", ["block", "full"])
-def test_the_hessians_products_count_as_much_as_they_take(folder: Path, coupling: str) -> None:
-    curvature = {"kind": "hessian", "every": 4, "coupling": coupling}
+@pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
+def test_a_curvatures_products_count_as_much_as_they_take(
+    folder: Path, kind: str, coupling: str
+) -> None:
+    curvature = {"kind": kind, "every": 4, "coupling": coupling}
     run = curate_small(
         small_plan(
             folder,
-            run=f"hessian-{coupling}",
+            run=f"{kind}-{coupling}",
             curvature=curvature,
             stages=[{"steps": 6, "batch_size": 20}],
         )
@@ -121,12 +123,13 @@ def test_the_hessians_products_count_as_much_as_they_take(folder: Path, coupling
     widths = [span.stop - span.start for span in spans]
 
     def evaluate() -> None:
-        compute_hessian([lambda: loop.losses(batch).mean()], loop.model, basis, spans)
+        losses = [lambda: loop.losses(batch).mean()]
+        run.plan.curvature.compute_matrices(losses, loop.model, basis, spans)
 
     evaluate()
     # The matrices themselves are not in the figure of the products.
     matrices = sum(width**2 for width in widths) * 4
-    foretold = PassMemory(run).hessian(samples, 20, widths) + matrices
+    foretold = PassMemory(run).matrices(samples, 20, widths) + matrices
     assert foretold == pytest.approx(measure_peak(evaluate), rel=0.2)
     plain = small_plan(folder, run="plain", stages=run.plan.model_dump()["stages"])
     with_products, without = (

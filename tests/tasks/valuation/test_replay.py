@@ -160,22 +160,36 @@ def test_replay_of_scores_that_are_not_effects_is_refused(
         small_plan(folder, score=score)
 
 
-def test_adamw_embeddings_with_the_hessian_agree_with_replay(folder: Path) -> None:
-    """With all coordinates and each step's exact Hessian, only rounding differs."""
+@pytest.mark.parametrize(
+    ("kind", "model"),
+    [
+        ("hessian", {"factory": "tests.tasks.digits:network", "args": {"width": 4}}),
+        ("gauss_newton", {"factory": "tests.tasks.digits:linear"}),
+    ],
+)
+def test_adamw_embeddings_with_an_exact_curvature_agree_with_replay(
+    folder: Path, kind: str, model: dict[str, Any]
+) -> None:
+    """With all coordinates and each step's exact Hessian, only rounding differs.
+
+    That of a linear model is its Gauss-Newton matrix.
+    """
     stages = [{"steps": 14, "batch_size": 20}]
     common: dict[str, Any] = {
         "dtype": "float64",
         "optimizer": ADAMW,
         "stages": stages,
         "basis": {"kind": "coordinates", "numbers": None},
-        "curvature": {"kind": "hessian", "coupling": "full", "every": 1},
-        "model": {"factory": "tests.tasks.digits:network", "args": {"width": 4}},
+        "curvature": {"kind": kind, "coupling": "full", "every": 1},
+        "model": model,
         "replay": {"step": 1e-5},
     }
     embedded = curate_small(
-        small_plan(folder, run="he", score=REPLAYED | {"estimate": "embedding"}, **common)
+        small_plan(
+            folder, run=f"{kind}-embedded", score=REPLAYED | {"estimate": "embedding"}, **common
+        )
     )
-    exact = curate_small(small_plan(folder, run="hr", score=REPLAYED, **common))
+    exact = curate_small(small_plan(folder, run=f"{kind}-replayed", score=REPLAYED, **common))
     found = read_scores(embedded, 0)["score_clean"].to_numpy()
     expected = read_scores(exact, 0)["score_clean"].to_numpy()
     assert found == pytest.approx(expected, rel=1e-3, abs=1e-7)
