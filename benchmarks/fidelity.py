@@ -34,6 +34,7 @@ from secateur.influence.random_basis import random_kronecker_basis
 from secateur.influence.recorder import Recorder
 from secateur.influence.recursion import Dynamics, walk_segment
 from secateur.influence.tape import Tape
+from secateur.influence.vector_products import ComputeMatrices
 
 # As in a plan that does not say otherwise.
 KRONECKER_FIT_STEPS, COORDINATES_FIT_STEPS = 10, 50
@@ -69,7 +70,7 @@ class EmbeddingSettings:
     coupling: str
     every: int = 0
     components: int = 0
-    compute: Callable[..., Tensor] = compute_hessian
+    compute: ComputeMatrices = compute_hessian
 
 
 def fit_pca_basis(workload: Workload, seed: int) -> Basis:

@@ -2,7 +2,8 @@
 
 It is the Hessian of a model that is taken as linear in its parameters: `J^T H J`, where `J` is the
 derivative of the model's outputs by the parameters, and `H` the Hessian of the loss by the outputs.
-It is never negative. For a cross-entropy, it is the Fisher information in expectation over labels.
+It has no negative eigenvalue if the loss is convex in the outputs. For a cross-entropy, it is the
+Fisher information in expectation over labels.
 """
 
 from __future__ import annotations
@@ -112,10 +113,21 @@ def _output_gradients(loss: Tensor, outputs: _Outputs, model: nn.Module) -> list
         SecateurError: the outputs are not all that the loss reads of the parameters, or its
             gradient does not change with them.
     """
-    _check_parameters(loss, outputs, model)
-    gradients = torch.autograd.grad(loss, outputs.leaves, create_graph=True, allow_unused=True)
+    _check_calls(outputs)
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(
+        loss, [*outputs.leaves, *named.values()], create_graph=True, allow_unused=True
+    )
+    count = len(outputs.leaves)
+    for name, gradient in zip(named, gradients[count:], strict=True):
+        if gradient is not None:
+            raise SecateurError(
+                f"the loss depends on parameter {name} in another way than through the tensors "
+                f"that the model returns, so its Gauss-Newton matrix is not defined; choose "
+                f"another curvature"
+            )
     # A gradient without a graph does not change with any output, and its output changes no other.
-    read = [n for n, g in enumerate(gradients) if g is not None and g.requires_grad]
+    read = [n for n, g in enumerate(gradients[:count]) if g is not None and g.requires_grad]
     if not read:
         raise SecateurError(
             "the loss is linear in what the model returns, as if the model computed the loss "
@@ -127,26 +139,13 @@ def _output_gradients(loss: Tensor, outputs: _Outputs, model: nn.Module) -> list
     return [gradients[number] for number in read]
 
 
-def _check_parameters(loss: Tensor, outputs: _Outputs, model: nn.Module) -> None:
-    """Check that the loss depends on the parameters through the model's outputs only."""
+def _check_calls(outputs: _Outputs) -> None:
+    """Check that the model was called, and that no call reads what another returned."""
     if not outputs.calls:
         raise SecateurError(
             "the loss was computed without a call of the model, as `model(...)`, so its "
             "Gauss-Newton matrix is not defined; choose another curvature"
         )
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    besides: tuple[Tensor | None, ...] = (None,)
-    if loss.requires_grad:
-        besides = torch.autograd.grad(
-            loss, list(named.values()), retain_graph=True, allow_unused=True
-        )
-    for name, gradient in zip(named, besides, strict=False):
-        if gradient is not None:
-            raise SecateurError(
-                f"the loss depends on parameter {name} in another way than through the tensors "
-                f"that the model returns, so its Gauss-Newton matrix is not defined; choose "
-                f"another curvature"
-            )
     if outputs.calls > 1 and _depend(outputs.values, outputs.leaves):
         raise SecateurError(
             "one call of the model reads what another returned, so the Gauss-Newton matrix of "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
@@ -16,6 +17,20 @@ PRODUCTS_AT_ONCE = 64
 
 # A product of some directions, `n p`, with a matrix: the columns `n p_j` of each parameter.
 Product = Callable[[Float[Tensor, "n p"]], tuple[Tensor, ...]]
+
+
+class ComputeMatrices(Protocol):
+    """Evaluates a curvature within some spans, as `compute_hessian` does."""
+
+    def __call__(
+        self,
+        losses: Sequence[Callable[[], Float[Tensor, ""]]],
+        model: nn.Module,
+        basis: Basis,
+        spans: Sequence[slice],
+    ) -> Float[Tensor, " entries"]:
+        """Return one matrix per span, summed over losses, flattened and concatenated."""
+        ...
 
 
 def sum_matrices(
@@ -82,7 +97,7 @@ def _matrices(
     product: Product, parameters: Mapping[str, Tensor], basis: Basis, spans: Sequence[slice]
 ) -> list[Tensor]:
     """Return `P^T M P` of each span."""
-    like = next(iter(parameters.values()))
+    like = basis.project_tensors({name: p.detach() for name, p in parameters.items()})
     project = torch.func.vmap(basis.project_tensors)
     matrices = []
     for span in spans:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
@@ -12,12 +12,10 @@ from secateur.tasks.plan.base import Config
 from secateur.tasks.plan.registry import Registry
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from secateur.influence.basis import Basis
     from secateur.influence.curvature import Curvature
     from secateur.influence.recorder import Recorder
     from secateur.influence.segment import Segment
+    from secateur.influence.vector_products import ComputeMatrices
     from secateur.tasks.run import LearningTask
     from secateur.tasks.training.loop import TrainingLoop
 
@@ -30,6 +28,8 @@ class CurvatureConfig(Config, ABC):
 
     Attributes:
         needs_own_loop: whether it makes extra passes, which only `secateur run` can make.
+        compute_matrices: evaluates the matrices that `count_matrices` counts, so that their memory
+            can be foretold; None if there are none.
     """
 
     kind: str
@@ -39,6 +39,7 @@ class CurvatureConfig(Config, ABC):
         "means full if `components` is set, and block otherwise",
     )
     needs_own_loop: ClassVar[bool] = False
+    compute_matrices: ClassVar[ComputeMatrices | None] = None
 
     @abstractmethod
     def build(self, segment: Segment, spans: Sequence[slice]) -> Curvature:
@@ -64,24 +65,6 @@ class CurvatureConfig(Config, ABC):
             steps: of the segment.
         """
         return 0
-
-    def compute_matrices(
-        self,
-        losses: Sequence[Callable[[], Tensor]],
-        model: nn.Module,
-        basis: Basis,
-        spans: Sequence[slice],
-    ) -> Tensor:
-        """Return one of the matrices that `count_matrices` counts. By default there are none.
-
-        Args:
-            losses: each runs a forward pass and returns a scalar. Their matrices are added up.
-            spans: the coefficients that are coupled.
-
-        Returns:
-            One matrix per span, flattened and concatenated.
-        """
-        raise NotImplementedError(f"`curvature.kind: {self.kind}` records no matrices")
 
     def record_step(
         self, recorder: Recorder, loop: TrainingLoop, segment: range, step: int, recorded: bool

@@ -20,7 +20,7 @@ from secateur.influence.directional_derivatives import LossPart, differentiate_f
 from secateur.influence.hooks import ContributionSum, capture_hooks
 from secateur.influence.kronecker_basis import KroneckerBasis
 from secateur.influence.memory_meter import measure_peak, shape_mode
-from secateur.influence.vector_products import PRODUCTS_AT_ONCE
+from secateur.influence.vector_products import PRODUCTS_AT_ONCE, ComputeMatrices
 from secateur.storage.shards import Samples
 from secateur.tasks.data.collate import Tensors, collate
 from secateur.tasks.data.take_samples import DOCUMENTS, take_samples
@@ -128,7 +128,9 @@ class PassMemory:
 
         return self._measure(run, samples, count)
 
-    def matrices(self, samples: Samples, count: int, spans: list[int]) -> int:
+    def matrices(
+        self, compute: ComputeMatrices, samples: Samples, count: int, spans: list[int]
+    ) -> int:
         """The vector products of the curvature that are made at one time, in the widest span."""
         basis = self._basis()
         # The products before stay until the next ones are there.
@@ -136,8 +138,7 @@ class PassMemory:
 
         def run(products: int, batch: Tensors, size: int) -> None:
             losses = [lambda: self._losses(batch).mean()]
-            spans = [slice(0, products)] * repeat
-            self._run.plan.curvature.compute_matrices(losses, self.model, basis, spans)
+            compute(losses, self.model, basis, [slice(0, products)] * repeat)
 
         one = self._measure(partial(run, 1), samples, count)
         products = min(max(spans), PRODUCTS_AT_ONCE)

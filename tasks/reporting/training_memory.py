@@ -96,9 +96,10 @@ def _curvature(
     """What a segment records for the curvature, and the passes that it takes."""
     gradients = plan.curvature.count_gradients(sizes.task, stage.segment_steps, stage.share)
     recorded = gradients * sizes.width * sizes.item
-    matrices = plan.curvature.count_matrices(stage.segment_steps)
-    if not matrices:
+    recorded += plan.curvature.count_matrices(stage.segment_steps) * sizes.coupled
+    compute = plan.curvature.compute_matrices
+    if compute is None:
         return recorded, 0
-    products = passes.matrices(samples, stage.micro_batch, sizes.spans)
+    products = passes.matrices(compute, samples, stage.micro_batch, sizes.spans)
     # The matrices of a part of the samples, and their sum so far.
-    return recorded + matrices * sizes.coupled, products + 2 * sizes.coupled
+    return recorded, products + 2 * sizes.coupled

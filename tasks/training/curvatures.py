@@ -9,10 +9,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from jaxtyping import Float
 from pydantic import Field, PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 
 from secateur.errors import PlanError
-from secateur.influence.basis import Basis
 from secateur.influence.bindings import LossesOf
 from secateur.influence.curvature import (
     Curvature,
@@ -25,6 +24,7 @@ from secateur.influence.gauss_newton import compute_gauss_newton
 from secateur.influence.hessian import compute_hessian
 from secateur.influence.recorder import Recorder
 from secateur.influence.segment import Segment
+from secateur.influence.vector_products import ComputeMatrices
 from secateur.tasks.data.collate import Tensors
 from secateur.tasks.data.seeds import seed_for
 from secateur.tasks.data.take_samples import take_samples
@@ -144,6 +144,7 @@ class _EvaluatedConfig(CurvatureConfig):
         512, description="at most so many samples of those steps, evenly spaced"
     )
     needs_own_loop: ClassVar[bool] = True
+    compute_matrices: ClassVar[ComputeMatrices]
 
     def count_matrices(self, steps: int) -> int:
         return -(-steps // self.every)
@@ -190,15 +191,7 @@ class HessianConfig(_EvaluatedConfig):
     """Exact, by Hessian-vector products."""
 
     kind: Literal["hessian"] = "hessian"
-
-    def compute_matrices(
-        self,
-        losses: Sequence[Callable[[], Tensor]],
-        model: nn.Module,
-        basis: Basis,
-        spans: Sequence[slice],
-    ) -> Tensor:
-        return compute_hessian(losses, model, basis, spans)
+    compute_matrices: ClassVar[ComputeMatrices] = staticmethod(compute_hessian)
 
 
 @register_curvature
@@ -206,15 +199,7 @@ class GaussNewtonConfig(_EvaluatedConfig):
     """Of a model taken as linear in its parameters. The task must call the model for its losses."""
 
     kind: Literal["gauss_newton"] = "gauss_newton"
-
-    def compute_matrices(
-        self,
-        losses: Sequence[Callable[[], Tensor]],
-        model: nn.Module,
-        basis: Basis,
-        spans: Sequence[slice],
-    ) -> Tensor:
-        return compute_gauss_newton(losses, model, basis, spans)
+    compute_matrices: ClassVar[ComputeMatrices] = staticmethod(compute_gauss_newton)
 
 
 @register_curvature

@@ -28,7 +28,6 @@ from secateur.text import NextToken
 from tests.tasks.small import curate_small
 
 PLAN = "examples/llama/plan.yaml"
-Values = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +59,9 @@ def test_the_page_shows_the_plan_and_arguments_that_exist() -> None:
         inspect.signature(factory).bind(**part["args"])
 
 
-def tiny_values(folder: Path, run: str, model: dict[str, Any], task: dict[str, Any]) -> Values:
+def tiny_values(
+    folder: Path, run: str, model: dict[str, Any], task: dict[str, Any]
+) -> dict[str, Any]:
     """Return a plan's values for a Llama of width 16, with further arguments of model and task.
 
     The last segment is one step, so autograd can start from the checkpoint before it.

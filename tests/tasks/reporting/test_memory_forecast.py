@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from secateur.influence.gauss_newton import compute_gauss_newton
+from secateur.influence.hessian import compute_hessian
 from secateur.influence.memory_meter import measure_peak
 from secateur.influence.recursion import identity_transition, walk_segment
 from secateur.tasks.data.samples import list_target_samples, read_stage_samples
@@ -121,15 +123,16 @@ def test_a_curvatures_products_count_as_much_as_they_take(
     basis = run.basis(run.bindings(loop.model))
     spans = basis.spans if coupling == "block" else [slice(0, basis.size)]
     widths = [span.stop - span.start for span in spans]
+    compute = {"hessian": compute_hessian, "gauss_newton": compute_gauss_newton}[kind]
 
     def evaluate() -> None:
         losses = [lambda: loop.losses(batch).mean()]
-        run.plan.curvature.compute_matrices(losses, loop.model, basis, spans)
+        compute(losses, loop.model, basis, spans)
 
     evaluate()
     # The matrices themselves are not in the figure of the products.
     matrices = sum(width**2 for width in widths) * 4
-    foretold = PassMemory(run).matrices(samples, 20, widths) + matrices
+    foretold = PassMemory(run).matrices(compute, samples, 20, widths) + matrices
     assert foretold == pytest.approx(measure_peak(evaluate), rel=0.2)
     plain = small_plan(folder, run="plain", stages=run.plan.model_dump()["stages"])
     with_products, without = (
